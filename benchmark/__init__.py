@@ -1,0 +1,1 @@
+"""The runner, the domains, the configuration and the command line."""

@@ -1,0 +1,1 @@
+"""Bundled pretrained weights (safetensors) with their model cards."""

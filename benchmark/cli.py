@@ -1,0 +1,526 @@
+"""The command line: `dualcl`. Tables and lists go to stdout, everything else to stderr.
+
+Exit codes: 0 done, 1 a run failed, 2 the user's input, 130 interrupted (the same command resumes).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dualcl.benchmark.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, RunFailed, UserError, nearest
+from dualcl.benchmark.progress import Reporter, printable
+
+if TYPE_CHECKING:
+    from dualcl.benchmark.compare import Outcome
+    from dualcl.benchmark.config import Resolved
+
+RUNS = Path("runs")
+REPORT_FORMATS = ("md", "csv", "tex", "html", "png")
+LISTS = ("methods", "presets", "backbones", "datasets")
+#: what `quickstart` changes about the preset `glyphs` so that it ends within minutes on two slow cores
+QUICK_SETS = ("train.epochs=3",)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors end in one `dualcl: error:` line, whichever sub-command found them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the usage and the error on stderr and exits with code 2."""
+        self.print_usage(sys.stderr)
+        self.exit(EXIT_USER, f"dualcl: error: {printable(message)}\n")
+
+
+class _Version(argparse.Action):
+    """`--version`, looked up only when asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from dualcl.benchmark.environment import package_version
+
+        parser.exit(0, f"dualcl {package_version('dualcl')}\n")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"wants a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def _natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"wants a whole number from 0 on, got {text!r}")
+    return int(text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all sub-commands but `bench`, whose arguments `bench.add_arguments` adds when it is asked for."""
+    parser = _Parser(
+        prog="dualcl",
+        description="Continual learning in two domains with one runner.",
+        epilog="Start with `dualcl quickstart`. Exit codes: 0 done, 1 a run failed, 2 wrong input, 130 interrupted.",
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        return command
+
+    def add_sets(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--set",
+            dest="sets",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="KEY=VALUE",
+            help="override configuration values (see `dualcl show PRESET`)",
+        )
+
+    def add_many(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes side by side (default 1)")
+        command.add_argument("--quiet", action="store_true", help="no progress; tables and errors still appear")
+
+    def add_report(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--allow-mixed", action="store_true", help="put runs that do not compare in one table")
+        command.add_argument(
+            "--format", metavar="F[,F...]", help=f"what the report consists of (default {','.join(REPORT_FORMATS)})"
+        )
+
+    command = add("quickstart", "compare methods on the bundled model and data, in minutes")
+    command.add_argument("--out", type=Path, default=RUNS / "quickstart", metavar="DIR", help="default %(default)s")
+    add_many(command)
+    command.set_defaults(func=_quickstart)
+
+    command = add("compare", "run every method with every seed, then report")
+    command.add_argument("preset", metavar="PRESET", help="a bundled preset or a YAML file")
+    command.add_argument("--methods", metavar="A,B,C", help="default: the preset's own list")
+    command.add_argument("--seeds", metavar="0,1,2", help="default: the preset's seed")
+    add_sets(command)
+    command.add_argument("--out", type=Path, metavar="DIR", help="default runs/PRESET")
+    add_many(command)
+    add_report(command)
+    command.set_defaults(func=_compare)
+
+    command = add("run", "run one method with one seed; resumes an interrupted run")
+    command.add_argument("preset", metavar="PRESET", help="a bundled preset or a YAML file")
+    command.add_argument("method", metavar="METHOD", help="see `dualcl list methods`")
+    command.add_argument("--seed", type=_natural, metavar="N", help="default: the preset's seed")
+    add_sets(command)
+    command.add_argument("--out", type=Path, metavar="DIR", help="default runs/PRESET/METHOD-seedN")
+    command.add_argument("--quiet", action="store_true", help="no progress; the table and errors still appear")
+    command.set_defaults(func=_run)
+
+    command = add("report", "rebuild tables, plots and the HTML page from records alone")
+    command.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="run folders, or folders of them")
+    command.add_argument(
+        "--out", type=Path, metavar="DIR", help="default DIR/report; --format md, csv or tex alone: stdout only"
+    )
+    add_report(command)
+    command.set_defaults(func=_report)
+
+    command = add("sweep", "run a grid of settings of one method and name the best")
+    command.add_argument("preset", metavar="PRESET", help="a bundled preset or a YAML file")
+    command.add_argument("method", metavar="METHOD", help="see `dualcl list methods`")
+    command.add_argument("--over", action="append", required=True, metavar="KEY=V1,V2,...", help="repeat for a grid")
+    command.add_argument("--seeds", metavar="0,1,2", help="default: the preset's seed")
+    add_sets(command)
+    command.add_argument("--out", type=Path, metavar="DIR", help="default runs/sweep-PRESET")
+    command.add_argument("--select", default="A_last", metavar="METRIC", help="what decides (default %(default)s)")
+    command.add_argument(
+        "--on-test", action="store_true", help="choose on the test images: for studies, not for numbers to publish"
+    )
+    add_many(command)
+    command.set_defaults(func=_sweep)
+
+    command = add("list", "list methods, presets, backbones and data sets")
+    command.add_argument("what", nargs="?", metavar="|".join(LISTS), help="default: everything")
+    command.set_defaults(func=_list)
+
+    command = add("show", "show the resolved configuration and where each value comes from")
+    command.add_argument("preset", metavar="PRESET", help="a bundled preset or a YAML file")
+    command.add_argument("method", nargs="?", metavar="METHOD", help="default: what all methods share")
+    add_sets(command)
+    command.set_defaults(func=_show)
+
+    command = add("prepare", "download, verify and split the data of a preset")
+    command.add_argument("preset", metavar="PRESET", help="a bundled preset or a YAML file")
+    command.add_argument("--root", metavar="DIR", help="where the data goes: the same as --set data.root=DIR")
+    add_sets(command)
+    command.set_defaults(func=_prepare)
+
+    command = add("pretrain", "make a bundled model again")
+    command.add_argument("name", metavar="NAME", help="see `dualcl list backbones`")
+    command.add_argument("--seed", type=_natural, default=0, metavar="N", help="default %(default)s")
+    command.add_argument("--out", type=Path, default=RUNS / "pretrain", metavar="DIR", help="default %(default)s")
+    command.set_defaults(func=_pretrain)
+
+    command = add("bench", "measure speed and memory")
+    command.set_defaults(func=_bench)
+    command.set_defaults(parser=command)
+
+    command = add("doctor", "check versions, devices, caches and writable places")
+    command.set_defaults(func=_doctor)
+    return parser
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    from dualcl.benchmark import bench
+
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    kinds = commands.choices["bench"].add_subparsers(dest="kind", required=True, metavar="WHAT")
+    step = kinds.add_parser("step", help="time and memory of one training step per method")
+    bench.add_arguments(step)
+
+
+# --- sub-commands -----------------------------------------------------------------------------------------------------
+
+
+def _formats(text: str | None) -> tuple[str, ...]:
+    if text is None:
+        return REPORT_FORMATS
+    from dualcl.benchmark.compare import parse_names
+
+    names = parse_names(text, "format")
+    for name in names:
+        if name not in REPORT_FORMATS:
+            raise UserError(f"unknown --format {name!r}; {nearest(name, REPORT_FORMATS, 'formats')}")
+    return tuple(names)
+
+
+def _write_report(dirs: Sequence[Path], out: Path, formats: tuple[str, ...], allow_mixed: bool) -> None:
+    from dualcl.results.report import build_report
+
+    files = build_report(dirs, out, formats=formats, allow_mixed=allow_mixed)
+    _say(f"report: {files.html or files.out}")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from dualcl.benchmark.compare import check_seed_given_once
+    from dualcl.benchmark.config import resolve
+
+    if args.seed is not None:
+        check_seed_given_once(args.sets, "--seed")
+    resolved = resolve(args.preset, args.method, args.sets, seed=args.seed)
+    out = args.out or RUNS / resolved.preset / f"{args.method}-seed{resolved.general.seed}"
+    args.place = out
+    from dualcl.benchmark.runner import run
+    from dualcl.results.report import terminal_table
+
+    reporter = Reporter(quiet=args.quiet)
+    try:
+        run(resolved, out, reporter)
+    finally:
+        reporter.close()
+    print(terminal_table([out]))
+    if not args.quiet:
+        _say(f"record: {out / 'record.json'}")
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from dualcl.benchmark.compare import default_methods, execute, parse_names, parse_seeds, plan_comparison
+    from dualcl.benchmark.config import load_preset
+
+    methods = default_methods(args.preset) if args.methods is None else parse_names(args.methods, "methods")
+    seeds = None if args.seeds is None else parse_seeds(args.seeds)
+    formats = _formats(args.format)
+    out = args.out or RUNS / load_preset(args.preset).name
+    args.place = out
+    plan = plan_comparison(args.preset, methods, seeds, args.sets, out)
+    outcomes = execute(plan, jobs=args.jobs, quiet=args.quiet)
+    dirs = [p.out for p in plan if (p.out / "record.json").is_file()]
+    if any(o.code == 0 for o in outcomes):
+        from dualcl.results.report import terminal_table
+
+        print(terminal_table(dirs, allow_mixed=args.allow_mixed))
+        _write_report(dirs, out / "report", formats, args.allow_mixed)
+    return _conclude(outcomes, args.quiet)
+
+
+def _conclude(outcomes: Sequence[Outcome], quiet: bool) -> int:
+    from dualcl.benchmark.compare import exit_code, summary_lines
+
+    code = exit_code(outcomes)
+    if code or not quiet:
+        for line in summary_lines(outcomes):
+            _say(line)
+    return code
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    args.preset, args.methods, args.seeds, args.sets = "glyphs", None, "0", list(QUICK_SETS)
+    args.format, args.allow_mixed = None, False
+    return _compare(args)
+
+
+def _report(args: argparse.Namespace) -> int:
+    from dualcl.results.report import terminal_table
+
+    formats = _formats(args.format)
+    alone = formats[0] if args.format is not None and len(formats) == 1 and formats[0] in ("md", "csv", "tex") else None
+    print(terminal_table(args.dirs, alone or "text", allow_mixed=args.allow_mixed).rstrip("\n"))
+    if alone and args.out is None:
+        return 0
+    if args.out is None and len(args.dirs) > 1:
+        raise UserError("a report on several folders needs --out DIR (or one of --format md, csv, tex for stdout alone)")
+    _write_report(args.dirs, args.out or args.dirs[0] / "report", formats, args.allow_mixed)
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from dualcl.benchmark import compare as c
+    from dualcl.benchmark.config import load_preset
+
+    seeds = None if args.seeds is None else c.parse_seeds(args.seeds)
+    out = args.out or RUNS / f"sweep-{load_preset(args.preset).name}"
+    args.place = out
+    sweep = c.plan_sweep(
+        args.preset, args.method, args.over, seeds, args.sets, out, select=args.select, on_test=args.on_test
+    )
+    if not args.quiet:
+        _say(f"{len(sweep.points)} points, {len(sweep.plan)} runs, measured on {sweep.measured_on}")
+    outcomes = c.execute(sweep.plan, jobs=args.jobs, quiet=args.quiet)
+    scores = c.score_sweep(sweep, outcomes)
+    print(c.sweep_table(sweep, scores))
+    best = c.best_score(sweep, scores)
+    if best is None:
+        _say(f"no best point: none has all its seeds with a defined {sweep.select}")
+    else:
+        _say(f"best {sweep.select} {best.metrics[sweep.select][0]:.2f}; use it with: {c.set_line(best)}")
+    written = c.write_sweep(sweep, scores, out / args.method)
+    _say(f"sweep: {', '.join(map(str, written))}")
+    return _conclude(outcomes, args.quiet)
+
+
+def _bundled_backbones() -> dict[str, str]:
+    """Bundled backbones and what each was trained on, read without timm."""
+    out = {}
+    for path in sorted((Path(__file__).parent / "backbones").glob("*.json")):
+        card = json.loads(path.read_text(encoding="utf-8"))
+        out[path.stem.replace("_", "-")] = f"{card['timm_name']} at {card['input_size']} px, trained on {card['trained_on']}"
+    return out
+
+
+def _list_rows(what: str) -> list[list[str]]:
+    if what == "methods":
+        from dualcl.methods import available_methods
+
+        methods = sorted(available_methods().values(), key=lambda m: m.name)
+        return [
+            [m.name, ", ".join(m.domains), m.summary + ("; stores data" if m.stores_data else ""), f"[{m.source}]"]
+            for m in methods
+        ]
+    if what == "presets":
+        from dualcl.benchmark.config import bundled_presets, load_preset
+
+        presets = [load_preset(name) for name in bundled_presets()]
+        return [[p.name, p.domain, p.summary] for p in presets]
+    if what == "datasets":
+        from dualcl.datasets import available_datasets
+
+        return [
+            [d.name, d.domain, d.summary + ("; needs `dualcl prepare`" if d.needs_prepare else "")]
+            for d in sorted(available_datasets().values(), key=lambda d: d.name)
+        ]
+    rows = [[name, "bundled", text] for name, text in _bundled_backbones().items()]
+    return [
+        *rows,
+        ["TIMM_NAME.TAG", "timm", "any vision transformer of timm with its full tag: --set backbone.name=NAME.TAG"],
+        ["FILE", "local", "weights from a file: --set backbone.name=NAME backbone.weights=FILE.safetensors"],
+    ]
+
+
+def _list(args: argparse.Namespace) -> int:
+    from dualcl.benchmark.compare import align
+
+    if args.what is not None and args.what not in LISTS:
+        raise UserError(f"cannot list {args.what!r}; {nearest(args.what, LISTS, 'lists')}")
+    blocks = []
+    for what in LISTS if args.what is None else (args.what,):
+        rows = _list_rows(what)
+        lines = align(rows) if rows else ["none"]
+        blocks.append("\n".join(lines if args.what else [f"{what}:", *(f"  {line}" for line in lines)]))
+    print("\n\n".join(blocks))
+    return 0
+
+
+def _resolve_shared(preset: str, sets: Sequence[str]) -> Resolved:
+    """The preset resolved with some method of its domain: right for everything but the section `method`."""
+    from dualcl.benchmark.config import load_preset, resolve
+    from dualcl.methods import available_methods
+
+    loaded = load_preset(preset)
+    serving = [m.name for m in available_methods().values() if loaded.domain in m.domains]
+    method = next(iter([*loaded.compare, *sorted(serving)]), None)
+    if method is None:
+        raise UserError(f"no method serves the domain {loaded.domain!r} of preset {preset}")
+    return resolve(preset, method, sets)
+
+
+def _shown_value(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from dualcl.benchmark.compare import align
+    from dualcl.benchmark.config import help_text, load_preset, resolve
+
+    shared = args.method is None
+    resolved = _resolve_shared(args.preset, args.sets) if shared else resolve(args.preset, args.method, args.sets)
+    loaded = load_preset(args.preset)
+    rows = []
+    for key, value in resolved.flat().items():
+        if key in ("preset", "domain", "method_name") or (shared and key.startswith("method.")):
+            continue
+        rows.append([key, _shown_value(value), resolved.sources.get(key, "default"), help_text(resolved, key)])
+    print(f"{loaded.name} ({loaded.domain}): {loaded.summary}")
+    if not shared:
+        print(f"method: {args.method}")
+    print()
+    print("\n".join(align([["key", "value", "from", "what it is"], *rows])))
+    if shared:
+        tuned = sorted((k, v) for k, v in loaded.values.items() if k.startswith("methods."))
+        print()
+        if loaded.compare:
+            print(f"compared by default: {', '.join(loaded.compare)}")
+        if tuned:
+            print("values for single methods (all of them: dualcl show PRESET METHOD):")
+            print("\n".join(align([[k, _shown_value(v), source] for k, (v, source) in tuned])))
+        else:
+            print("no method has values of its own here")
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from dualcl.datasets import available_datasets, dataset_class
+
+    sets = list(args.sets)
+    if args.root is not None:
+        sets.append(f"data.root={json.dumps(args.root)}")
+    resolved = _resolve_shared(args.preset, sets)
+    info = available_datasets()[resolved.data_name]
+    if not info.needs_prepare:
+        print(f"{info.name}: nothing to prepare")
+        return 0
+    dataset_class(info.name, resolved.domain).prepare(resolved.sections["data"])
+    print(f"{info.name}: ready")
+    return 0
+
+
+def _pretrain(args: argparse.Namespace) -> int:
+    args.place = args.out
+    from dualcl.benchmark.pretrain import pretrain
+
+    pretrain(args.name, args.out, seed=args.seed)
+    _say(f"written to {args.out}")
+    return 0
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from dualcl.benchmark.bench import main_step
+
+    return int(main_step(args))
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from dualcl.benchmark.doctor import doctor
+
+    return doctor()
+
+
+# --- entry ------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[None]:
+    """SIGTERM, and SIGHUP unless it is ignored (nohup), stop like Ctrl-C: after the current step, resumable."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    old = {}
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+            old[number] = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _silence_stdout() -> None:
+    """Sends what is still buffered for a stdout that takes no more to nowhere, or Python complains at its exit."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _dispatch(argv: list[str]) -> int:
+    parser = build_parser()
+    word = next((a for a in argv if not a.startswith("-")), None)
+    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    if word is not None and word not in commands:
+        raise UserError(f"unknown command {word!r}; {nearest(word, commands, 'commands')}")
+    if word == "bench":
+        _add_bench(parser)
+    args = parser.parse_args(argv)
+    try:
+        code: int = args.func(args)
+        sys.stdout.flush()
+        return code
+    except OSError as error:
+        # writing to an open file tells no name: say at least which folder was being filled
+        if error.filename is None and not isinstance(error, BrokenPipeError):
+            error.filename = str(getattr(args, "place", "standard output"))
+        raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs `dualcl` with these arguments (default: the process's); returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    error: BaseException
+    try:
+        with _stop_signals():
+            return _dispatch(words)
+    except SystemExit as stop:  # argparse: --help, --version, wrong usage
+        return stop.code if isinstance(stop.code, int) else EXIT_USER
+    except KeyboardInterrupt as interrupt:
+        error, code, text = interrupt, EXIT_INTERRUPTED, "interrupted; the same command resumes"
+    except UserError as wrong:
+        error, code, text = wrong, EXIT_USER, f"error: {wrong}"
+    except RunFailed as failed:
+        error, code, text = failed, EXIT_FAILED, f"run failed: {failed}"
+    except BrokenPipeError:  # `dualcl list | head -1`
+        _silence_stdout()
+        return 0
+    except OSError as broken:
+        from dualcl.benchmark.compare import describe_os_error
+
+        _silence_stdout()
+        error, code, text = broken, EXIT_USER, f"error: {describe_os_error(broken, '?')}"
+    if "--debug" in words:
+        traceback.print_exception(error)
+    _say(f"dualcl: {printable(text)}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""The contract between a domain (pretrained model, data, loss, evaluation) and the runner and methods."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Site:
+    """A named linear map that a weight-space method may adapt: all rows of an `nn.Linear`, or a slice of them.
+
+    timm fuses Q, K and V in one Linear; each is then its own site on the same module with its own rows.
+    """
+
+    name: str
+    module_name: str
+    module: nn.Linear
+    start: int
+    stop: int
+
+    @property
+    def d_out(self) -> int:
+        """Number of output features of the site."""
+        return self.stop - self.start
+
+    @property
+    def d_in(self) -> int:
+        """Number of input features."""
+        return self.module.in_features
+
+    @property
+    def weight(self) -> Tensor:
+        """The site's rows of the frozen weight, shape (d_out, d_in), a view without gradient."""
+        return self.module.weight.data[self.start : self.stop]
+
+
+@dataclass
+class Task:
+    """What the runner knows of a task."""
+
+    index: int
+    name: str
+    size: int
+    facts: dict[str, Any]
+
+
+class PrefixProvider(Protocol):
+    """What a prompt method gives a domain with the `prefix` capability."""
+
+    def __call__(self, query: Tensor, training: bool) -> Mapping[int, tuple[Tensor, Tensor]]:
+        """Prefixes per block index from queries.
+
+        `query` (B, D): the final feature of the frozen model without prompts. Returns {block: (keys, values)}, each
+        (B, L, D), L >= 0 and possibly different for keys and values is not allowed: attention needs equal lengths.
+        A row of the result may depend on its own query row only.
+        """
+
+
+class Domain(ABC):
+    """A pretrained model with a stream of tasks. Never knows which method is running."""
+
+    name: ClassVar[str]
+    #: what a method may ask for in `requires`
+    capabilities: ClassVar[tuple[str, ...]] = ()
+
+    model: nn.Module
+    tasks: list[Task]
+    device: torch.device
+
+    @abstractmethod
+    def sites(self) -> dict[str, Site]:
+        """The linear maps that weight-space methods adapt, in a fixed order."""
+
+    @abstractmethod
+    def full_parameters(self) -> dict[str, nn.Parameter]:
+        """What full fine-tuning trains in this domain."""
+
+    @abstractmethod
+    def begin_task(self, task: int | None, scope: Literal["task", "seen"] = "task") -> list[nn.Parameter]:
+        """Makes what every method learns for a new task (classifier rows; a token row) and returns it for the optimiser.
+
+        `task=None` begins all tasks at once (joint training). Older tasks' parameters are left out under scope "task".
+        """
+
+    @abstractmethod
+    def steps_per_epoch(self, task: int | None) -> int:
+        """Optimiser steps in one epoch of the task."""
+
+    @abstractmethod
+    def batches(self, task: int | None, start_step: int) -> Iterator[Any]:
+        """Training batches from optimiser step `start_step` of the task on; a function of (seed, task, step)."""
+
+    @abstractmethod
+    def loss(self, batch: Any) -> Tensor:
+        """The task loss of a batch, a scalar."""
+
+    @abstractmethod
+    def evaluate(self, seen: Sequence[int]) -> dict[str, Any]:
+        """Evaluates all seen tasks without telling the model which is which; JSON-able, one list entry per task."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for two runs to share a table: split, order, weights, preprocessing, each with a hash."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Tensor]:
+        """The domain's own learnt state (classifier rows; token rows)."""
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores `state_dict`; begins the tasks it holds."""
+
+    @abstractmethod
+    def stored_parameters(self) -> int:
+        """Numbers the domain keeps for the tasks begun so far (classifier rows; token rows)."""
+
+    @abstractmethod
+    def facts(self) -> dict[str, Any]:
+        """JSON-able facts for the record beyond the identity."""
+
+    @abstractmethod
+    def summary(self, row: Mapping[str, Any]) -> str:
+        """An evaluation in a few words, for the progress line."""
+
+    def adapted_parameters(self) -> int:
+        """Size of the adapted network: the 100 % of N_train and N_store."""
+        return sum(p.numel() for p in self.model.parameters())
+
+
+class PrefixDomain(Protocol):
+    """Capability `prefix`: attention blocks that take extra keys and values."""
+
+    n_blocks: int
+    feature_dim: int
+
+    def set_prefix_provider(self, provider: PrefixProvider | None) -> None:
+        """Every later forward pass asks `provider` for the prefixes of its batch."""
+
+
+class FeatureDomain(Protocol):
+    """Capability `features`: frozen features of a task's training data, and a linear read-out that can be set."""
+
+    feature_dim: int
+
+    def training_features(self, task: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """(features (B, D), output indices (B,)) of the task's training data, each sample once, no augmentation."""
+
+    def outputs(self, task: int) -> range:
+        """Output indices (stream positions of the classes) that belong to the task."""
+
+    def set_output_rows(self, task: int, weight: Tensor, bias: Tensor) -> None:
+        """Sets the task's read-out: weight (n_outputs, D), bias (n_outputs,)."""

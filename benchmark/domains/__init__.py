@@ -1,0 +1,39 @@
+"""The domains and the configuration sections each one adds."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from typing import TYPE_CHECKING
+
+from dualcl.benchmark.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from dualcl.benchmark.domain import Domain
+
+DOMAINS = {"classification": "dualcl.benchmark.domains.classification"}
+
+
+def domain_class(name: str) -> type[Domain]:
+    """The domain called `name`; UserError when unknown."""
+    if name not in DOMAINS:
+        raise UserError(f"unknown domain {name!r}; {nearest(name, DOMAINS, 'domains')}")
+    cls: type[Domain] = importlib.import_module(DOMAINS[name]).DOMAIN
+    return cls
+
+
+@functools.lru_cache(maxsize=32)
+def _data_config(domain: str, data_name: str) -> type:
+    from dualcl.datasets import dataset_class
+
+    config: type = dataset_class(data_name, domain).Config
+    named = dataclasses.make_dataclass(config.__name__, [], bases=(config,), frozen=True)
+    named.dataset_name = data_name  # type: ignore[attr-defined]
+    return named
+
+
+def domain_sections(domain: str, data_name: str) -> dict[str, type]:
+    """Section name -> config class for this domain and data set."""
+    sections: dict[str, type] = domain_class(domain).sections_config  # type: ignore[attr-defined]
+    return {"data": _data_config(domain, data_name), **sections}

@@ -1,0 +1,378 @@
+"""Rehearsal-free class-incremental learning on a frozen, pretrained ViT (timm)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualcl.benchmark.config import Resolved, positive
+from dualcl.benchmark.domain import Domain, PrefixProvider, Site, Task
+from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.seeding import torch_generator
+from dualcl.benchmark.vit import BackboneConfig, attention_sites, load_backbone, wrap_prefix_attention
+from dualcl.datasets import dataset_class
+from dualcl.datasets.base import ClassData, ClassStream, ImageSet, make_class_stream
+from dualcl.datasets.loader import Batch, ImageLoader, View
+
+PREPROCESS = {
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """How classes become tasks."""
+
+    tasks: int = 5
+    class_order: str | list[int] = field(
+        default="shuffle", metadata={"help": "shuffle, natural, coda (CODA-Prompt's), or a list of all classes"}
+    )
+    order_seed: int | None = field(default=None, metadata={"help": "seed of the class order; default: the run's seed"})
+
+    def __post_init__(self) -> None:
+        positive("stream.tasks", self.tasks)
+        positive("stream.order_seed", self.order_seed, 0)
+
+
+@dataclass(frozen=True)
+class InputConfig:
+    """How images become tensors: one setting for all methods."""
+
+    preprocess: Literal["backbone", "none", "half", "imagenet"] = field(
+        default="backbone", metadata={"help": "backbone: the weights' own mean and std; none: pixels in [0, 1]"}
+    )
+    augment: Literal["none", "flip", "crop_flip"] = field(
+        default="flip", metadata={"help": "training only; crop_flip: RandomResizedCrop and flip"}
+    )
+    resize: int | None = field(default=None, metadata={"help": "evaluation: shorter side before the centre crop"})
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    workers: int | Literal["auto"] = field(default="auto", metadata={"help": "loader processes", "volatile": True})
+    cache_mib: int = field(default=1024, metadata={"help": "decoded images kept in memory", "volatile": True})
+
+    def __post_init__(self) -> None:
+        positive("input.resize", self.resize)
+        positive("input.cache_mib", self.cache_mib, 0)
+        if isinstance(self.workers, int):
+            positive("input.workers", self.workers, 0)
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation."""
+
+    batch_size: int = 128
+
+    def __post_init__(self) -> None:
+        positive("eval.batch_size", self.batch_size)
+
+
+class Classification(Domain):
+    """A ViT, a stream of disjoint classes, cross entropy, and accuracy over all classes seen so far.
+
+    The backbone is always in evaluation mode: dropout and drop path of a frozen network would only add noise, and a
+    sample's prediction must not depend on its batch.
+    """
+
+    name = "classification"
+    capabilities = ("prefix", "features")
+    sections_config: ClassVar[dict[str, type]] = {
+        "stream": StreamConfig,
+        "backbone": BackboneConfig,
+        "input": InputConfig,
+        "eval": EvalConfig,
+    }
+
+    def __init__(self, resolved: Resolved, device: torch.device) -> None:
+        self.resolved = resolved
+        self.device = device
+        self.seed = resolved.general.seed
+        stream_config = resolved.section("stream", StreamConfig)
+        self.order_seed = self.seed if stream_config.order_seed is None else stream_config.order_seed
+        data: ClassData = dataset_class(resolved.data_name, self.name).load(resolved.sections["data"])
+        self.stream: ClassStream = make_class_stream(
+            data, stream_config.tasks, stream_config.class_order, self.order_seed
+        )
+        self.model, self.backbone = load_backbone(resolved.section("backbone", BackboneConfig))
+        self.model.to(device)
+        self._sites = attention_sites(self.model)
+        self._network_size = sum(p.numel() for p in self.model.parameters())
+        self.n_blocks = len(self.model.blocks)  # type: ignore[arg-type]
+        self.view = self._make_view()
+        self.feature_dim = self._measure_features()
+        self.tasks = [
+            Task(
+                index=t.index,
+                name=", ".join(t.names[:3]) + (", ..." if len(t.names) > 3 else ""),
+                size=len(t.train),
+                facts={"classes": list(t.names), "n_train": len(t.train), "n_test": len(t.test)},
+            )
+            for t in self.stream.tasks
+        ]
+        self.heads = nn.ModuleList()
+        self._current: int | None = None
+        self._scope: Literal["task", "seen"] = "task"
+        self._provider: PrefixProvider | None = None
+        self._attention: list[Any] = []
+        self._train_loader: tuple[int | None, ImageLoader] | None = None
+        self._test_loaders: dict[int, ImageLoader] = {}
+        self._frozen_features: dict[int, tuple[int, Tensor]] = {}
+
+    # --- what is learnt ---------------------------------------------------------------------------------------------
+
+    def sites(self) -> dict[str, Site]:
+        """Q, K and V of every block."""
+        if not self._sites:
+            raise UserError(f"backbone {self.backbone.name} has no qkv or q_proj/k_proj/v_proj Linear to adapt; choose a ViT")
+        return dict(self._sites)
+
+    def full_parameters(self) -> dict[str, nn.Parameter]:
+        """All weights of the backbone."""
+        return dict(self.model.named_parameters())
+
+    def adapted_parameters(self) -> int:
+        """Size of the backbone as loaded."""
+        return self._network_size
+
+    def begin_task(self, task: int | None, scope: Literal["task", "seen"] = "task") -> list[nn.Parameter]:
+        """Adds classifier rows for the task's classes, initialised as `nn.Linear` from (seed, task)."""
+        for index in range(len(self.tasks)) if task is None else [task]:
+            if index != len(self.heads):
+                raise RuntimeError(f"task {index} begun when {len(self.heads)} tasks were there")
+            head = nn.Linear(self.feature_dim, len(self.stream.tasks[index].outputs))
+            bound = 1 / math.sqrt(self.feature_dim)
+            generator = torch_generator(self.seed, "head", index)
+            with torch.no_grad():
+                head.weight.uniform_(-bound, bound, generator=generator)
+                head.bias.uniform_(-bound, bound, generator=generator)
+            self.heads.append(head.to(self.device))
+        self._current, self._scope = task, scope
+        every = task is None or scope == "seen"
+        for index, head in enumerate(self.heads):
+            head.requires_grad_(every or index == task)
+        return [p for p in self.heads.parameters() if p.requires_grad]
+
+    def stored_parameters(self) -> int:
+        """Classifier rows of all tasks begun."""
+        return sum(p.numel() for p in self.heads.parameters())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Classifier rows by task."""
+        return {f"heads.{k}": v for k, v in self.heads.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores classifier rows of tasks that were begun."""
+        self.heads.load_state_dict({k.removeprefix("heads."): v for k, v in state.items()})
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def _train_images(self, task: int | None) -> ImageSet:
+        if task is not None:
+            return self.stream.tasks[task].train
+        train = self.stream.data.train
+        position = np.empty(len(self.stream.class_order), dtype=np.int64)
+        position[list(self.stream.class_order)] = np.arange(len(self.stream.class_order))
+        return train.subset(np.arange(len(train)), position[train.labels])
+
+    def _loader(self, images: ImageSet) -> ImageLoader:
+        config = self.resolved.section("input", InputConfig)
+        return ImageLoader(images, self.view, workers=config.workers, cache_mib=config.cache_mib)
+
+    def _training_loader(self, task: int | None) -> ImageLoader:
+        if self._train_loader is None or self._train_loader[0] != task:
+            if self._train_loader is not None:
+                self._train_loader[1].close()
+            self._train_loader = (task, self._loader(self._train_images(task)))
+        return self._train_loader[1]
+
+    def steps_per_epoch(self, task: int | None) -> int:
+        """Batches in a pass over the task's training images."""
+        train = self.resolved.train
+        size, batch = len(self._train_images(task)), train.batch_size
+        steps = size // batch if train.drop_last else math.ceil(size / batch)
+        if steps == 0:
+            raise UserError(
+                f"train.batch_size={batch} with train.drop_last=true leaves no batch in a task of {size} images; lower it"
+            )
+        return steps
+
+    def batches(self, task: int | None, start_step: int) -> Iterator[Batch]:
+        """Augmented training batches from optimiser step `start_step` on."""
+        train = self.resolved.train
+        return self._training_loader(task).train_batches(
+            seed=self.seed,
+            task=-1 if task is None else task,
+            epochs=train.epochs,
+            batch_size=train.batch_size,
+            start_step=start_step,
+            drop_last=train.drop_last,
+        )
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Cross entropy over the current task's classes, or over all seen ones under scope "seen"."""
+        features = self._features(batch.images.to(self.device), training=True)
+        labels = batch.labels.to(self.device)
+        if self._current is None or self._scope == "seen":
+            return F.cross_entropy(self._logits(features), labels)
+        outputs = self.stream.tasks[self._current].outputs
+        logits = self.heads[self._current](features).float()
+        return F.cross_entropy(logits, labels - outputs.start)
+
+    def _logits(self, features: Tensor) -> Tensor:
+        weight = torch.cat([h.weight for h in self.heads])  # type: ignore[misc]
+        bias = torch.cat([h.bias for h in self.heads])  # type: ignore[misc]
+        return F.linear(features, weight, bias).float()
+
+    # --- forward passes ---------------------------------------------------------------------------------------------
+
+    def _plain_features(self, images: Tensor) -> Tensor:
+        model: Any = self.model
+        features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+        return features
+
+    def _features(self, images: Tensor, training: bool, query: Tensor | None = None) -> Tensor:
+        """Features (B, D) of images (B, 3, S, S); with a prefix provider the frozen pass gives its queries first."""
+        if self._provider is None:
+            return self._plain_features(images)
+        if query is None:
+            with torch.no_grad():
+                query = self._plain_features(images).float()
+        prefixes = self._provider(query, training)
+        try:
+            for block, prefix in prefixes.items():
+                self._attention[block].prefix = prefix
+            return self._plain_features(images)
+        finally:
+            for attention in self._attention:
+                attention.prefix = None
+
+    def set_prefix_provider(self, provider: PrefixProvider | None) -> None:
+        """Every later pass over images asks `provider` for the prefixes of its batch."""
+        self._attention = wrap_prefix_attention(self.model)
+        self._provider = provider
+
+    @torch.no_grad()
+    def predict(self, images: Tensor) -> Tensor:
+        """Logits (B, number of classes seen) of normalised images (B, 3, S, S). Takes no task id: there is none."""
+        return self._logits(self._features(images.to(self.device), training=False))
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self, seen: Sequence[int]) -> dict[str, Any]:
+        """Correct and total test images per seen task; all classes seen so far are candidates."""
+        correct, total = [], []
+        for task in seen:
+            predictions = torch.cat(list(self._predictions(task)))
+            labels = torch.from_numpy(self.stream.tasks[task].test.labels)
+            correct.append(int((predictions.cpu() == labels).sum()))
+            total.append(len(labels))
+        return {"correct": correct, "total": total}
+
+    def _predictions(self, task: int) -> Iterator[Tensor]:
+        size = self.resolved.section("eval", EvalConfig).batch_size
+        plain = self._test_features(task)
+        if self._provider is None:
+            yield from (self._logits(part).argmax(1) for part in plain.split(size))
+            return
+        queries = plain.split(size)
+        for batch, query in zip(self._test_loader(task).eval_batches(size), queries, strict=True):
+            yield self._logits(self._features(batch.images.to(self.device), training=False, query=query)).argmax(1)
+
+    def _test_loader(self, task: int) -> ImageLoader:
+        if task not in self._test_loaders:
+            self._test_loaders[task] = self._loader(self.stream.tasks[task].test)
+        return self._test_loaders[task]
+
+    def _test_features(self, task: int) -> Tensor:
+        """Features (n, D) float32 of a task's test images without prefixes; kept while no weight of the model changes.
+
+        So a frozen backbone's features and the prompt methods' queries cost one pass per run, not one per evaluation.
+        """
+        version = sum(p._version for p in self.model.parameters())
+        kept = self._frozen_features.get(task)
+        if kept is None or kept[0] != version:
+            size = self.resolved.section("eval", EvalConfig).batch_size
+            parts = [self._plain_features(b.images.to(self.device)).float() for b in self._test_loader(task).eval_batches(size)]
+            kept = (version, torch.cat(parts))
+            self._frozen_features[task] = kept
+        return kept[1]
+
+    # --- capability: features ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def training_features(self, task: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """(features (B, D) float32, output indices (B,)) of the task's training images, not augmented."""
+        for batch in self._training_loader(task).eval_batches(self.resolved.section("eval", EvalConfig).batch_size):
+            yield self._plain_features(batch.images.to(self.device)).float(), batch.labels.to(self.device)
+
+    def outputs(self, task: int) -> range:
+        """Output indices of the task's classes."""
+        return self.stream.tasks[task].outputs
+
+    def set_output_rows(self, task: int, weight: Tensor, bias: Tensor) -> None:
+        """Sets the classifier rows of the task: weight (n, D), bias (n,)."""
+        head = self.heads[task]
+        with torch.no_grad():
+            head.weight.copy_(weight)  # type: ignore[operator]
+            head.bias.copy_(bias)  # type: ignore[operator]
+
+    # --- provenance -------------------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """Data, split, order, weights and preprocessing."""
+        data = self.stream.data
+        order = json.dumps(self.stream.class_order)
+        return {
+            "data": data.name,
+            "split_name": data.split_name,
+            "split_hash": data.split_hash,
+            "class_order": list(self.stream.class_order),
+            "class_order_hash": hashlib.sha256(order.encode()).hexdigest()[:16],
+            "order_seed": self.order_seed,
+            "backbone": self.backbone.name,
+            "weights": self.backbone.weights,
+            "weights_sha256": self.backbone.weights_sha256,
+            "preprocess": dataclasses.asdict(self.view),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the record may want to know beyond the identity."""
+        data = self.stream.data
+        return {"skipped_images": list(data.skipped), "class_names": list(data.class_names), **data.facts}
+
+    def summary(self, row: Mapping[str, Any]) -> str:
+        """Mean accuracy over the tasks seen so far."""
+        shares = [100 * c / t for c, t in zip(row["correct"], row["total"], strict=True)]
+        return f"accuracy over {len(shares)} task{'s' * (len(shares) > 1)} so far {sum(shares) / len(shares):.1f} %"
+
+    def _make_view(self) -> View:
+        config = self.resolved.section("input", InputConfig)
+        mean, std = (self.backbone.mean, self.backbone.std) if config.preprocess == "backbone" else PREPROCESS[config.preprocess]
+        return View(
+            size=self.backbone.input_size,
+            resize=config.resize,
+            interpolation=config.interpolation,
+            mean=tuple(mean),
+            std=tuple(std),
+            augment=config.augment,
+        )
+
+    @torch.no_grad()
+    def _measure_features(self) -> int:
+        size = self.view.size
+        return int(self._plain_features(torch.zeros(1, 3, size, size, device=self.device)).shape[1])
+
+
+DOMAIN = Classification

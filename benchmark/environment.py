@@ -1,0 +1,102 @@
+"""What a run ran on: versions, commit, platform; and the choice of the device."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dualcl.benchmark.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+#: distributions whose version can change a result (Pillow: the bundled glyphs are drawn with it)
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "Pillow")
+_SOURCES = ("benchmark", "datasets", "methods", "results", "setup.cfg")
+
+
+def package_version(name: str) -> str | None:
+    """Installed version of a distribution, without importing it; None when it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(root: Path, *args: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *args],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@functools.lru_cache(maxsize=1)
+def source_state() -> tuple[str | None, bool | None]:
+    """(commit, whether the suite's own files differ from it) of the checkout this runs from; (None, None) without one."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists() or not (root / "setup.cfg").is_file():
+        return None, None
+    commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    if commit is None:
+        return None, None
+    changes = _git(root, "status", "--porcelain", "--", *_SOURCES)
+    return commit, None if changes is None else bool(changes)
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and platform for a record; no host name, no user name, no path."""
+    commit, dirty = source_state()
+    return {
+        "dualcl": package_version("dualcl"),
+        "commit": commit,
+        "dirty": dirty,
+        "python": platform.python_version(),
+        **{name.lower(): package_version(name) for name in PACKAGES},
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+    }
+
+
+def usable_cpus() -> int:
+    """CPU cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def available_devices() -> list[str]:
+    """Devices that torch can use here, best first; the last one is "cpu"."""
+    import torch
+
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return [*found, "cpu"]
+
+
+def pick_device(name: str) -> torch.device:
+    """The torch device called `name`; "auto" takes cuda, then mps, then cpu. UserError when unknown or not there."""
+    import torch
+
+    found = available_devices()
+    if name == "auto":
+        return torch.device(found[0].partition(":")[0])
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
+        raise UserError(f"unknown device {name!r}; {nearest(kind, ('auto', 'cpu', 'cuda', 'cuda:1', 'mps'), 'devices')}")
+    there = [d for d in found if d == name or d.partition(":")[0] == name]
+    if not there:
+        raise UserError(f"device {name!r} is not available here; use device=auto or one of: {', '.join(found)}")
+    return torch.device(name)

@@ -1,0 +1,26 @@
+"""The errors a user can cause or meet; the command line turns them into one line and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_FAILED = 1
+EXIT_USER = 2
+EXIT_INTERRUPTED = 130
+
+
+class UserError(Exception):
+    """Wrong input: names the culprit and the mend in one line. Exit code 2."""
+
+
+class RunFailed(Exception):
+    """A run that cannot go on (a NaN loss, say); everything recorded before stays. Exit code 1."""
+
+
+def nearest(word: str, known: Iterable[str], label: str = "known") -> str:
+    """A hint such as `did you mean 'clora'? (known: clora, lora, ...)` for an unknown word."""
+    names = sorted(known)
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
+    return f"{hint}({label}: {', '.join(names) or 'none'})"

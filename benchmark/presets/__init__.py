@@ -1,0 +1,1 @@
+"""Bundled presets: YAML files that override the code's defaults."""

@@ -1,0 +1,384 @@
+"""The one task loop. It knows neither ViT nor diffusion nor any method's name.
+
+begin -> fit -> end -> evaluate seen tasks -> record -> checkpoint. Every random number is a function of (seed, task,
+step or epoch, sample), so a killed run that is called again ends with the record of an undisturbed one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dualcl.benchmark.config import Resolved, TrainConfig, flatten
+from dualcl.benchmark.domain import Domain
+from dualcl.benchmark.domains import domain_class
+from dualcl.benchmark.environment import environment, pick_device
+from dualcl.benchmark.errors import RunFailed, UserError
+from dualcl.benchmark.memory import peak_mib, reset_peak
+from dualcl.benchmark.progress import Reporter
+from dualcl.benchmark.record import RunFolder, new_record, now
+from dualcl.benchmark.seeding import derive_seed
+from dualcl.methods import method_class
+
+if TYPE_CHECKING:
+    from dualcl.methods.base import Method, ParamGroup
+
+PARTIAL = "partial"
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or the GPU's type and product name."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+
+
+class NonFiniteLoss(UserError):
+    """A loss that is NaN or infinite: the run stops, earlier tasks are kept."""
+
+
+def lr_factor(train: TrainConfig, step: int, steps_per_epoch: int) -> float:
+    """Factor on every learning rate at optimiser step `step` of a task."""
+    if train.schedule == "constant":
+        return 1.0
+    if train.schedule == "coda":  # per epoch, as in the CODA-Prompt code
+        return math.cos(99 * math.pi * (step // steps_per_epoch) / (200 * max(train.epochs - 1, 1)))
+    return 0.5 * (1 + math.cos(math.pi * step / (train.epochs * steps_per_epoch)))
+
+
+def make_optimizer(train: TrainConfig, groups: list[ParamGroup], device: torch.device) -> torch.optim.Optimizer:
+    """The optimiser of one task."""
+    params = [
+        {"params": g.params, "lr": g.lr, "base_lr": g.lr, "weight_decay": g.weight_decay} for g in groups if g.params
+    ]
+    fused = device.type in ("cpu", "cuda")
+    if train.optimizer == "sgd":
+        return torch.optim.SGD(params, momentum=0.9, fused=fused)
+    kind = torch.optim.AdamW if train.optimizer == "adamw" else torch.optim.Adam
+    return kind(params, betas=(0.9, 0.999), fused=fused)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimiser's state as flat tensors."""
+    state = optimizer.state_dict()["state"]
+    return {f"optimizer.{i}.{k}": torch.as_tensor(v) for i, slots in state.items() for k, v in slots.items() if v is not None}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Restores `optimizer_tensors`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, slot = name.split(".", 2)
+            state.setdefault(int(index), {})[slot] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+class Run:
+    """One method on one stream with one seed, in one folder."""
+
+    def __init__(self, resolved: Resolved, folder: RunFolder, reporter: Reporter) -> None:
+        self.resolved = resolved
+        self.train = resolved.train
+        self.folder = folder
+        self.reporter = reporter
+        general = resolved.general
+        self.device = pick_device(general.device)
+        if general.threads is not None:
+            torch.set_num_threads(general.threads)
+        cls = method_class(resolved.method)
+        self.joint = cls.joint
+        torch.manual_seed(derive_seed(general.seed, "build"))
+        self.domain: Domain = domain_class(resolved.domain)(resolved, self.device)  # type: ignore[call-arg]
+        self.n_tasks = len(self.domain.tasks)
+        self.method: Method = cls(resolved.sections["method"], self.domain, self.n_tasks, general.seed)
+        self.method.to(self.device)
+        self.precision = general.precision
+
+    def autocast(self) -> torch.autocast:
+        """The precision of forward passes."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def begin(self, task: int) -> list[nn.Parameter]:
+        """Begins a task in domain and method; returns the domain's own parameters for the optimiser."""
+        shared = self.domain.begin_task(None if self.joint else task, self.method.output_scope)
+        with self.autocast():
+            self.method.begin_task(task)
+        return shared
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All state that outlives a step."""
+        out = {f"domain.{k}": v for k, v in self.domain.state_dict().items()}
+        out.update({f"method.{k}": v for k, v in self.method.state_dict().items()})
+        return out
+
+    def restore(self, tensors: dict[str, Tensor], finished: int) -> None:
+        """Restores `tensors` after the tasks it covers were begun."""
+        self.domain.load_state_dict(_part(tensors, "domain."))
+        self.method.load_state_dict(_part(tensors, "method."))
+        self.method.restored(finished)
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def execute(self, record: dict[str, Any]) -> dict[str, Any]:
+        """Runs what is left of the run and returns its record."""
+        stages = 1 if self.joint else self.n_tasks
+        first, partial = self._resume(record)
+        for task in range(first, stages):
+            self._stage(record, task, stages, partial if task == first else None)
+            partial = None
+        record.update(status="finished", error=None, finished=now())
+        self.folder.write_record(record)
+        return record
+
+    def _resume(self, record: dict[str, Any]) -> tuple[int, tuple[dict[str, Tensor], dict[str, Any]] | None]:
+        """Restores the newest checkpoint; returns the task to go on with and a mid-task checkpoint if there is one."""
+        done = self.folder.finished_tasks()
+        partial = self.folder.load_checkpoint(PARTIAL)
+        boundary = self.folder.load_checkpoint(f"task_{done[-1]}") if done else None
+        first = done[-1] + 1 if done else 0
+        if boundary is not None:
+            for key in ("tasks", "matrix", "measured"):
+                record[key] = boundary[1][key]
+            for task in range(first):
+                self.begin(task)
+            self.restore(boundary[0], first)
+        if partial is not None and partial[1]["task"] != first:
+            partial = None  # left over from a task that was finished since
+        if first or partial:
+            where = f"task {first + 1}" + (f", step {partial[1]['step']}" if partial else "")
+            self.reporter.note(f"resuming at {where}")
+        return first, partial
+
+    def _stage(
+        self, record: dict[str, Any], task: int, stages: int, partial: tuple[dict[str, Tensor], dict[str, Any]] | None
+    ) -> None:
+        key = None if self.joint else task
+        reset_peak(self.device)
+        started = time.perf_counter()
+        shared = self.begin(task)
+        groups = self.method.trained()
+        own = [p for g in groups for p in g.params]
+        trained = sum(p.numel() for p in {id(p): p for p in [*own, *shared]}.values())
+        steps, fit = 0, {"final_loss": None, "seconds": 0.0}
+        if self.method.takes_steps:
+            from dualcl.methods.base import ParamGroup
+
+            config = self.resolved.sections["method"]
+            groups = [*groups, ParamGroup("outputs", shared, config.head_lr)]
+            name = "all tasks" if self.joint else self.domain.tasks[task].name
+            steps = self.domain.steps_per_epoch(key) * self.train.epochs
+            self.reporter.begin_task(key, stages, name, steps)
+            fit = self._fit(task, groups, steps, partial)
+        else:
+            self.reporter.begin_task(key, stages, self.domain.tasks[task].name, 0)
+        with self.autocast():
+            self.method.end_task(task)
+        if not self.method.takes_steps:
+            trained = 0
+        train_seconds = float(fit["seconds"] or 0.0) + (0.0 if steps else time.perf_counter() - started)
+
+        started = time.perf_counter()
+        seen = range(self.n_tasks) if self.joint else range(task + 1)
+        with self.autocast():
+            row = self.domain.evaluate(seen)
+        record["matrix"]["rows"].append({"after_task": seen[-1], **row})
+        facts = {} if self.joint else self.domain.tasks[task].facts
+        record["tasks"].append(
+            {
+                "task": key,
+                "name": "all tasks" if self.joint else f"task {task + 1}",
+                **facts,
+                "steps": steps,
+                "final_loss": fit["final_loss"],
+                "parameters_trained": trained,
+                "parameters_stored": self.method.stored_parameters() + self.domain.stored_parameters(),
+                "diagnostics": self.method.diagnostics(),
+            }
+        )
+        eval_seconds = time.perf_counter() - started
+        measured = record["measured"]
+        measured["tasks"].append(
+            {"task": key, "train_seconds": train_seconds, "eval_seconds": eval_seconds, "peak_mib": peak_mib(self.device)}
+        )
+        measured["wall_seconds"] = sum(t["train_seconds"] + t["eval_seconds"] for t in measured["tasks"])
+        self.folder.save_checkpoint(
+            f"task_{task}", self.tensors(), {k: record[k] for k in ("tasks", "matrix", "measured")}
+        )
+        self.folder.write_record(record)
+        self.folder.drop_checkpoint(PARTIAL)
+        for older in self.folder.finished_tasks()[:-1]:
+            self.folder.drop_checkpoint(f"task_{older}")
+        self.reporter.end_task(self.domain.summary(row))
+
+    def _fit(
+        self,
+        task: int,
+        groups: list[ParamGroup],
+        steps: int,
+        partial: tuple[dict[str, Tensor], dict[str, Any]] | None,
+    ) -> dict[str, Any]:
+        """Takes the optimiser steps of one task from its start or from a mid-task checkpoint."""
+        key = None if self.joint else task
+        params = [p for g in groups for p in g.params]
+        for p in params:
+            p.grad = None
+        optimizer = make_optimizer(self.train, groups, self.device) if params else None
+        start, loss_sum, loss_count, seconds = 0, 0.0, 0, 0.0
+        if partial is not None:
+            tensors, state = partial
+            self.restore(tensors, task)
+            if optimizer is not None:
+                load_optimizer(optimizer, tensors)
+            start, loss_sum, loss_count = state["step"], state["loss_sum"], state["loss_count"]
+            seconds = state["seconds"]
+        per_epoch = steps // self.train.epochs
+        self.folder.open_log(task, start)
+        began = saved = time.perf_counter()
+        for step, batch in enumerate(self.domain.batches(key, start), start=start):
+            torch.manual_seed(derive_seed(self.resolved.general.seed, "step", task, step))
+            if step % per_epoch == 0:
+                loss_sum, loss_count = 0.0, 0
+            with self.autocast():
+                task_loss = self.domain.loss(batch)
+            penalty = self.method.penalty()
+            loss = task_loss if penalty is None else task_loss + penalty
+            value = loss.item()
+            if not math.isfinite(value):
+                raise NonFiniteLoss(
+                    f"the loss is {value} at task {task + 1}, step {step}; earlier tasks are kept in {self.folder.path}. "
+                    "Lower method.lr, method.head_lr or the penalty's weight, or set train.grad_clip"
+                )
+            if optimizer is not None:
+                factor = lr_factor(self.train, step, per_epoch)
+                for group in optimizer.param_groups:
+                    group["lr"] = group["base_lr"] * factor
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                if self.train.grad_clip is not None:
+                    nn.utils.clip_grad_norm_(params, self.train.grad_clip)
+                optimizer.step()
+                if step % self.train.log_every == 0:
+                    self.folder.log(
+                        task=task,
+                        step=step,
+                        epoch=step // per_epoch,
+                        loss=value,
+                        penalty=0.0 if penalty is None else penalty.item(),
+                        lr_factor=factor,
+                    )
+            loss_sum, loss_count = loss_sum + value, loss_count + 1
+            self.reporter.step(step + 1, value)
+            if time.perf_counter() - saved >= self.train.checkpoint_seconds and step + 1 < steps:
+                extra = {} if optimizer is None else optimizer_tensors(optimizer)
+                self.folder.save_checkpoint(
+                    PARTIAL,
+                    {**self.tensors(), **extra},
+                    {
+                        "task": task,
+                        "step": step + 1,
+                        "loss_sum": loss_sum,
+                        "loss_count": loss_count,
+                        "seconds": seconds + time.perf_counter() - began,
+                    },
+                )
+                saved = time.perf_counter()
+        return {
+            "final_loss": loss_sum / loss_count if loss_count else None,
+            "seconds": seconds + time.perf_counter() - began,
+        }
+
+
+def _check_config(record: dict[str, Any], resolved: Resolved, path: Path) -> None:
+    """A folder made with another configuration is refused, with the keys that differ."""
+    old = {k: v for k, v in flatten(record["config"]).items() if k not in resolved.volatile}
+    new = resolved.flat(volatile=False)
+    differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    if differ:
+        shown = ", ".join(f"{k} (there {old.get(k)!r}, now {new.get(k)!r})" for k in differ[:4])
+        more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
+        raise UserError(f"{path} holds a run with another configuration: {shown}{more}; choose another --out")
+
+
+def run(resolved: Resolved, out: str | Path, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Runs, or resumes, one method on one stream; returns the record.
+
+    A finished run returns at once. Raises UserError for the user's mistakes (a NaN loss included) and RunFailed for
+    anything else that stops a run; what was recorded before stays, and the record says why.
+    """
+    reporter = reporter or Reporter(quiet=True)
+    path = Path(out)
+    cls = method_class(resolved.method)
+    lacking = [c for c in cls.requires if c not in domain_class(resolved.domain).capabilities]
+    if lacking:
+        raise UserError(f"method {resolved.method} needs {', '.join(lacking)}, which the domain {resolved.domain} does not offer")
+    folder = RunFolder(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; --out must be a folder")
+    with folder.locked():
+        old = folder.read_record()
+        if old is not None:
+            _check_config(old, resolved, path)
+            if old["status"] == "finished":
+                reporter.note(f"{path} is finished already")
+                return old
+        work = Run(resolved, folder, reporter)
+        general = resolved.general
+        record = new_record(
+            {
+                "preset": resolved.preset,
+                "domain": resolved.domain,
+                "method": resolved.method,
+                "label": resolved.method,
+                "seed": general.seed,
+                "n_tasks": work.n_tasks,
+                "joint": work.joint,
+            },
+            resolved.tree(),
+            config_hash=resolved.hash(),
+            sources=resolved.sources,
+            identity={
+                **work.domain.identity(),
+                "epochs": resolved.train.epochs,
+                "batch_size": resolved.train.batch_size,
+                "precision": general.precision,
+            },
+            network={"parameters": work.domain.adapted_parameters(), **work.domain.facts()},
+            environment={**environment(), "device": device_name(work.device), "threads": torch.get_num_threads()},
+        )
+        if old is not None:
+            changed = [k for k, v in record["identity"].items() if old["identity"].get(k) != v]
+            if changed:
+                raise UserError(
+                    f"{path} was begun with another {', '.join(changed)}: the data or weights behind the same configuration "
+                    "have changed; choose another --out"
+                )
+            record["created"] = old["created"]
+        else:
+            folder.write_config(resolved.tree())
+            folder.write_record(record)
+        try:
+            return work.execute(record)
+        except KeyboardInterrupt:
+            folder.write_record({**record, "status": "interrupted"})
+            raise
+        except UserError as error:
+            folder.write_record({**record, "status": "failed", "error": str(error)})
+            raise
+        except OSError:
+            raise  # a full or vanished disk: nothing more can be written, what is there is complete
+        except Exception as error:
+            line = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            folder.write_record({**record, "status": "failed", "error": line})
+            (path / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
+            raise RunFailed(f"{resolved.method}, seed {general.seed}: {line} (details in {path / 'traceback.txt'})") from error

@@ -1,0 +1,247 @@
+"""Any timm vision transformer as a frozen backbone: weights, adaptation sites, prefixes for its attention blocks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dualcl.benchmark.compat  # noqa: F401 - before timm
+import timm
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
+from timm.layers import apply_rot_embed_cat
+
+from dualcl.benchmark.domain import Site
+from dualcl.benchmark.errors import UserError, nearest
+
+BUNDLED_DIR = Path(__file__).parent / "backbones"
+
+
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which pretrained ViT."""
+
+    name: str = field(default="glyph-vit", metadata={"help": "a bundled backbone or a timm name with its full tag"})
+    pretrained: bool = field(default=True, metadata={"help": "load the tag's weights from the hub or its local cache"})
+    weights: str | None = field(default=None, metadata={"help": "a local safetensors file instead"})
+    kwargs: dict[str, Any] = field(default_factory=dict, metadata={"help": "timm arguments: img_size, patch_size, ..."})
+
+
+@dataclass(frozen=True)
+class BackboneInfo:
+    """What a record must say of the weights."""
+
+    name: str
+    weights: str
+    weights_sha256: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    input_size: int
+    crop_pct: float
+    interpolation: str
+
+
+def bundled_backbones() -> dict[str, Path]:
+    """Bundled backbones: name -> json description beside the weights."""
+    return {p.stem.replace("_", "-"): p for p in sorted(BUNDLED_DIR.glob("*.json"))}
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}\t{tensor.dtype}\t{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_safetensors(path: str | Path, key: str = "backbone.weights") -> dict[str, Tensor]:
+    """All tensors of a safetensors file; UserError that names the file when it is missing, truncated or another format."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{key}: {file} does not exist")
+    if file.suffix in (".pth", ".pt", ".bin", ".ckpt", ".tar"):
+        raise UserError(f"{key}: {file} is a pickle file, which is never loaded; convert it to .safetensors first")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{key}: {file} is no valid safetensors file (truncated?): {error}") from None
+
+
+def _load_into(model: nn.Module, state: dict[str, Tensor], file: str) -> None:
+    """Loads weights strictly, classifier aside."""
+    own = model.state_dict()
+    extra = sorted(k for k in state if k not in own and not k.startswith(("head.", "head_dist.", "fc.")))
+    missing = sorted(k for k in own if k not in state)
+    if extra or missing:
+        what = [f"lacks {missing[0]} (and {len(missing) - 1} more)"] if missing else []
+        what += [f"has {extra[0]} (and {len(extra) - 1} more), which the model lacks"] if extra else []
+        raise UserError(f"backbone.weights: {file} {'; '.join(what)}; check backbone.name and backbone.kwargs")
+    for name, tensor in own.items():
+        if state[name].shape != tensor.shape:
+            raise UserError(
+                f"backbone.weights: {file} holds {name} of shape {tuple(state[name].shape)}, the model wants "
+                f"{tuple(tensor.shape)}; check backbone.kwargs (img_size, patch_size)"
+            )
+    model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items() if k in own})
+
+
+def load_backbone(config: BackboneConfig) -> tuple[nn.Module, BackboneInfo]:
+    """The timm model without classifier, frozen and in evaluation mode, and what is known of its weights."""
+    kwargs = dict(config.kwargs)
+    reserved = {"pretrained", "num_classes", "checkpoint_path"} & set(kwargs)
+    if reserved:
+        raise UserError(f"backbone.kwargs.{min(reserved)} is set by the suite itself; leave it out")
+    timm_name, pretrained, file = config.name, config.pretrained and config.weights is None, config.weights
+    described: dict[str, Any] = {}
+    bundled = bundled_backbones()
+    if config.name in bundled:
+        described = json.loads(bundled[config.name].read_text(encoding="utf-8"))
+        timm_name, kwargs, pretrained = described["timm_name"], {**described["kwargs"], **kwargs}, False
+        if file is None and config.pretrained:
+            file = str(bundled[config.name].with_suffix(".safetensors"))
+    elif not timm.is_model(timm_name):
+        known = [*bundled, *timm.list_models("*vit*"), *timm.list_models("*vit*", pretrained=True)]
+        raise UserError(f"unknown backbone.name {timm_name!r}; {nearest(timm_name, known).split(' (')[0]}"
+                        " (see `dualcl list backbones` and timm.list_models())")
+    try:
+        model = timm.create_model(timm_name, pretrained=pretrained, num_classes=0, **kwargs)
+    except TypeError as error:
+        raise UserError(f"backbone.kwargs does not fit {timm_name}: {error}") from None
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        if pretrained:
+            raise UserError(
+                f"cannot get the weights of {timm_name} ({str(error).splitlines()[0][:160]}); give backbone.weights=FILE.safetensors, "
+                "or run once with a network to fill the cache"
+            ) from None
+        raise UserError(f"backbone {timm_name} cannot be built with {kwargs}: {str(error).splitlines()[0]}") from None
+    if not hasattr(model, "blocks"):
+        raise UserError(f"backbone {timm_name} has no transformer blocks; choose a ViT")
+    source = f"timm:{timm_name}" if pretrained else "random"
+    if file is not None:
+        _load_into(model, read_safetensors(file), file)
+        source = Path(file).name
+    cfg = resolve_model_data_config(model)
+    mean, std = cfg["mean"], cfg["std"]
+    if described:
+        mean, std = described["mean"], described["std"]
+    elif file is not None:
+        # the tag's data config describes the tag's weights, not the ones in this file
+        mean, std = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    for module in model.modules():
+        if hasattr(module, "qkv_bias_separate"):
+            # EVA and BEiT else read qkv.weight without calling the Linear, which would bypass an adapter on it
+            module.qkv_bias_separate = True
+    model.requires_grad_(False)
+    model.eval()
+    size = model.patch_embed.img_size[0] if getattr(model.patch_embed, "img_size", None) else cfg["input_size"][-1]
+    info = BackboneInfo(
+        name=config.name,
+        weights=source,
+        weights_sha256=state_hash(model.state_dict()),
+        mean=tuple(float(m) for m in mean),
+        std=tuple(float(s) for s in std),
+        input_size=int(size),
+        crop_pct=float(cfg["crop_pct"]),
+        interpolation=str(cfg["interpolation"]),
+    )
+    return model, info
+
+
+def attention_sites(model: nn.Module) -> dict[str, Site]:
+    """The Q, K and V projections of every block, fused (timm's `qkv`) or split (`q_proj`, `k_proj`, `v_proj`)."""
+    sites: dict[str, Site] = {}
+    for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        attn = getattr(block, "attn", None)
+        fused = getattr(attn, "qkv", None)
+        if isinstance(fused, nn.Linear):
+            if fused.out_features % 3:
+                raise UserError(f"blocks.{i}.attn.qkv has {fused.out_features} rows, which are not three equal projections")
+            d = fused.out_features // 3
+            for n, part in enumerate("qkv"):
+                site = Site(f"blocks.{i}.attn.{part}", f"blocks.{i}.attn.qkv", fused, n * d, (n + 1) * d)
+                sites[site.name] = site
+            continue
+        for part in "qkv":
+            linear = getattr(attn, f"{part}_proj", None)
+            if isinstance(linear, nn.Linear):
+                name = f"blocks.{i}.attn.{part}"
+                sites[name] = Site(name, f"{name}_proj", linear, 0, linear.out_features)
+    return sites
+
+
+class PrefixAttention(nn.Module):
+    """A timm attention module that also attends to extra keys and values (prefix tuning).
+
+    With no prefix set it calls the wrapped module as it is. Serves timm's Attention and EvaAttention / AttentionRope.
+    """
+
+    def __init__(self, attn: nn.Module, block: int) -> None:
+        super().__init__()
+        self.attn = attn
+        self.prefix: tuple[Tensor, Tensor] | None = None
+        split = isinstance(getattr(attn, "q_proj", None), nn.Linear)
+        fused = isinstance(getattr(attn, "qkv", None), nn.Linear)
+        known = all(hasattr(attn, n) for n in ("num_heads", "head_dim", "q_norm", "k_norm", "proj", "proj_drop"))
+        if not known or split == fused:
+            raise UserError(f"blocks.{block}.attn is a {type(attn).__name__}, which takes no prefixes; prompts need another ViT")
+
+    def _heads(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        return x.reshape(b, n, -1, int(self.attn.head_dim)).transpose(1, 2)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (B, N, D) -> (B, N, D)."""
+        attn: Any = self.attn
+        if self.prefix is None:
+            return attn(x, *args, **kwargs)  # type: ignore[no-any-return]
+        rope = kwargs.pop("rope", args[0] if args else None) if hasattr(attn, "num_prefix_tokens") else None
+        if any(v is not None and v is not False for v in kwargs.values()):
+            raise UserError(f"attention arguments {sorted(kwargs)} cannot be combined with prefixes")
+        b, n, _ = x.shape
+        gate = attn.gate(x).sigmoid() if getattr(attn, "gate", None) is not None else None
+        if attn.qkv is not None:
+            qkv = attn.qkv(x)
+            if getattr(attn, "q_bias", None) is not None:
+                qkv = qkv + torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
+            q, k, v = (self._heads(part) for part in qkv.chunk(3, dim=-1))
+        else:
+            q, k, v = (self._heads(proj(x)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k = attn.q_norm(q), attn.k_norm(k)
+        if rope is not None:
+            skip, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
+            q, k = (
+                torch.cat([t[:, :, :skip], apply_rot_embed_cat(t[:, :, skip:], rope, half=half)], dim=2).type_as(v)
+                for t in (q, k)
+            )
+        keys, values = self.prefix
+        k = torch.cat([self._heads(keys.to(k.dtype)), k], dim=2)
+        v = torch.cat([self._heads(values.to(v.dtype)), v], dim=2)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, -1)
+        if getattr(attn, "norm", None) is not None:
+            x = attn.norm(x)
+        if gate is not None:
+            x = x * gate
+        return attn.proj_drop(attn.proj(x))  # type: ignore[no-any-return]
+
+
+def wrap_prefix_attention(model: nn.Module) -> list[PrefixAttention]:
+    """Wraps the attention of every block (once) and returns the wrappers in block order."""
+    wrapped = []
+    for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
+        if not isinstance(getattr(block, "attn", None), (PrefixAttention, nn.Module)):
+            raise UserError(f"blocks.{i} ({type(block).__name__}) has no attention that takes prefixes; prompts need another ViT")
+        if not isinstance(block.attn, PrefixAttention):
+            block.attn = PrefixAttention(block.attn, i)
+        wrapped.append(block.attn)
+    return wrapped

@@ -1,0 +1,57 @@
+"""One file per data set family; a data set registers itself with `@register_dataset` in its own file.
+
+As with methods, the index is read from the files' text: nothing is imported to list what there is.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dualcl.benchmark.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """What a data set says of itself, known without importing it."""
+
+    name: str
+    domain: str
+    summary: str
+    module: str
+    class_name: str
+    needs_prepare: bool = False
+
+
+@functools.lru_cache(maxsize=1)
+def available_datasets() -> dict[str, DatasetInfo]:
+    """All registered data sets by name."""
+    found: dict[str, DatasetInfo] = {}
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+        for node in tree.body:
+            if not isinstance(node, ast.ClassDef):
+                continue
+            for decorator in node.decorator_list:
+                if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "register_dataset":
+                    name = ast.literal_eval(decorator.args[0])
+                    given = {k.arg: ast.literal_eval(k.value) for k in decorator.keywords if k.arg}
+                    if name in found:
+                        raise ValueError(f"data set {name!r} is registered in {found[name].module} and {path.stem}")
+                    found[name] = DatasetInfo(
+                        name=name, module=f"{__name__}.{path.stem}", class_name=node.name, **given
+                    )
+    return found
+
+
+def dataset_class(name: str, domain: str | None = None) -> Any:
+    """The data set class called `name` (`.Config`, `.load(config)`, `.prepare(...)`); UserError when unknown."""
+    known = {n: i for n, i in available_datasets().items() if domain is None or i.domain == domain}
+    if name not in known:
+        raise UserError(f"unknown data set data.name={name!r}; {nearest(name, known, 'data sets')}")
+    info = known[name]
+    return getattr(importlib.import_module(info.module), info.class_name)

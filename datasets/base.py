@@ -1,0 +1,159 @@
+"""What a data set hands to the benchmark: labelled images, and a stream of tasks made from them. No model code."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.seeding import numpy_generator
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images, decoded one at a time.
+
+    `ids` are stable names (a path below the root, an index in an archive), `labels` int64 class positions, and
+    `load(i)` returns image i as an upright RGB PIL image. `fingerprint` changes when any image may have changed.
+    """
+
+    ids: tuple[str, ...]
+    labels: np.ndarray
+    load: Callable[[int], Image.Image]
+    fingerprint: str
+
+    def __post_init__(self) -> None:
+        if len(self.ids) != len(self.labels):
+            raise ValueError(f"{len(self.ids)} ids but {len(self.labels)} labels")
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def subset(self, indices: Sequence[int] | np.ndarray, labels: np.ndarray | None = None) -> ImageSet:
+        """The images at `indices`, relabelled with `labels` when given."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        load = self.load
+        return ImageSet(
+            ids=tuple(self.ids[i] for i in chosen),
+            labels=self.labels[chosen] if labels is None else np.asarray(labels, dtype=np.int64),
+            load=_Subset(load, chosen),
+            fingerprint=hashlib.sha256(self.fingerprint.encode() + chosen.tobytes()).hexdigest()[:16],
+        )
+
+
+@dataclass(frozen=True)
+class _Subset:
+    """Picklable index shift, so that loader workers can be spawned as well as forked."""
+
+    load: Callable[[int], Image.Image]
+    indices: np.ndarray
+
+    def __call__(self, i: int) -> Image.Image:
+        return self.load(int(self.indices[i]))
+
+
+@dataclass(frozen=True)
+class ClassData:
+    """A classification data set before it is cut into tasks. Labels are 0..C-1 in natural order."""
+
+    name: str
+    class_names: tuple[str, ...]
+    train: ImageSet
+    test: ImageSet
+    split_name: str
+    split_hash: str
+    #: ids of images left out because they could not be read (data.on_bad_image=skip)
+    skipped: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClassTask:
+    """One task of a class-incremental stream; labels are positions in the stream (0 for the first class of task 0)."""
+
+    index: int
+    classes: tuple[int, ...]
+    names: tuple[str, ...]
+    outputs: range
+    train: ImageSet
+    test: ImageSet
+
+
+@dataclass(frozen=True)
+class ClassStream:
+    """Ordered tasks, nothing else."""
+
+    data: ClassData
+    class_order: tuple[int, ...]
+    tasks: tuple[ClassTask, ...]
+
+
+def split_hash(train_ids: Sequence[str], train_labels: Sequence[int], test_ids: Sequence[str], test_labels: Sequence[int]) -> str:
+    """sha256 (16 hex digits) over the sorted (part, class, id) triples: equal exactly when the split is equal."""
+    digest = hashlib.sha256()
+    for part, ids, labels in (("train", train_ids, train_labels), ("test", test_ids, test_labels)):
+        for name, label in sorted(zip(ids, labels, strict=True)):
+            digest.update(f"{part}\t{int(label)}\t{name}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def make_class_order(n_classes: int, order: str | Sequence[int], seed: int) -> tuple[int, ...]:
+    """The order in which classes are learnt.
+
+    `order`: "natural"; "shuffle" (a permutation from `seed`); "coda" (CODA-Prompt: natural for seed 0, else
+    `random.seed(seed); random.shuffle`); or an explicit permutation of all classes. Raises UserError for anything else.
+    """
+    if isinstance(order, str):
+        classes = list(range(n_classes))
+        if order == "natural" or (order == "coda" and seed == 0):
+            return tuple(classes)
+        if order == "shuffle":
+            return tuple(int(c) for c in numpy_generator(seed, "class-order").permutation(n_classes))
+        if order == "coda":
+            random.Random(seed).shuffle(classes)
+            return tuple(classes)
+        raise UserError(f"stream.class_order must be natural, shuffle, coda or a list of classes, got {order!r}")
+    given = [int(c) for c in order]
+    twice = sorted({c for c in given if given.count(c) > 1})
+    if twice:
+        raise UserError(f"stream.class_order names {twice[0]} twice; it must name every class 0..{n_classes - 1} once")
+    if sorted(given) != list(range(n_classes)):
+        wrong = sorted(set(given) ^ set(range(n_classes)))
+        raise UserError(f"stream.class_order must name every class 0..{n_classes - 1} once; look at {wrong[:5]}")
+    return tuple(given)
+
+
+def make_class_stream(data: ClassData, tasks: int, order: str | Sequence[int] = "shuffle", seed: int = 0) -> ClassStream:
+    """Cuts `data` into `tasks` tasks with disjoint classes; when C is no multiple, the first tasks get one class more."""
+    n_classes = len(data.class_names)
+    if tasks < 1:
+        raise UserError(f"stream.tasks must be at least 1, got {tasks}")
+    if tasks > n_classes:
+        raise UserError(f"stream.tasks is {tasks} but {data.name} has only {n_classes} classes; give at most {n_classes}")
+    class_order = make_class_order(n_classes, order, seed)
+    position = np.empty(n_classes, dtype=np.int64)
+    position[list(class_order)] = np.arange(n_classes)
+    out, first = [], 0
+    for index, chunk in enumerate(np.array_split(np.asarray(class_order), tasks)):
+        sets = []
+        for images in (data.train, data.test):
+            chosen = np.flatnonzero(np.isin(images.labels, chunk))
+            sets.append(images.subset(chosen, position[images.labels[chosen]]))
+        out.append(
+            ClassTask(
+                index=index,
+                classes=tuple(int(c) for c in chunk),
+                names=tuple(data.class_names[c] for c in chunk),
+                outputs=range(first, first + len(chunk)),
+                train=sets[0],
+                test=sets[1],
+            )
+        )
+        first += len(chunk)
+    return ClassStream(data, class_order, tuple(out))

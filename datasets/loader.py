@@ -1,0 +1,365 @@
+"""From an ImageSet to batches of tensors: decoding, views, augmentation; resumable at any step."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Literal, TypeVar, cast, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.seeding import numpy_generator
+from dualcl.datasets.base import ImageSet
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Augment = Literal["none", "flip", "crop_flip"]
+
+RESAMPLING = {
+    "nearest": Image.Resampling.NEAREST,
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+#: longer : shorter side beyond which an image is cropped before it is resized, so that a 1 x 20000 strip stays small
+MAX_ASPECT = 16
+MAX_AUTO_WORKERS = 8
+
+
+@dataclass(frozen=True)
+class View:
+    """How an image becomes a tensor of shape (3, size, size).
+
+    Evaluation: the shorter side is resized to `resize` (None: to `size`), then the centre is cropped. `augment` is for
+    training only: "flip" mirrors half of the evaluation views, "crop_flip" is torchvision's RandomResizedCrop of the
+    full image, then a mirror image for half of them. `mean` and `std` are in units of pixels in [0, 1].
+    Raises UserError naming the field below `input.`.
+    """
+
+    size: int
+    resize: int | None = None
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+    augment: Augment = "none"
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UserError(f"the input size must be at least 1, got {self.size}")
+        if self.resize is not None and self.resize < self.size:
+            raise UserError(f"input.resize must be at least the input size ({self.size}), got {self.resize}")
+        if self.interpolation not in RESAMPLING:
+            raise UserError(
+                f"unknown input.interpolation {self.interpolation!r}; {nearest(self.interpolation, RESAMPLING)}"
+            )
+        if self.augment not in get_args(Augment):
+            raise UserError(f"unknown input.augment {self.augment!r}; {nearest(self.augment, get_args(Augment))}")
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != 3:
+                raise UserError(f"input.{name} must be 3 numbers (red, green, blue), got {getattr(self, name)}")
+        if min(self.std) <= 0:
+            raise UserError(f"input.std must be positive, got {self.std}")
+        if not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
+            raise UserError(
+                f"input.crop_scale must be (least, most) with 0 < least <= most <= 1, got {self.crop_scale}"
+            )
+        if not (len(self.crop_ratio) == 2 and 0 < self.crop_ratio[0] <= self.crop_ratio[1]):
+            raise UserError(f"input.crop_ratio must be (least, most) with 0 < least <= most, got {self.crop_ratio}")
+
+
+@dataclass
+class Batch:
+    """Images ready for a model.
+
+    `images` float32 (B, 3, S, S), normalised; `labels` int64 (B,); `indices` int64 (B,), positions in the ImageSet;
+    `flipped` bool (B,), which images were mirrored.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor
+    flipped: Tensor
+
+
+def decode_image(source: str | Path | IO[bytes]) -> Image.Image:
+    """The whole image, upright (EXIF) and RGB, transparency over white; the first frame of an animation.
+
+    Any bit depth up to 16 is scaled to 8. Raises OSError or another error of Pillow when the file is damaged,
+    truncated, no image, or has pixels without a defined range (floating point).
+    """
+    with Image.open(source) as opened:
+        opened.load()
+        try:
+            image = ImageOps.exif_transpose(opened)
+        except Exception:  # a damaged EXIF block (many error types) says nothing of the pixels, which are there
+            image = opened
+        if image.mode == "I" or image.mode.startswith("I;16"):
+            values = np.asarray(image)
+            if values.size and (values.min() < 0 or values.max() > 65535):
+                raise OSError("its pixels need more than 16 bits; save it with 8 or 16 bits per channel")
+            return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+        if image.mode == "F":
+            raise OSError("its pixels are floating-point numbers; save it with 8 or 16 bits per channel")
+        if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+            if image.mode == "La":
+                image = image.convert("LA")
+            image = image.convert("RGBA")
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            return Image.alpha_composite(white, image).convert("RGB")
+        # convert() copies even when the mode is right: the result outlives the file
+        return image.convert("RGB")
+
+
+def evaluation_view(image: Image.Image, view: View) -> Image.Image:
+    """Shorter side to `view.resize` (or `view.size`), then the centre; equal to torchvision's Resize + CenterCrop."""
+    width, height = image.size
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        image = _centre(image, *(min(side, MAX_ASPECT * min(width, height)) for side in (width, height)))
+        width, height = image.size
+    shorter = view.resize or view.size
+    longer = int(shorter * max(width, height) / min(width, height))
+    target = (shorter, longer) if width <= height else (longer, shorter)
+    if image.size != target:
+        image = image.resize(target, RESAMPLING[view.interpolation])
+    return _centre(image, view.size, view.size)
+
+
+def _centre(image: Image.Image, width: int, height: int) -> Image.Image:
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    return image.crop((left, top, left + width, top + height))
+
+
+def random_resized_crop(image: Image.Image, view: View, rng: np.random.Generator) -> Image.Image:
+    """A crop of random area and aspect ratio resized to (size, size), as torchvision's RandomResizedCrop draws it."""
+    width, height = image.size
+    for _ in range(10):
+        area = width * height * rng.uniform(*view.crop_scale)
+        ratio = math.exp(rng.uniform(math.log(view.crop_ratio[0]), math.log(view.crop_ratio[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(0, width - w + 1)), int(rng.integers(0, height - h + 1))
+            break
+    else:
+        ratio = min(max(width / height, view.crop_ratio[0]), view.crop_ratio[1])
+        w, h = min(width, max(1, round(height * ratio))), min(height, max(1, round(width / ratio)))
+        left, top = (width - w) // 2, (height - h) // 2
+    crop = image.crop((left, top, left + w, top + h))
+    return crop.resize((view.size, view.size), RESAMPLING[view.interpolation])
+
+
+#: (training pass, index): which crop of which image; no pass means the evaluation view
+_Key = tuple["_Pass | None", int]
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One pass over a task's data: with a sample's index, all that its randomness depends on."""
+
+    seed: int
+    task: int
+    epoch: int
+
+    def generator(self, purpose: str, *key: int) -> np.random.Generator:
+        return numpy_generator(self.seed, purpose, self.task, self.epoch, *key)
+
+
+def in_threads(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
+    """`work` of each item, in order, from threads: Pillow gives up the GIL while it decodes and resizes.
+
+    An error or an interrupt drops what has not begun, instead of finishing it first.
+    """
+    pool = ThreadPoolExecutor(max(1, workers))
+    try:
+        yield from pool.map(work, items)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _Views(Dataset[Any]):
+    """Decodes whole batches in the loader workers; arrays go back by pipe, as /dev/shm is tiny in many containers."""
+
+    def __init__(self, images: ImageSet, view: View) -> None:
+        self.images = images
+        self.view = view
+
+    def view_of(self, key: _Key) -> np.ndarray:
+        """Pixels uint8 (3, S, S) of one sample."""
+        the_pass, index = key
+        image = self.images.load(index)
+        if the_pass is None:
+            image = evaluation_view(image, self.view)
+        else:
+            image = random_resized_crop(image, self.view, the_pass.generator("crop", index))
+        return np.asarray(image).transpose(2, 0, 1)
+
+    def __getitems__(self, keys: list[_Key]) -> np.ndarray | UserError:
+        # handed back, not raised: a DataLoader would wrap the one-line message in the worker's traceback
+        try:
+            return np.stack([self.view_of(key) for key in keys])
+        except UserError as error:
+            return error
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+class ImageLoader:
+    """Batches of an ImageSet, for training and for evaluation.
+
+    When the whole set fits in `cache_mib` at evaluation size it is decoded once, in threads, and evaluation and
+    training batches (unless `crop_flip`) are cut from that array. Otherwise `workers` processes decode each batch anew.
+    What is in a batch depends on neither. `close` frees the array.
+    """
+
+    def __init__(
+        self, images: ImageSet, view: View, *, workers: int | Literal["auto"] = "auto", cache_mib: int = 1024
+    ) -> None:
+        if workers != "auto" and workers < 0:
+            raise UserError(f"input.workers must be auto or at least 0, got {workers}")
+        if cache_mib < 0:
+            raise UserError(f"input.cache_mib must not be negative, got {cache_mib}")
+        self.images = images
+        self.view = view
+        self.workers = min(cpus(), MAX_AUTO_WORKERS) if workers == "auto" else workers
+        self.cached = len(images) * 3 * view.size**2 <= cache_mib * 2**20
+        self._labels = torch.from_numpy(np.asarray(images.labels, dtype=np.int64))
+        self._views = _Views(images, view)
+        self._decoded: Tensor | None = None
+        self._mean = torch.tensor(view.mean, dtype=torch.float32).view(3, 1, 1)
+        self._std = torch.tensor(view.std, dtype=torch.float32).view(3, 1, 1)
+
+    def steps_per_epoch(self, batch_size: int, drop_last: bool = False) -> int:
+        """Batches in one pass; UserError when `drop_last` would leave none."""
+        if batch_size < 1:
+            raise UserError(f"the batch size must be at least 1, got {batch_size}")
+        full, rest = divmod(len(self.images), batch_size)
+        if drop_last and full == 0:
+            raise UserError(
+                f"the batch size {batch_size} is more than the {len(self.images)} training images of a task, and "
+                "short batches are dropped: lower the batch size, or keep the last short batch"
+            )
+        return full + (rest > 0 and not drop_last)
+
+    def train_batches(
+        self,
+        *,
+        seed: int,
+        task: int,
+        epochs: int,
+        batch_size: int,
+        start_step: int = 0,
+        drop_last: bool = False,
+    ) -> Iterator[Batch]:
+        """Batches from optimiser step `start_step` to the end of the last epoch.
+
+        Order, crops and mirror images are functions of (seed, task, epoch, sample): batches from step k on equal
+        batches k, k + 1, ... of an undisturbed pass bit for bit.
+        """
+        per_epoch = self.steps_per_epoch(batch_size, drop_last)
+        plan = self._plan(range(start_step, epochs * per_epoch), per_epoch, batch_size, seed, task)
+        if self.cached and self.view.augment != "crop_flip":
+            pixels = self._pixels()
+            for indices, flipped, _ in plan:
+                yield self._batch(pixels[indices], indices, flipped)
+            return
+        crop = self.view.augment == "crop_flip"
+        # the sampler runs ahead of the batches that come back, in the same order
+        ahead: deque[tuple[np.ndarray, np.ndarray]] = deque()
+
+        def keys() -> Iterator[list[_Key]]:
+            for indices, flipped, the_pass in plan:
+                ahead.append((indices, flipped))
+                yield [(the_pass if crop else None, int(i)) for i in indices]
+
+        for array in self._in_workers(keys()):
+            indices, flipped = ahead.popleft()
+            yield self._batch(torch.from_numpy(array), indices, flipped)
+
+    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
+        """Every image once, in natural order, in the evaluation view."""
+        self.steps_per_epoch(batch_size)
+        starts = range(0, len(self.images), batch_size)
+        chunks = [np.arange(i, min(i + batch_size, len(self.images))) for i in starts]
+        if self.cached:
+            pixels = self._pixels()
+            arrays: Iterator[Tensor] = (pixels[c] for c in chunks)
+        else:
+            keys: Iterator[list[_Key]] = ([(None, int(i)) for i in c] for c in chunks)
+            arrays = (torch.from_numpy(a) for a in self._in_workers(keys))
+        for indices, array in zip(chunks, arrays, strict=True):
+            yield self._batch(array, indices, np.zeros(len(indices), dtype=bool))
+
+    def close(self) -> None:
+        """Frees the decoded images; they are decoded again when asked for."""
+        self._decoded = None
+
+    def _plan(
+        self, steps: range, per_epoch: int, batch_size: int, seed: int, task: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, _Pass]]:
+        """(indices, which are mirrored, pass) of every step."""
+        current: _Pass | None = None
+        for step in steps:
+            epoch, place = divmod(step, per_epoch)
+            if current is None or current.epoch != epoch:
+                current = _Pass(seed, task, epoch)
+                order = current.generator("order").permutation(len(self.images))
+                mirrored = current.generator("flip").random(len(self.images)) < 0.5
+                if self.view.augment == "none":
+                    mirrored[:] = False
+            indices = order[place * batch_size : (place + 1) * batch_size]
+            yield indices, mirrored[indices], current
+
+    def _pixels(self) -> Tensor:
+        """The whole set at evaluation size, uint8 (N, 3, S, S), decoded at the first call."""
+        if self._decoded is None:
+            decoded = np.empty((len(self.images), 3, self.view.size, self.view.size), dtype=np.uint8)
+
+            def fill(index: int) -> None:
+                decoded[index] = self._views.view_of((None, index))
+
+            for _ in in_threads(fill, range(len(self.images)), self.workers):
+                pass
+            self._decoded = torch.from_numpy(decoded)
+        return self._decoded
+
+    def _in_workers(self, keys: Iterator[list[_Key]]) -> Iterator[np.ndarray]:
+        """Pixels uint8 (B, 3, S, S) of each list of keys, decoded in worker processes."""
+        loader: DataLoader[Any] = DataLoader(
+            self._views,
+            batch_sampler=cast(Any, keys),
+            num_workers=self.workers,
+            collate_fn=_unchanged,
+            # its base seed would come from the global generator and move it; nothing here draws from it
+            generator=torch.Generator(),
+        )
+        for array in loader:
+            if isinstance(array, UserError):
+                raise array
+            yield array
+
+    def _batch(self, pixels: Tensor, indices: np.ndarray, flipped: np.ndarray) -> Batch:
+        """Mirrors (in place) and normalises uint8 `pixels` (B, 3, S, S), the batch's own copy."""
+        chosen, mirrored = torch.from_numpy(indices), torch.from_numpy(flipped)
+        if flipped.any():
+            pixels[mirrored] = pixels[mirrored].flip(-1)
+        images = pixels.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
+        return Batch(images, self._labels[chosen], chosen, mirrored)
+
+
+def cpus() -> int:
+    """CPUs this process may use (fewer than the machine has in a container or a batch job)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

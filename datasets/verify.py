@@ -1,0 +1,83 @@
+"""Decodes every image before any training, and remembers which files were good."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from PIL import Image
+
+from dualcl.datasets.loader import cpus, decode_image
+
+
+def cache_dir() -> Path:
+    """Where the suite keeps what it can make again: $DUALCL_CACHE, else ~/.cache/dualcl."""
+    return Path(os.environ.get("DUALCL_CACHE") or Path.home() / ".cache" / "dualcl")
+
+
+def why_unreadable(path: Path) -> str | None:
+    """One line on why `path` cannot be decoded in full, None when it can."""
+    try:
+        with warnings.catch_warnings():
+            # between one and two times Pillow's limit it warns only; beyond, it raises
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            decode_image(path)
+    except Image.DecompressionBombError as error:
+        return f"too many pixels: {error}"
+    except Exception as error:  # Pillow's decoders raise nearly every type on damaged files
+        if isinstance(error, Image.UnidentifiedImageError):
+            return "empty file" if path.stat().st_size == 0 else "not an image, or damaged at its start"
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+def verify_images(root: Path, ids: Sequence[str], workers: int | None = None) -> dict[str, str]:
+    """Decodes the files `root`/id and returns {id: reason} of those that cannot be read.
+
+    Files that were good before, with the same size and time of change, are not decoded again. That memory is one small
+    file per root below `cache_dir`; when it cannot be read or written, everything is decoded.
+    """
+    memory = cache_dir() / "verified" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
+    known = _read(memory)
+    stamps: dict[str, list[int]] = {}
+    bad: dict[str, str] = {}
+    for name in ids:
+        try:
+            stat = (root / name).stat()
+            stamps[name] = [stat.st_size, stat.st_mtime_ns]
+        except OSError as error:
+            bad[name] = error.strerror or str(error)
+    new = [name for name, stamp in stamps.items() if known.get(name) != stamp]
+    with ThreadPoolExecutor(workers or cpus()) as pool:
+        for name, reason in zip(new, pool.map(lambda name: why_unreadable(root / name), new), strict=True):
+            if reason is not None:
+                bad[name] = reason
+    good = {name: stamp for name, stamp in stamps.items() if name not in bad}
+    if any(known.get(name) != stamp for name, stamp in good.items()):
+        _write(memory, {**known, **good})
+    return bad
+
+
+def _read(path: Path) -> dict[str, list[int]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(path: Path, content: dict[str, list[int]]) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):  # an unwritable cache costs time only
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)

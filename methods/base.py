@@ -1,0 +1,120 @@
+"""The contract between a continual-learning method and the runner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dualcl.benchmark.errors import UserError
+
+if TYPE_CHECKING:
+    from dualcl.benchmark.domain import Domain
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises UserError with `message` unless `condition` holds; for values that a user sets."""
+    if not condition:
+        raise UserError(message)
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Hyper-parameters every trained method has. Data, order, epochs, batch size and backbone are never a method's."""
+
+    lr: float = field(default=1e-3, metadata={"help": "learning rate of the method's own parameters"})
+    head_lr: float = field(default=1e-3, metadata={"help": "learning rate of what every method learns (classifier rows)"})
+    weight_decay: float = field(default=0.0, metadata={"help": "of the method's own parameters (decoupled with adamw)"})
+
+    def __post_init__(self) -> None:
+        check(self.lr >= 0, f"method.lr must not be negative, got {self.lr}")
+        check(self.head_lr >= 0, f"method.head_lr must not be negative, got {self.head_lr}")
+        check(self.weight_decay >= 0, f"method.weight_decay must not be negative, got {self.weight_decay}")
+
+
+@dataclass
+class ParamGroup:
+    """Parameters that one optimiser group updates during one task."""
+
+    name: str
+    params: list[nn.Parameter]
+    lr: float
+    weight_decay: float = 0.0
+
+
+class Method(nn.Module):
+    """What to train for a task, which loss terms to add, and what to keep afterwards.
+
+    Life of a method: `__init__` (attach to the domain), then for each task `begin_task` -> `trained` -> steps, each
+    `domain.loss(batch) + penalty()` -> `end_task`. All state that outlives a step must be in `state_dict` (parameters
+    and buffers) or in `domain.state_dict`; `begin_task` runs before a mid-task `load_state_dict`, so shapes match.
+    A method never asks which domain it serves: it uses `domain.sites()`, `domain.full_parameters()` or a capability
+    that it lists in `requires`, and domains without that capability refuse it before any model is loaded.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    #: capabilities of the domain that the method needs beyond sites and a task loss, e.g. ("prefix",), ("features",)
+    requires: ClassVar[tuple[str, ...]] = ()
+    #: False: the method takes no gradient steps; the runner calls begin_task and end_task only
+    takes_steps: ClassVar[bool] = True
+    #: True: all tasks are learnt at once (an upper bound, not continual learning)
+    joint: ClassVar[bool] = False
+    #: which outputs compete in the task loss and are trained: the current task's, or all seen so far
+    output_scope: ClassVar[Literal["task", "seen"]] = "task"
+
+    def __init__(self, config: Any, domain: Domain, n_tasks: int, seed: int) -> None:
+        super().__init__()
+        self.config = config
+        self.domain = domain
+        self.n_tasks = n_tasks
+        self.seed = seed
+
+    def generator(self, *key: int | str) -> torch.Generator:
+        """A CPU generator that is a function of (run seed, method, key): the only source of a method's randomness."""
+        from dualcl.benchmark.seeding import torch_generator
+
+        return torch_generator(self.seed, type(self).name, *key)
+
+    def begin_task(self, task: int) -> None:
+        """Prepares for task `task` (0, 1, ...): new prompts, fresh adapters. Called once per task, in order."""
+
+    def trained(self) -> list[ParamGroup]:
+        """The method's own parameters for the current task. The domain's (classifier rows) come on top by themselves."""
+        return []
+
+    def penalty(self) -> Tensor | None:
+        """Extra loss terms, a scalar, evaluated once per optimiser step after the forward pass; None when there are none."""
+        return None
+
+    def end_task(self, task: int) -> None:
+        """Keeps what must outlive the task: folds adapters, stores anchors."""
+
+    def restored(self, finished: int) -> None:
+        """Called after `load_state_dict` with the number of finished tasks: brings folded weights and the like in line."""
+
+    def stored_parameters(self) -> int:
+        """Numbers that must be kept after the last finished task, without the domain's own (classifier rows)."""
+        return sum(p.numel() for p in self.parameters())
+
+    def diagnostics(self) -> dict[str, Any]:
+        """JSON-able facts for the record after a task, e.g. update norms or prompt use; empty by default."""
+        return {}
+
+
+T = TypeVar("T", bound=type[Method])
+
+
+def register_method(
+    name: str, *, domains: tuple[str, ...], summary: str, source: str, stores_data: bool = False
+) -> Callable[[T], T]:
+    """Registers a method class under `name`; arguments must be literals (the index is read without importing)."""
+
+    def apply(cls: T) -> T:
+        cls.name = name
+        return cls
+
+    return apply

@@ -1,0 +1,85 @@
+"""LoRA in sequence: a fresh low-rank adapter per task, folded into the weights after it. Both domains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from dualcl.benchmark.errors import UserError
+from dualcl.methods.base import Method, MethodConfig, ParamGroup, check, register_method
+from dualcl.methods.low_rank import LowRankUpdate, inject
+
+if TYPE_CHECKING:
+    from dualcl.benchmark.domain import Domain
+
+
+@dataclass(frozen=True)
+class LoRAConfig(MethodConfig):
+    """Hyper-parameters of LoRA."""
+
+    rank: int = field(default=16, metadata={"help": "r, rank of each task's update"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.rank >= 1, f"method.rank must be at least 1, got {self.rank}")
+
+
+@register_method(
+    "lora",
+    domains=("classification", "customization"),
+    summary="LoRA in sequence, folded after each task",
+    source="arXiv 2106.09685",
+)
+class LoRA(Method):
+    """Low-rank updates A_t B_t on all sites of the domain, one fresh pair per task (no scaling factor: alpha = r)."""
+
+    Config = LoRAConfig
+
+    def __init__(self, config: LoRAConfig, domain: Domain, n_tasks: int, seed: int) -> None:
+        super().__init__(config, domain, n_tasks, seed)
+        sites = domain.sites()
+        widest = min(min(s.d_out, s.d_in) for s in sites.values())
+        if config.rank > widest:
+            raise UserError(f"method.rank={config.rank} is more than the smallest side of a site, {widest}; lower it")
+        self.updates = inject(domain.model, sites, config.rank)
+        self.stored = nn.ModuleList(self.updates.values())
+        self.finished = 0
+        self.norms: list[float] = []
+
+    def begin_task(self, task: int) -> None:
+        """Starts fresh factors at every site."""
+        for name, update in self.updates.items():
+            update.start(self.generator("init", task, name))
+
+    def trained(self) -> list[ParamGroup]:
+        """A_t and B_t of every site."""
+        params: list[nn.Parameter] = [p for u in self.updates.values() for p in (u.A, u.B)]
+        return [ParamGroup("factors", params, self.config.lr, self.config.weight_decay)]
+
+    def end_task(self, task: int) -> None:
+        """Folds the task's update into the weights."""
+        squares = [(u.A.detach() @ u.B.detach()).square().sum() for u in self.updates.values()]
+        self.norms.append(float(sum(s.double() for s in squares)) ** 0.5)
+        for update in self.updates.values():
+            update.fold()
+        self.finished = task + 1
+
+    def restored(self, finished: int) -> None:
+        """Brings the folded weights in line with the restored sums."""
+        self.finished = finished
+        for update in self.updates.values():
+            update.refold()
+
+    def stored_parameters(self) -> int:
+        """One delta per site or the factors of all finished tasks, whichever is smaller."""
+        return sum(
+            min(u.site.d_out * u.site.d_in, u.rank * max(self.finished, 1) * (u.site.d_out + u.site.d_in))
+            for u in self.updates.values()
+        )
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Frobenius norm of the last update and of the sum of all updates."""
+        total = sum(u.summed.double().square().sum() for u in self.updates.values())
+        return {"update_norm": self.norms[-1] if self.norms else 0.0, "summed_norm": float(total) ** 0.5}

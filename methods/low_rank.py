@@ -1,0 +1,110 @@
+"""The low-rank core: one update per site, its injection into named Linears, and folding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualcl.benchmark.domain import Site
+
+
+class LowRankUpdate(nn.Module):
+    """The update of one site: W_t = W_init + S_{t-1} + A_t B_t (arXiv 2304.06027, eq. 2).
+
+    A (d_out, r) starts at zero and B (r, d_in) at Kaiming-uniform, so a fresh update changes nothing. S (d_out, d_in)
+    sums the finished tasks' updates. The frozen weight of the Linear holds W_init + S; W_init is kept, so that folding
+    recomputes and never drifts.
+    """
+
+    summed: Tensor
+
+    def __init__(self, site: Site, rank: int) -> None:
+        super().__init__()
+        like = {"device": site.weight.device, "dtype": torch.float32}
+        self.site = site
+        self.rank = rank
+        self.A = nn.Parameter(torch.zeros(site.d_out, rank, **like), requires_grad=False)  # type: ignore[arg-type]
+        self.B = nn.Parameter(torch.zeros(rank, site.d_in, **like), requires_grad=False)  # type: ignore[arg-type]
+        self.register_buffer("summed", torch.zeros(site.d_out, site.d_in, **like))  # type: ignore[arg-type]
+        self.w_init = site.weight.clone()
+        #: False while A is zero for good (between tasks): the side path is then left out
+        self.active = False
+
+    @torch.no_grad()
+    def start(self, generator: torch.Generator) -> None:
+        """Starts a fresh A, B for a new task."""
+        bound = 1 / math.sqrt(self.site.d_in)
+        self.A.zero_()
+        # drawn on the CPU, so that a seed means the same numbers on every device
+        self.B.copy_(torch.empty(self.B.shape).uniform_(-bound, bound, generator=generator))
+        self.A.requires_grad_(True)
+        self.B.requires_grad_(True)
+        self.active = True
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """S_t = S_{t-1} + A_t B_t, into the frozen weight; A and B are cleared."""
+        self.summed += self.A @ self.B
+        self.A.zero_()
+        self.B.zero_()
+        self.A.requires_grad_(False)
+        self.B.requires_grad_(False)
+        self.active = False
+        self.refold()
+
+    @torch.no_grad()
+    def refold(self) -> None:
+        """Sets the frozen weight to W_init + S."""
+        self.site.weight.copy_(self.w_init + self.summed)
+
+    @torch.no_grad()
+    def unfold(self) -> None:
+        """Sets the frozen weight back to W_init, bit for bit."""
+        self.site.weight.copy_(self.w_init)
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen Linear with low-rank side paths on slices of its rows.
+
+    The side path keeps the backward at r-sized products: a merged weight would need a full (d_out, d_in) gradient.
+    """
+
+    def __init__(self, base: nn.Linear, updates: Iterable[LowRankUpdate]) -> None:
+        super().__init__()
+        self.base = base
+        # a plain list: the updates are owned (and saved) by the method, not by the model
+        self.updates = sorted(updates, key=lambda u: u.site.start)
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d_in) -> (..., d_out)."""
+        y = self.base(x)
+        active = [u for u in self.updates if u.active]
+        if not active:
+            return y  # type: ignore[no-any-return]
+        hidden = F.linear(x, torch.cat([u.B for u in active]))
+        return y + F.linear(hidden, self._blocks(active))  # type: ignore[no-any-return]
+
+    def _blocks(self, active: list[LowRankUpdate]) -> Tensor:
+        """The factors A as one (d_out, sum of ranks) matrix, zero outside each update's rows and columns."""
+        blocks = torch.block_diag(*[u.A for u in active])
+        if blocks.shape[0] == self.out_features:
+            return blocks
+        rows = torch.cat([torch.arange(u.site.start, u.site.stop, device=blocks.device) for u in active])
+        return blocks.new_zeros(self.out_features, blocks.shape[1]).index_copy(0, rows, blocks)
+
+
+def inject(model: nn.Module, sites: dict[str, Site], rank: int) -> dict[str, LowRankUpdate]:
+    """Replaces every Linear that has sites by an `AdaptedLinear`; returns the updates by site name."""
+    updates = {name: LowRankUpdate(site, rank) for name, site in sites.items()}
+    by_module: dict[str, list[LowRankUpdate]] = {}
+    for update in updates.values():
+        by_module.setdefault(update.site.module_name, []).append(update)
+    for module_name, group in by_module.items():
+        parent, _, leaf = module_name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, AdaptedLinear(group[0].site.module, group))
+    return updates

@@ -1,0 +1,1 @@
+"""Metrics, tables, plots and reports, rebuilt from run records alone."""

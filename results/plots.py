@@ -1,0 +1,365 @@
+"""Plots of one data stream, legible in print and for colour-blind readers; each a function of records -> Figure.
+
+A function returns None when the records hold nothing for it to draw. No window is ever opened (Agg canvas), and
+pyplot's global state stays untouched.
+"""
+
+from __future__ import annotations
+
+import io
+import statistics
+import textwrap
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil, isfinite, nan
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import matplotlib.ticker
+from matplotlib.figure import Figure
+
+from dualcl.results.files import write_bytes
+from dualcl.results.metrics import METRICS
+from dualcl.results.records import Record
+
+#: Okabe and Ito's palette without black (joint training, text) and with yellow last, for it is faint on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C8C8C", "#C9B800")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*", "h", "p")
+LINES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+
+_RC: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "svg.hashsalt": "dualcl",  # ids that do not change from one report to the next
+    "figure.dpi": 100,
+}
+_JOINT = "#000000"
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a method is drawn, the same in every plot of a stream."""
+
+    colour: str
+    marker: str
+    line: Any
+
+
+def styles(records: Sequence[Record]) -> dict[str, Style]:
+    """A style per label: colour, marker and dashes all differ, so that one of them is enough to tell two apart."""
+    labels = sorted({r.label for r in records if not r.joint})
+    return {
+        label: Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[(i + i // len(COLOURS)) % len(LINES)])
+        for i, label in enumerate(labels)
+    }
+
+
+def _shown(name: str, width: int = 26) -> str:
+    """A name as matplotlib can show it: wrapped, no mathematics, and no leading `_` (which hides a legend entry)."""
+    return textwrap.fill(" " * name.startswith("_") + name, width, drop_whitespace=False).replace("$", r"\$")
+
+
+def _by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda r: (r.joint, r.label, r.seed)):
+        if record.finished:
+            groups.setdefault(record.label, []).append(record)
+    return groups
+
+
+def _moments(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _known(group: Sequence[Record], metric: str) -> list[float]:
+    return [v for r in group if (v := r.metrics.get(metric)) is not None]
+
+
+def _title(records: Sequence[Record], what: str) -> str:
+    counts = sorted({len(group) for group in _by_label(records).values()})
+    seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    return f"{_shown(records[0].preset, 60)}: {what} ({seeds} seed{'' if counts == [1] else 's'})"
+
+
+def _joint_lines(axes: Any, records: Sequence[Record], metric: str) -> list[Any]:
+    handles = []
+    for label, group in _by_label([r for r in records if r.joint]).items():
+        if values := _known(group, metric):
+            mean, std = _moments(values)
+            handles.append(
+                axes.axhline(mean, color=_JOINT, ls=(0, (4, 2)), lw=1.3, label=_shown(f"{label} (upper bound)"))
+            )
+            if std:
+                axes.axhspan(mean - std, mean + std, color=_JOINT, alpha=0.08, lw=0)
+    return handles
+
+
+def accuracy_curves(records: Sequence[Record]) -> Figure | None:
+    """Mean of the matrix row after every task (of A_avg's terms), with a band of one standard deviation over seeds.
+
+    Joint training is a horizontal line. The legend is in the order of the last values.
+    """
+    look, curves = styles(records), {}
+    for label, group in _by_label(records).items():
+        cells = [r.cells() for r in group if not r.joint]
+        n = min((r.n_tasks for r in group), default=0)
+        points = []
+        for i in range(n):
+            values = [statistics.fmean(row) for c in cells if (row := c[i])]
+            if values:
+                points.append((i + 1, *_moments(values)))
+        if points:
+            curves[label] = points
+    if not curves:
+        return None
+    kind = records[0].kind
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+        axes = figure.subplots()
+        handles = _joint_lines(axes, records, kind.quality)
+        order = sorted(curves, key=lambda label: -curves[label][-1][1])
+        for label in order:
+            x, mean, std = (list(column) for column in zip(*curves[label], strict=True))
+            style = look[label]
+            (line,) = axes.plot(
+                x, mean, color=style.colour, marker=style.marker, ls=style.line, ms=6, lw=1.6, mec="white", mew=0.4,
+                label=_shown(label),
+            )  # fmt: skip
+            low, high = [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)]
+            axes.fill_between(x, low, high, color=style.colour, alpha=0.13, lw=0)
+            handles.append(line)
+        tasks = max(point[0] for points in curves.values() for point in points)
+        axes.set_xticks(range(1, tasks + 1, ceil(tasks / 20)))
+        axes.set(xlabel="tasks learnt", ylabel=f"{kind.cell_title}, mean over tasks so far")
+        axes.set_title(_title(records, "after every task"), loc="left")
+        figure.legend(handles=handles, loc="outside right upper", handlelength=3.2)
+    return figure
+
+
+def _mean_cells(group: Sequence[Record]) -> list[list[float] | None]:
+    """The matrix averaged over seeds; a row that some seed lacks is averaged over the others."""
+    out: list[list[float] | None] = []
+    matrices = [r.cells() for r in group]
+    for i in range(min(r.n_tasks for r in group)):
+        rows = [row for m in matrices if (row := m[i]) is not None]
+        out.append([statistics.fmean(column) for column in zip(*rows, strict=True)] if rows else None)
+    return out
+
+
+def heat_maps(records: Sequence[Record]) -> Figure | None:
+    """One task x task map per method, mean over seeds: down, the task learnt last; across, the task tested."""
+    groups = {k: g for k, g in _by_label(records).items() if not g[0].joint and any(r.cells()[0] for r in g)}
+    if not groups:
+        return None
+    kind = records[0].kind
+    low, high = kind.cell_range
+    columns = min(3, len(groups))
+    rows = ceil(len(groups) / columns)
+    with matplotlib.rc_context(_RC), matplotlib.rc_context({"axes.grid": False}):
+        figure = Figure(figsize=(3.1 * columns + 0.9, 2.95 * rows + 0.5), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        shades = matplotlib.colormaps["cividis"]
+        for axes, (label, group) in zip(grid.flat, groups.items(), strict=False):
+            cells = _mean_cells(group)
+            n = len(cells)
+            table = [[*(row or []), *([float("nan")] * (n - len(row or [])))] for row in cells]
+            image = axes.pcolormesh(table, cmap=shades, vmin=low, vmax=high, edgecolors="white", linewidth=0.4)
+            if n <= 12:
+                for i, row in enumerate(cells):
+                    for j, value in enumerate(row or []):
+                        dark = (value - low) / (high - low) < 0.48
+                        axes.text(
+                            j + 0.5, i + 0.5, f"{value:.0f}", ha="center", va="center",
+                            fontsize=9 if n <= 6 else 6.5, color="white" if dark else "black",
+                        )  # fmt: skip
+            step = ceil(n / 10)
+            ticks = range(0, n, step)
+            axes.set_xticks([t + 0.5 for t in ticks], [str(t + 1) for t in ticks])
+            axes.set_yticks([t + 0.5 for t in ticks], [str(t + 1) for t in ticks])
+            axes.tick_params(length=0, labelsize=7.5)
+            axes.invert_yaxis()
+            axes.set_aspect("equal")
+            axes.spines[:].set_visible(False)
+            axes.set_title(_shown(label, 36), loc="left", fontsize=9.5)
+        for axes in grid.flat[len(groups) :]:
+            axes.set_visible(False)
+        figure.supxlabel("task tested", fontsize=9)
+        figure.supylabel("after task", fontsize=9)
+        figure.suptitle(_title(records, kind.cell_title), fontsize=10, x=0.01, ha="left")
+        figure.colorbar(image, ax=grid, shrink=min(1.0, 0.75 if rows > 1 else 0.9), aspect=30, label=kind.cell_title)
+    return figure
+
+
+def _scatter(records: Sequence[Record], across: str, *, log: bool) -> Figure | None:
+    look, up = styles(records), records[0].kind.quality
+    points, hidden = {}, []
+    for label, group in _by_label([r for r in records if not r.joint]).items():
+        x, y = _known(group, across), _known(group, up)
+        if not x or not y:
+            continue
+        if log and statistics.fmean(x) <= 0:
+            hidden.append(label)  # a log axis has no place for it
+            continue
+        points[label] = (*_moments(x), *_moments(y))
+    if not points:
+        return None
+    one, two = METRICS[across], METRICS[up]
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+        axes = figure.subplots()
+        handles = _joint_lines(axes, records, up)
+        for label in sorted(points, key=lambda name: -points[name][2]):
+            x_mean, x_std, y_mean, y_std = points[label]
+            style = look[label]
+            axes.errorbar(x_mean, y_mean, xerr=x_std, yerr=y_std, fmt="none", ecolor=style.colour, elinewidth=1.1)
+            handles += axes.plot(
+                x_mean,
+                y_mean,
+                ls="",
+                marker=style.marker,
+                color=style.colour,
+                ms=8,
+                mec="black",
+                mew=0.6,
+                label=_shown(label),
+            )
+        if log:
+            axes.set_xscale("log")
+            axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+            axes.margins(x=0.12)
+            # a narrow range has no power of ten in it
+            if max(p[0] for p in points.values()) < 10 * min(p[0] for p in points.values()):
+                axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+                axes.tick_params(axis="x", which="minor", labelsize=7)
+        axes.set(
+            xlabel=f"{one.title} [{one.unit}] ({'higher' if one.higher_is_better else 'lower'} is better)",
+            ylabel=f"{two.title} [{two.unit}] ({'higher' if two.higher_is_better else 'lower'} is better)",
+        )
+        axes.set_title(_title(records, f"{two.title} against {one.title}"), loc="left")
+        if hidden:
+            axes.set_xlabel(axes.get_xlabel() + f"\nnothing stored, not shown: {_shown(', '.join(hidden), 70)}")
+        figure.legend(handles=handles, loc="outside right upper")
+    return figure
+
+
+def quality_forgetting(records: Sequence[Record]) -> Figure | None:
+    """The kind's quality metric against its forgetting metric (A_last against F_max), error bars over seeds."""
+    return _scatter(records, records[0].kind.forgetting, log=False)
+
+
+def quality_storage(records: Sequence[Record]) -> Figure | None:
+    """The kind's quality metric against N_store on a logarithmic axis, error bars over seeds."""
+    return _scatter(records, "N_store", log=True)
+
+
+def _loss_series(record: Record) -> tuple[list[int], list[float], list[int]]:
+    """(steps counted over all tasks, losses, first step of every task but the first) from log.jsonl."""
+    steps = {t.get("task"): int(t.get("steps") or 0) for t in record.data["tasks"]}
+    x: list[int] = []
+    y: list[float] = []
+    bounds: list[int] = []
+    offset, task = 0, None
+    for index, line in enumerate(record.log()):
+        if index and line["task"] != task:
+            offset = max(offset + steps.get(task, 0), x[-1] if x else 0)
+            bounds.append(offset)
+            x.append(offset)
+            y.append(nan)  # breaks the line
+        task = line["task"]
+        if isinstance(line.get("loss"), (int, float)) and isfinite(line["loss"]):
+            x.append(offset + int(line["step"]))
+            y.append(float(line["loss"]))
+    return x, y, bounds
+
+
+def loss_curves(records: Sequence[Record]) -> Figure | None:
+    """Training loss against steps from log.jsonl: a panel per method, a thin line per seed, tasks set apart."""
+    look = styles(records)
+    groups = {}
+    for label, group in _by_label(records).items():
+        series = [s for r in group if (s := _loss_series(r))[0]]
+        if series:
+            groups[label] = series
+    losses = [y for series in groups.values() for _, ys, _ in series for y in ys if isfinite(y)]
+    if not losses:
+        return None
+    columns = min(3, len(groups))
+    rows = ceil(len(groups) / columns)
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(3.1 * columns + 0.5, 1.9 * rows + 0.6), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
+        for axes, (label, series) in zip(grid.flat, groups.items(), strict=False):
+            colour = look[label].colour if label in look else _JOINT
+            for xs, ys, _ in series:
+                axes.plot(xs, ys, color=colour, lw=0.8, alpha=0.75)
+            for bound in series[0][2]:
+                axes.axvline(bound, color="#AAAAAA", lw=0.6, ls=(0, (2, 2)))
+            axes.grid(visible=False, axis="x")
+            axes.set_title(_shown(label, 36), loc="left", fontsize=9.5)
+            axes.tick_params(labelsize=7.5)
+            axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, integer=True))
+        if min(losses) > 0 and max(losses) > 50 * min(losses):
+            grid.flat[0].set_yscale("log")
+        for axes in grid.flat[len(groups) :]:
+            axes.set_visible(False)
+        figure.supxlabel("optimiser step (dotted: next task)", fontsize=9)
+        figure.supylabel("training loss", fontsize=9)
+        figure.suptitle(_title(records, "training loss"), fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot of the report."""
+
+    draw: Callable[[Sequence[Record]], Figure | None]
+    title: str
+    #: what a reader who cannot see it should know
+    description: str
+
+
+PLOTS: dict[str, Plot] = {
+    "curve": Plot(
+        accuracy_curves,
+        "After every task",
+        "Line plot: mean over the tasks learnt so far after every task, one line per method, band: standard deviation.",
+    ),
+    "matrix": Plot(
+        heat_maps,
+        "Task by task",
+        "Heat maps, one per method: down the task learnt last, across the task tested, mean over seeds.",
+    ),
+    "forgetting": Plot(
+        quality_forgetting,
+        "Quality against forgetting",
+        "Scatter plot, one point per method with error bars over seeds; up and left is better.",
+    ),
+    "storage": Plot(
+        quality_storage,
+        "Quality against storage",
+        "Scatter plot, one point per method, parameters stored on a logarithmic axis; up and left is better.",
+    ),
+    "loss": Plot(
+        loss_curves,
+        "Training loss",
+        "Line plots of the training loss against optimiser steps, one panel per method, one line per seed.",
+    ),
+}
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes the figure as the suffix of `path` says (.png at 200 dpi, .svg); returns `path`."""
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": "dualcl"}
+    with matplotlib.rc_context(_RC):
+        figure.savefig(buffer, format=path.suffix[1:], dpi=200, metadata=metadata)
+    return write_bytes(path, buffer.getvalue())

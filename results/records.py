@@ -1,0 +1,270 @@
+"""Reading run records: record.json and log.jsonl of a run directory, never a model."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import isfinite
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dualcl.benchmark.errors import UserError
+from dualcl.results.metrics import KINDS, MatrixKind, run_metrics
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+FORMAT = "dualcl-record"
+VERSION = 1
+FILE_NAME = "record.json"
+STATUSES = ("running", "finished", "failed", "interrupted")
+
+#: older version -> the function that turns such a record into one of the next version
+MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
+
+#: parts of a record that differ when the very same run is repeated
+VOLATILE = ("measured", "environment", "created", "finished")
+
+_RUN_FIELDS: dict[str, type] = {
+    "preset": str,
+    "domain": str,
+    "method": str,
+    "seed": int,
+    "n_tasks": int,
+    "joint": bool,
+    "label": str,
+}
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run: the parsed record.json and where it lies."""
+
+    path: Path
+    data: dict[str, Any]
+
+    @property
+    def directory(self) -> Path:
+        """The run directory."""
+        return self.path.parent
+
+    @property
+    def status(self) -> str:
+        """running, finished, failed or interrupted."""
+        return str(self.data["status"])
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has all its results."""
+        return self.status == "finished"
+
+    @property
+    def preset(self) -> str:
+        """Preset, and so the data stream, of the run."""
+        return str(self.data["run"]["preset"])
+
+    @property
+    def label(self) -> str:
+        """What the run is called in tables: the method, and settings where a sweep varies them."""
+        return str(self.data["run"]["label"])
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.data["run"]["seed"])
+
+    @property
+    def n_tasks(self) -> int:
+        """Number of tasks in the stream."""
+        return int(self.data["run"]["n_tasks"])
+
+    @property
+    def joint(self) -> bool:
+        """Whether the run saw all tasks at once (an upper bound)."""
+        return bool(self.data["run"]["joint"])
+
+    @property
+    def kind(self) -> MatrixKind:
+        """The kind of the recorded matrix."""
+        return KINDS[self.data["matrix"]["kind"]]
+
+    @cached_property
+    def metrics(self) -> dict[str, float | None]:
+        """All metrics by key, None where undefined."""
+        return run_metrics(self.data)
+
+    def cells(self) -> list[list[float] | None]:
+        """The matrix in the unit of its kind: row i lists tasks 0..i after task i; None for a missing row."""
+        return self.kind.cells(self.data["matrix"], self.n_tasks)
+
+    def log(self) -> list[dict[str, Any]]:
+        """Lines of log.jsonl in order of training; of a step logged twice (after a resume) the later line.
+
+        A last line cut off by a crash is left out; a missing file is an empty log.
+        """
+        lines: dict[tuple[int, int], dict[str, Any]] = {}
+        try:
+            text = (self.directory / "log.jsonl").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return []
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+                key = (-1 if entry["task"] is None else int(entry["task"]), int(entry["step"]))
+            except (ValueError, KeyError, TypeError):
+                continue
+            lines[key] = entry
+        return [lines[key] for key in sorted(lines)]
+
+
+def _broken(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is not a usable record ({why}); run it again or remove its directory")
+
+
+def _check(path: Path, data: dict[str, Any]) -> None:
+    if data.get("status") not in STATUSES:
+        raise _broken(path, f"status is {data.get('status')!r}")
+    run, matrix = data.get("run"), data.get("matrix")
+    if not isinstance(run, dict) or not isinstance(matrix, dict):
+        raise _broken(path, f"{'matrix' if isinstance(run, dict) else 'run'} is missing")
+    for name, wanted in _RUN_FIELDS.items():
+        if not isinstance(run.get(name), wanted):
+            raise _broken(path, f"run.{name} is {run.get(name)!r}")
+    if run["n_tasks"] < 1:
+        raise _broken(path, f"run.n_tasks is {run['n_tasks']}")
+    for name, wanted in {"identity": dict, "config": dict, "network": dict, "measured": dict, "tasks": list}.items():
+        if not isinstance(data.setdefault(name, wanted()), wanted):
+            raise _broken(path, f"{name} is not a {wanted.__name__}")
+    kind = KINDS.get(str(matrix.get("kind")))
+    if kind is None:
+        raise _broken(path, f"matrix.kind is {matrix.get('kind')!r}, known: {', '.join(KINDS)}")
+    try:
+        rows = [int(row["after_task"]) for row in matrix["rows"]]
+        whole = all(len(row[f]) == row["after_task"] + 1 for row in matrix["rows"] for f in kind.row_fields)
+        whole = whole and all(isfinite(x) for row in matrix["rows"] for f in kind.row_fields for x in row[f])
+    except (KeyError, TypeError, ValueError) as error:
+        raise _broken(path, f"a row of the matrix is damaged: {error}") from None
+    if not whole or len(set(rows)) < len(rows) or not all(0 <= i < run["n_tasks"] for i in rows):
+        raise _broken(path, "the rows of the matrix do not fit run.n_tasks")
+
+
+def load_record(path: str | os.PathLike[str]) -> Record:
+    """The record of a run directory, or of a record.json; older versions are migrated.
+
+    Raises UserError that names the file when it is missing, half-written, from a newer dualcl, or inconsistent.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / FILE_NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; give a run directory, or a directory that holds some") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; check its permissions") from None
+    except ValueError:
+        raise _broken(path, "not valid JSON, perhaps half-written") from None
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise _broken(path, f"its format is not {FORMAT}")
+    version = data.get("version")
+    if not isinstance(version, int):
+        raise _broken(path, f"version is {version!r}")
+    if version > VERSION:
+        raise UserError(
+            f"{path} has record version {version}, this dualcl reads up to {VERSION}; read it with a newer dualcl"
+        )
+    while version < VERSION:
+        if version not in MIGRATIONS:
+            raise _broken(path, f"record version {version} was never released")
+        data = MIGRATIONS[version](data)
+        version += 1
+        data["version"] = version
+    _check(path, data)
+    return Record(path, data)
+
+
+def scan_records(dirs: Iterable[str | os.PathLike[str]]) -> tuple[list[Record], list[str]]:
+    """All records below `dirs`, in the order of their paths, and one line for each that cannot be read.
+
+    Raises UserError for a directory that does not exist.
+    """
+    files: dict[Path, Path] = {}
+    for given in map(Path, dirs):
+        if given.is_file():
+            files.setdefault(given.resolve(), given)
+            continue
+        if not given.is_dir():
+            raise UserError(f"{given} does not exist; give a run directory, or a directory that holds some")
+        for folder, below, names in os.walk(given):
+            below.sort()
+            if FILE_NAME in names:
+                below.clear()  # checkpoints and samples: no runs in there
+                found = Path(folder) / FILE_NAME
+                files.setdefault(found.resolve(), found)
+    records, problems = [], []
+    for path in sorted(files.values()):
+        try:
+            records.append(load_record(path))
+        except UserError as error:
+            problems.append(str(error))
+    return records, problems
+
+
+def find_records(dirs: Iterable[str | os.PathLike[str]], *, strict: bool = True) -> list[Record]:
+    """All records below `dirs` (run directories or trees of them), in the order of their paths.
+
+    Raises UserError for a record that cannot be read; with `strict=False` such a record is left out.
+    """
+    records, problems = scan_records(dirs)
+    if strict and problems:
+        raise UserError(problems[0])
+    return records
+
+
+def comparable(record: Record | Mapping[str, Any]) -> dict[str, Any]:
+    """The deterministic part of a record: equal for two runs of the same code, configuration and seed."""
+    data = record.data if isinstance(record, Record) else record
+    return copy.deepcopy({key: value for key, value in data.items() if key not in VOLATILE})
+
+
+def run_row(record: Record) -> dict[str, Any]:
+    """One run as flat values: what it was, how it ended, every metric, and where it comes from."""
+    data = record.data
+    environment, identity = data.get("environment") or {}, data["identity"]
+    return {
+        "preset": record.preset,
+        "domain": data["run"]["domain"],
+        "method": data["run"]["method"],
+        "label": record.label,
+        "joint": record.joint,
+        "seed": record.seed,
+        "n_tasks": record.n_tasks,
+        "status": record.status,
+        "error": data.get("error"),
+        **record.metrics,
+        "parameters": data["network"].get("parameters"),
+        "data": identity.get("data"),
+        "split_name": identity.get("split_name"),
+        "split_hash": identity.get("split_hash"),
+        "backbone": identity.get("backbone"),
+        "weights_sha256": identity.get("weights_sha256"),
+        "config_hash": data.get("config_hash"),
+        "dualcl": environment.get("dualcl"),
+        "commit": environment.get("commit"),
+        "dirty": environment.get("dirty"),
+        "torch": environment.get("torch"),
+        "device": environment.get("device"),
+        "finished": data.get("finished"),
+        "path": str(record.directory),
+    }
+
+
+def frame(dirs: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
+    """A tidy data frame, one row per run below `dirs`, with every metric in the units of `metrics.METRICS`."""
+    import pandas as pd
+
+    return pd.DataFrame([run_row(record) for record in find_records(dirs)])

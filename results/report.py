@@ -1,0 +1,295 @@
+"""The report: tables, plots and one self-contained HTML page, rebuilt from records alone."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dualcl.benchmark.errors import UserError, nearest
+from dualcl.results.files import write_text
+from dualcl.results.metrics import METRICS
+from dualcl.results.records import Record
+from dualcl.results.tables import (
+    Summary,
+    Table,
+    arrow,
+    cell,
+    render,
+    row_name,
+    runs_csv,
+    seeds_note,
+    summarise,
+    unit,
+)
+
+REPORT_FORMATS = ("md", "csv", "tex", "html", "png")
+
+
+@dataclass
+class ReportFiles:
+    """What a report wrote, and what its reader should mind."""
+
+    out: Path
+    tables: list[Path] = field(default_factory=list)
+    runs: Path | None = None
+    plots: list[Path] = field(default_factory=list)
+    html: Path | None = None
+    warnings: list[str] = field(default_factory=list)
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "stream"
+
+
+def _slugs(tables: Sequence[Table]) -> list[str]:
+    """A file name per table; names that would collide (or differ in case only) are numbered."""
+    out: list[str] = []
+    for table in tables:
+        slug, taken = _slug(table.preset), {s.lower() for s in out}
+        out.append(next(s for i in range(len(tables) + 1) if (s := f"{slug}-{i}" if i else slug).lower() not in taken))
+    return out
+
+
+def _draw(summary: Summary, folder: Path) -> tuple[list[Path], dict[tuple[int, str], bytes]]:
+    """Writes all plots as PNG and SVG; returns the paths, and the SVG by (table index, plot) for the page."""
+    from dualcl.results.plots import PLOTS, save_figure
+
+    paths: list[Path] = []
+    pictures: dict[tuple[int, str], bytes] = {}
+    for index, (table, slug) in enumerate(zip(summary.tables, _slugs(summary.tables), strict=True)):
+        for name, plot in PLOTS.items():
+            figure = plot.draw(table.records) if table.records else None
+            if figure is None:
+                continue
+            folder.mkdir(parents=True, exist_ok=True)
+            for suffix in (".png", ".svg"):
+                paths.append(save_figure(figure, folder / f"{slug}-{name}{suffix}"))
+            pictures[index, name] = paths[-1].read_bytes()
+    return paths, pictures
+
+
+def command(record: Record) -> str:
+    """The shell command that repeats a run."""
+    run, config = record.data["run"], record.data["config"]
+    words = ["dualcl", "run", str(run["preset"]), str(run["method"]), "--seed", str(run["seed"])]
+    for key, source in (record.data.get("sources") or {}).items():
+        if not str(source).startswith("--set"):
+            continue
+        value: Any = config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
+    return shlex.join(words)
+
+
+def _can_print(marks: str) -> bool:
+    try:
+        marks.encode(sys.stdout.encoding or "utf-8")
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+_STYLE = """
+:root { color-scheme: light dark; --fg: #1b1b1b; --bg: #fff; --soft: #f3f4f6; --line: #d4d7dc; --dim: #5b616b;
+  --mark: #0b5cad; --warn: #fff4d6 }
+@media (prefers-color-scheme: dark) { :root { --fg: #e6e6e6; --bg: #16181c; --soft: #22252b; --line: #3a3f47;
+  --dim: #a3aab5; --mark: #7db8f5; --warn: #3d3318 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 80rem; padding: 1rem; background: var(--bg); color: var(--fg);
+  font: 16px/1.5 system-ui, sans-serif }
+h1 { font-size: 1.5rem; margin: .5rem 0 }
+h2 { font-size: 1.25rem; margin: 2rem 0 .25rem }
+h3 { font-size: 1rem; margin: 1.25rem 0 .25rem }
+p { margin: .25rem 0 .75rem }
+.dim, dt { color: var(--dim) }
+.scroll { overflow-x: auto }
+table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
+th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+th { border-bottom: 2px solid var(--line); vertical-align: bottom }
+th span { display: block; font-weight: 400; color: var(--dim) }
+tr > :first-child { text-align: left; position: sticky; left: 0; background: var(--bg) }
+td.best { font-weight: 700; color: var(--mark) }
+tr.joint td { font-style: italic; color: var(--dim) }
+ul.warn { background: var(--warn); padding: .6rem .6rem .6rem 1.8rem; border-radius: .4rem; overflow-wrap: anywhere }
+figure { margin: 1rem 0; overflow-x: auto }
+figure img { display: block; width: 100%; min-width: 36rem; max-width: 56rem; height: auto; background: #fff;
+  border-radius: .4rem; padding: .4rem }
+details { border: 1px solid var(--line); border-radius: .4rem; margin: .4rem 0; padding: .4rem .7rem }
+summary { cursor: pointer }
+pre { background: var(--soft); padding: .6rem; border-radius: .4rem; overflow-x: auto; font-size: .8rem }
+code { font-size: .85em; overflow-wrap: anywhere }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem .8rem; font-size: .875rem; margin: .5rem 0 }
+dd { margin: 0; overflow-wrap: anywhere }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr } dd { margin-bottom: .35rem }
+  tr > :first-child { max-width: 9rem; white-space: normal } }
+@media print { figure, table { break-inside: avoid } details { border: 0 } }
+"""
+
+
+def _e(value: Any) -> str:
+    return html.escape(str(value), quote=True)
+
+
+def _pairs(pairs: Iterable[tuple[str, Any]]) -> str:
+    return "<dl>" + "".join(f"<dt>{_e(k)}</dt><dd>{_e(v)}</dd>" for k, v in pairs if v not in (None, "")) + "</dl>"
+
+
+def _items(lines: Iterable[str], kind: str = "") -> str:
+    return f"<ul{kind}>" + "".join(f"<li>{_e(line)}</li>" for line in lines) + "</ul>"
+
+
+def _html_table(table: Table) -> str:
+    heads = "".join(
+        f'<th scope="col" title="{_e(m.definition)}">{_e(m.title)} {arrow(m)}<span>{_e(unit(table, m))}</span></th>'
+        for m in table.metrics
+    )
+    rows = []
+    for row in table.rows:
+        cells = "".join(
+            f"<td{' class=best' if row.label in table.best[m.key] else ''}>{_e(cell(table, row, m))}</td>"
+            for m in table.metrics
+        )
+        joint = " class=joint" if row.joint else ""
+        rows.append(f"<tr{joint}><td>{_e(row_name(row))}</td><td>{len(row.seeds)}</td>{cells}</tr>")
+    return (
+        '<div class="scroll"><table><thead><tr><th scope="col">method</th><th scope="col">seeds</th>'
+        f"{heads}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _html_run(record: Record) -> str:
+    data = record.data
+    environment = data.get("environment") or {}
+    shown = {k: v for k, v in data["identity"].items() if k != "class_order"}
+    facts = [
+        ("status", record.status),
+        ("error", data.get("error")),
+        ("directory", record.directory),
+        ("config hash", data.get("config_hash")),
+        ("created", data.get("created")),
+        ("finished", data.get("finished")),
+        *environment.items(),
+        *((k, json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v) for k, v in shown.items()),
+        ("class order", " ".join(map(str, data["identity"].get("class_order") or []))),
+    ]
+    config = json.dumps(data["config"], indent=2, ensure_ascii=False, default=str)
+    return (
+        f"<details><summary>{_e(record.label)}, seed {record.seed}, {_e(record.status)}</summary>"
+        f"<p>Repeat: <code>{_e(command(record))}</code></p>{_pairs(facts)}"
+        f"<details><summary>Configuration</summary><pre>{_e(config)}</pre></details></details>"
+    )
+
+
+def _html(summary: Summary, pictures: Mapping[tuple[int, str], bytes]) -> str:
+    from dualcl.results.plots import PLOTS
+
+    parts = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>dualcl report: {_e(', '.join(t.preset for t in summary.tables))}</title>",
+        f"<style>{_STYLE}</style></head><body><h1>dualcl report</h1>",
+        f'<p class="dim">{len(summary.records)} runs, '
+        f"{sum(r.finished for r in summary.records)} finished. Arrows point to the better direction.</p>",
+    ]
+    if summary.problems:
+        parts.append(_items(summary.problems, " class=warn"))
+    for index, table in enumerate(summary.tables):
+        parts.append(f'<h2>{_e(table.preset)}</h2><p class="dim">{_e(table.subtitle)}. {_e(seeds_note(table))}</p>')
+        if table.warnings:
+            parts.append(_items(table.warnings, " class=warn"))
+        if table.rows:
+            parts.append(_html_table(table))
+        if table.unfinished:
+            parts.append("<h3>Without a result</h3>" + _items(table.unfinished))
+        for name, plot in PLOTS.items():
+            if (picture := pictures.get((index, name))) is not None:
+                # an img isolates the ids of one SVG from those of the next, and runs no script
+                source = base64.b64encode(picture).decode()
+                parts.append(
+                    f"<h3>{_e(plot.title)}</h3><figure>"
+                    f'<img alt="{_e(plot.description)}" src="data:image/svg+xml;base64,{source}"></figure>'
+                )
+    shown = dict.fromkeys(m.key for table in summary.tables for m in table.metrics)
+    extra = dict.fromkeys(key for record in summary.records for key in record.metrics)
+    parts.append("<h2>What the columns mean</h2>")
+    parts.append(
+        "<p>R[i][j] is the result on task j after learning task i, with all classes seen so far as candidates and no "
+        "task id given; N is the number of tasks. A dash means undefined (forgetting needs two tasks; joint training "
+        "has no tasks to forget).</p>"
+    )
+    parts.append(_pairs((f"{METRICS[k].title} {arrow(METRICS[k])}", METRICS[k].definition) for k in {**shown, **extra}))
+    parts.append("<h2>Where every number comes from</h2>")
+    for table in summary.tables:
+        parts.append(f"<h3>{_e(table.preset)}</h3>")
+        parts += [_html_run(r) for r in summary.records if r.preset == table.preset]
+    return "\n".join([*parts, "</body></html>", ""])
+
+
+def build_report(
+    dirs: Iterable[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    formats: Sequence[str] = REPORT_FORMATS,
+    allow_mixed: bool = False,
+) -> ReportFiles:
+    """Writes table.md/.csv/.tex, runs.csv, plots/*.png and *.svg, report.html into `out`, as far as `formats` asks.
+
+    runs.csv comes with csv, the SVG files with png. Raises UserError when there is nothing to report, when runs may
+    not share a table (see `make_table`), for an unknown format, and when `out` cannot be written.
+    """
+    for name in formats:
+        if name not in REPORT_FORMATS:
+            raise UserError(f"unknown report format {name!r}; {nearest(name, REPORT_FORMATS, 'formats')}")
+    summary = summarise(dirs, allow_mixed=allow_mixed)
+    out = Path(out)
+    files = ReportFiles(out, warnings=summary.warnings)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for form in ("md", "csv", "tex"):
+            if form in formats:
+                files.tables.append(write_text(out / f"table.{form}", render(summary, form)))
+        if "csv" in formats:
+            files.runs = write_text(out / "runs.csv", runs_csv(summary.records))
+        pictures: dict[tuple[int, str], bytes] = {}
+        if "png" in formats:
+            files.plots, pictures = _draw(summary, out / "plots")
+        elif "html" in formats:
+            with tempfile.TemporaryDirectory() as folder:
+                _, pictures = _draw(summary, Path(folder))
+        if "html" in formats:
+            files.html = write_text(out / "report.html", _html(summary, pictures))
+    except OSError as error:
+        raise UserError(f"cannot write the report to {out}: {error.strerror}; choose another --out") from None
+    return files
+
+
+def terminal_table(
+    dirs: Iterable[str | os.PathLike[str]],
+    form: str = "text",
+    *,
+    allow_mixed: bool = False,
+    ascii_only: bool | None = None,
+    width: int | None = None,
+) -> str:
+    """All tables below `dirs` for stdout, as text, md, csv or tex.
+
+    What is None is looked up: whether stdout can print ± and arrows, and how wide the terminal is (no limit in a
+    pipe). Raises as `summarise` does.
+    """
+    if ascii_only is None:
+        ascii_only = not _can_print("±↑↓–")
+    if width is None and sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+    return render(summarise(dirs, allow_mixed=allow_mixed), form, ascii_only=ascii_only, width=width)

@@ -1,0 +1,264 @@
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dualcl.benchmark.errors import UserError
+from dualcl.datasets import verify
+from dualcl.datasets.base import ClassData
+from dualcl.datasets.image_folder import ImageFolder
+
+MakeTree = Callable[..., Path]
+
+
+def load(root: Path | str, **options: object) -> ClassData:
+    return ImageFolder.load(ImageFolder.Config(root=str(root), **options))
+
+
+def refuses(match: str, root: Path | str, **options: object) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        load(root, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def split_tree(make_tree: MakeTree) -> Path:
+    return make_tree({"train/dog": 4, "train/cat": 5, "val/cat": 2, "val/dog": 3})
+
+
+def test_train_and_val(split_tree):
+    data = load(split_tree)
+    assert data.class_names == ("cat", "dog")
+    assert data.train.ids[0] == "train/cat/img00.png"
+    assert data.train.labels.tolist() == [0] * 5 + [1] * 4
+    assert data.test.labels.tolist() == [0] * 2 + [1] * 3
+    assert all(name.startswith("val/") for name in data.test.ids)
+    assert data.split_name == "folder:train/val"
+    with Image.open(split_tree / "val" / "dog" / "img02.png") as image:
+        assert np.array_equal(np.asarray(data.test.load(4)), np.asarray(image))
+
+
+def test_with_both_the_test_set_is_test(make_tree):
+    root = make_tree({f"{part}/{c}": 2 for part in ("train", "val", "test") for c in "ab"})
+    assert load(root).split_name == "folder:train/test"
+    # a competition's test folder has no labels
+    for c in "ab":
+        (root / "test" / c).rename(root / f"loose-{c}")
+    assert load(root).split_name == "folder:train/val"
+
+
+@pytest.mark.parametrize("above", ["", "train/"])
+def test_one_tree_is_split_per_class_by_a_stable_hash(make_tree, above):
+    data = load(make_tree({f"{above}{c}": 10 for c in "abc"}))
+    assert data.split_name == "folder:hash-20%-seed0"
+    assert data.test.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert len(data.train) == 24
+    assert not set(data.train.ids) & set(data.test.ids)
+    # for ever, wherever the folder lies
+    assert [name.removeprefix("train/") for name in data.test.ids[:4]] == [
+        "a/img01.png",
+        "a/img06.png",
+        "b/img03.png",
+        "b/img04.png",
+    ]
+
+
+def test_the_split_depends_on_its_seed_and_fraction_and_the_hash_tells(make_tree):
+    root = make_tree(dict.fromkeys("ab", 10))
+    hashes = {load(root, split_seed=s, val_fraction=f).split_hash for s in (0, 1) for f in (0.2, 0.5)}
+    assert len(hashes) == 4
+    assert load(root, split_seed=1, val_fraction=0.5).split_name == "folder:hash-50%-seed1"
+    assert load(root).split_hash == load(root).split_hash
+
+
+def test_a_new_image_moves_no_other_class(make_tree):
+    root = make_tree({"a": 10, "b": 10})
+    before = [name for name in load(root).test.ids if name.startswith("b")]
+    make_tree({"a": 13})
+    assert [name for name in load(root).test.ids if name.startswith("b")] == before
+
+
+def test_a_class_called_train_is_a_class(make_tree):
+    data = load(make_tree({"bus": 4, "car": 4, "train": 4}))
+    assert data.class_names == ("bus", "car", "train")
+
+
+def test_suffixes_in_any_case_and_other_files_ignored(make_tree):
+    root = make_tree({"a": 4, "b": 4})
+    make_tree({"a": 2, "b": 2}, suffix=".JPG")
+    make_tree({"a": 1}, suffix=".TiFF")
+    for name in ("README.md", ".DS_Store", "a/notes.txt", "a/._img00.png", "b/Thumbs.db"):
+        (root / name).write_text("x")
+    (root / ".ipynb_checkpoints").mkdir()
+    (root / "__MACOSX").mkdir()
+    data = load(root)
+    assert data.class_names == ("a", "b")
+    assert len(data.train) + len(data.test) == 13
+
+
+def test_readable_class_names(split_tree):
+    (split_tree / "class_names.json").write_text(json.dumps({"cat": "house cat"}))
+    assert load(split_tree).class_names == ("house cat", "dog")
+    (split_tree / "class_names.json").write_text("{")
+    refuses(r"class_names\.json .*JSON", split_tree)
+    (split_tree / "class_names.json").write_text('["cat"]')
+    refuses(r"class_names\.json must be a JSON object", split_tree)
+
+
+def test_holdout_replaces_the_test_set_by_training_images(split_tree):
+    plain, data = load(split_tree), load(split_tree, holdout=0.4)
+    assert data.split_name == "folder:train/val+holdout-40%"
+    assert data.test.labels.tolist() == [0, 0, 1, 1]
+    assert set(data.train.ids) | set(data.test.ids) == set(plain.train.ids)
+    assert not set(data.train.ids) & set(data.test.ids)
+    assert data.split_hash != plain.split_hash
+
+
+def test_limit_keeps_the_same_first_images_and_leaves_the_test_set(split_tree):
+    two, three = load(split_tree, limit=2), load(split_tree, limit=3)
+    assert two.train.labels.tolist() == [0, 0, 1, 1]
+    assert set(two.train.ids) < set(three.train.ids)
+    assert two.test.ids == load(split_tree).test.ids
+    assert load(split_tree, limit=100).train.ids == load(split_tree).train.ids
+    assert two.split_name == "folder:train/val+limit-2"
+
+
+def test_only_the_first_classes(make_tree):
+    root = make_tree(dict.fromkeys("dcab", 5))
+    data = load(root, classes=2)
+    assert data.class_names == ("a", "b")
+    assert set(data.train.labels.tolist()) == set(data.test.labels.tolist()) == {0, 1}
+    refuses("data.classes is 9 but image-folder has only 4", root, classes=9)
+
+
+def test_the_fingerprint_changes_with_an_image(split_tree):
+    before = load(split_tree)
+    Image.new("RGB", (9, 9)).save(split_tree / "train" / "cat" / "img00.png")
+    after = load(split_tree)
+    assert after.train.fingerprint != before.train.fingerprint
+    assert after.test.fingerprint == before.test.fingerprint
+    assert after.split_hash == before.split_hash
+
+
+def test_missing_and_empty_folders(tmp_path, make_tree):
+    refuses("data.root is not set", "")
+    refuses("nowhere does not exist", tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    refuses("file is a file", tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    refuses("empty has no class folders", tmp_path / "empty")
+    root = make_tree({"train/a": 2, "train/b": 2})
+    (root / "val").mkdir()
+    refuses("val has no class folders", root)
+    (root / "train" / "c").mkdir()
+    (root / "val").rmdir()
+    refuses("class folder .*train/c has no images", root)
+
+
+def test_classes_on_one_side_only(split_tree, make_tree):
+    make_tree({"val/eel": 1})
+    refuses(r"val/eel has no counterpart .*train/eel", split_tree)
+    make_tree({"train/eel": 1, "train/fox": 1})
+    refuses(r"train/fox has no counterpart .*val/fox", split_tree)
+
+
+def test_a_class_too_small_to_split(make_tree):
+    refuses(r"class 'b' has 1 image", make_tree({"a": 5, "b": 1}))
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-60])
+
+
+def test_a_damaged_file_stops_before_training_or_is_skipped(split_tree):
+    cut(split_tree / "train" / "cat" / "img01.png")
+    refuses(r"train/cat/img01\.png \(.*truncated", split_tree)
+    (split_tree / "val" / "dog" / "img00.png").write_bytes(b"")
+    refuses(r"img01\.png .*\(1 more such file", split_tree)
+    data = load(split_tree, on_bad_image="skip")
+    assert data.skipped == ("train/cat/img01.png", "val/dog/img00.png")
+    assert (len(data.train), len(data.test)) == (8, 4)
+    assert not set(data.skipped) & {*data.train.ids, *data.test.ids}
+
+
+def test_what_is_no_image_is_named(split_tree):
+    target = split_tree / "train" / "cat" / "img00.png"
+    target.write_text("<html>404</html>")
+    refuses(r"img00\.png \(not an image", split_tree)
+    target.write_bytes(b"")
+    refuses(r"img00\.png \(empty file", split_tree)
+    target.unlink()
+    target.symlink_to(split_tree / "gone.png")
+    data = load(split_tree)  # a dangling link is no file
+    assert "train/cat/img00.png" not in data.train.ids
+
+
+def test_an_image_bomb_is_named(split_tree, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
+    refuses(r"img00\.png \(too many pixels", split_tree)
+
+
+def test_a_class_with_nothing_readable_is_an_error(split_tree):
+    for i in range(2):
+        cut(split_tree / "val" / "cat" / f"img{i:02d}.png")
+    refuses(r"no image in the class folder .*val/cat can be read", split_tree, on_bad_image="skip")
+
+
+def test_without_verification_a_damaged_file_is_named_when_it_is_decoded(split_tree):
+    cut(split_tree / "train" / "cat" / "img00.png")
+    data = load(split_tree, verify=False)
+    with pytest.raises(UserError, match=r"cannot read the image .*train/cat/img00\.png \(.*truncated"):
+        data.train.load(0)
+
+
+def decoded(monkeypatch: pytest.MonkeyPatch, root: Path) -> int:
+    """How many files loading decodes."""
+    seen: list[object] = []
+    original = verify.decode_image
+    with monkeypatch.context() as patch:
+        patch.setattr(verify, "decode_image", lambda path: [seen.append(path), original(path)][1])
+        load(root, on_bad_image="skip")
+    return len(seen)
+
+
+def test_verified_files_are_remembered_until_they_change(split_tree, monkeypatch):
+    assert decoded(monkeypatch, split_tree) == 14
+    assert decoded(monkeypatch, split_tree) == 0
+    cut(split_tree / "train" / "cat" / "img00.png")
+    assert decoded(monkeypatch, split_tree) == 1
+    assert decoded(monkeypatch, split_tree) == 1  # a bad file is never remembered as good
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"train/cat/img00.png": 3}'])
+def test_a_damaged_memory_is_made_again(split_tree, monkeypatch, own_cache, content):
+    load(split_tree)
+    (memory,) = (own_cache / "verified").iterdir()
+    memory.write_text(content)
+    assert decoded(monkeypatch, split_tree) == 14
+    assert decoded(monkeypatch, split_tree) == 0
+
+
+def test_an_unwritable_cache_is_no_error(split_tree, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("DUALCL_CACHE", str(tmp_path / "file" / "below"))
+    assert decoded(monkeypatch, split_tree) == 14
+    assert decoded(monkeypatch, split_tree) == 14
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"val_fraction": 0.0}, "data.val_fraction"),
+        ({"val_fraction": 1.0}, "data.val_fraction"),
+        ({"holdout": 1.0}, "data.holdout"),
+        ({"limit": 0}, "data.limit"),
+        ({"classes": 0}, "data.classes"),
+        ({"on_bad_image": "ignore"}, "data.on_bad_image"),
+    ],
+)
+def test_wrong_options_name_the_key(options, named):
+    with pytest.raises(UserError, match=named):
+        ImageFolder.Config(root="x", **options)

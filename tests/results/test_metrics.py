@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dualcl.results.metrics import (
+    COST,
+    KINDS,
+    METRICS,
+    a_avg,
+    a_last,
+    a_last_weighted,
+    accuracies,
+    bwt,
+    cost_metrics,
+    f_max,
+    f_step,
+    plasticity,
+    run_metrics,
+)
+
+ALL = ("A_last", "A_last_weighted", "A_avg", "F_step", "F_max", "BWT", "plasticity")
+# after 1: 90; after 2: 70 80; after 3: 60 50 100
+HAND = [[90.0], [70.0, 80.0], [60.0, 50.0, 100.0]]
+
+
+def matrix(rows: dict[int, list[tuple[int, int]]]) -> dict[str, Any]:
+    return {
+        "kind": "accuracy",
+        "rows": [
+            {"after_task": i, "correct": [c for c, _ in cells], "total": [t for _, t in cells]}
+            for i, cells in rows.items()
+        ],
+    }
+
+
+def test_every_metric_on_a_matrix_worked_out_by_hand() -> None:
+    assert a_last(HAND) == pytest.approx((60 + 50 + 100) / 3)
+    assert a_avg(HAND) == pytest.approx((90 + 75 + 70) / 3)
+    # one step: 90 -> 70 is 20; next: (70 -> 60, 80 -> 50) is (10 + 30) / 2 = 20
+    assert f_step(HAND) == pytest.approx(20)
+    # best before the end: 90 and 80
+    assert f_max(HAND) == pytest.approx(((90 - 60) + (80 - 50)) / 2)
+    assert bwt(HAND) == pytest.approx(((60 - 90) + (50 - 80)) / 2)
+    assert plasticity(HAND) == pytest.approx((90 + 80 + 100) / 3)
+
+
+def test_forgetting_definitions_differ_on_a_steady_loss() -> None:
+    # one point lost per task, ten tasks: CODA-Prompt's code says 1, max-minus-final says 5
+    steady = [[90.0 - (i - j) for j in range(i + 1)] for i in range(10)]
+    assert f_step(steady) == pytest.approx(1)
+    assert f_max(steady) == pytest.approx(5)
+    assert bwt(steady) == pytest.approx(-5)
+
+
+def test_f_max_takes_the_best_row_before_the_last_even_when_it_came_later() -> None:
+    acc = [[50.0], [80.0, 60.0], [70.0, 90.0, 10.0]]
+    assert f_max(acc) == pytest.approx(((80 - 70) + (60 - 90)) / 2)
+    assert bwt(acc) == pytest.approx(((70 - 50) + (90 - 60)) / 2)
+
+
+def test_weighted_and_plain_last_accuracy_differ_on_unequal_tasks() -> None:
+    recorded = matrix({0: [(9, 10)], 1: [(9, 10), (10, 100)]})
+    assert a_last(accuracies(recorded, 2)) == pytest.approx((90 + 10) / 2)
+    assert a_last_weighted(recorded, 2) == pytest.approx(100 * 19 / 110)
+
+
+def test_one_task_has_no_forgetting() -> None:
+    metrics = KINDS["accuracy"].compute(matrix({0: [(3, 4)]}), 1)
+    assert {k for k, v in metrics.items() if v is None} == {"F_step", "F_max", "BWT"}
+    assert metrics["A_last"] == metrics["A_avg"] == metrics["plasticity"] == 75
+
+
+def test_joint_training_has_a_last_row_only() -> None:
+    metrics = KINDS["accuracy"].compute(matrix({2: [(1, 2), (1, 2), (2, 2)]}), 3)
+    assert metrics["A_last"] == pytest.approx(200 / 3)
+    assert metrics["A_last_weighted"] == pytest.approx(400 / 6)
+    assert all(metrics[key] is None for key in ("A_avg", "F_step", "F_max", "BWT", "plasticity"))
+
+
+@pytest.mark.parametrize("missing", [0, 1, 2])
+def test_missing_rows_make_metrics_undefined_not_wrong(missing: int) -> None:
+    rows = {i: [(1, 2)] * (i + 1) for i in range(3) if i != missing}
+    metrics = KINDS["accuracy"].compute(matrix(rows), 3)
+    assert (metrics["A_last"] is None) == (missing == 2)
+    assert all(metrics[key] is None for key in ("A_avg", "F_step", "F_max", "BWT", "plasticity"))
+
+
+def test_an_empty_test_set_is_a_missing_row() -> None:
+    assert accuracies(matrix({0: [(0, 0)], 1: [(1, 2), (2, 2)]}), 2) == [None, [50.0, 100.0]]
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
+    n = draw(st.integers(1, 6))
+    totals = draw(st.lists(st.integers(1, 50), min_size=n, max_size=n))
+    rows = {i: [(draw(st.integers(0, t)), t) for t in totals[: i + 1]] for i in range(n)}
+    order = draw(st.permutations(list(rows)))
+    return matrix({i: rows[i] for i in order}), n
+
+
+@given(matrices())
+def test_relations_that_hold_for_every_matrix(case: tuple[dict[str, Any], int]) -> None:
+    recorded, n = case
+    before = copy.deepcopy(recorded)
+    acc = accuracies(recorded, n)
+    metrics = KINDS["accuracy"].compute(recorded, n)
+    assert recorded == before
+    assert set(metrics) == set(ALL)
+    last, learnt = metrics["A_last"], metrics["plasticity"]
+    weighted = metrics["A_last_weighted"]
+    assert last is not None
+    assert learnt is not None
+    assert weighted is not None
+    assert acc[-1] is not None
+    assert min(acc[-1]) - 1e-9 <= weighted <= max(acc[-1]) + 1e-9
+    if n == 1:
+        return
+    forgotten, steps, transfer = metrics["F_max"], metrics["F_step"], metrics["BWT"]
+    assert forgotten is not None
+    assert steps is not None
+    assert transfer is not None
+    assert forgotten >= -transfer - 1e-9  # the best earlier accuracy is at least the first
+    assert last == pytest.approx(learnt + (n - 1) / n * transfer, abs=1e-9)
+    assert -100 <= steps <= 100
+    assert -100 <= forgotten <= 100
+
+
+@given(matrices())
+def test_two_tasks_leave_one_definition_of_forgetting(case: tuple[dict[str, Any], int]) -> None:
+    recorded, n = case
+    acc = accuracies(recorded, n)[:2]
+    if len(acc) == 2:
+        assert f_step(acc) == pytest.approx(f_max(acc))
+        assert -(bwt(acc) or 0) == pytest.approx(f_max(acc))
+
+
+@given(st.integers(1, 6), st.floats(0, 100))
+def test_a_constant_matrix_forgets_nothing(n: int, value: float) -> None:
+    acc: list[list[float] | None] = [[value] * (i + 1) for i in range(n)]
+    assert a_last(acc) == a_avg(acc) == plasticity(acc) == pytest.approx(value)
+    if n > 1:
+        assert f_step(acc) == f_max(acc) == bwt(acc) == 0
+
+
+def test_costs_are_percent_of_the_network_largest_task_and_last_store() -> None:
+    record = {
+        "network": {"parameters": 1000},
+        "tasks": [
+            {"parameters_trained": 30, "parameters_stored": 10},
+            {"parameters_trained": 20, "parameters_stored": 40},
+        ],
+        "measured": {"wall_seconds": 7.5, "tasks": [{"peak_mib": 100.0}, {"peak_mib": None}, {"peak_mib": 90.0}]},
+    }
+    assert cost_metrics(record) == {"N_train": 3.0, "N_store": 4.0, "time_s": 7.5, "peak_mib": 100.0}
+    assert set(cost_metrics({}).values()) == {None}
+
+
+def test_every_metric_has_a_title_a_direction_and_a_definition() -> None:
+    lower = {"F_step", "F_max", "N_train", "N_store", "time_s", "peak_mib"}
+    assert {m.key for m in METRICS.values() if not m.higher_is_better} == lower
+    assert set(METRICS) == {*ALL, *COST}
+    for kind in KINDS.values():
+        assert set(kind.columns) | {kind.quality, kind.forgetting} <= set(METRICS)
+    record = {"run": {"n_tasks": 1}, "matrix": matrix({0: [(1, 2)]})}
+    assert set(run_metrics(record)) == set(METRICS)

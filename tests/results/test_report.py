@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import base64
+import csv
+import html
+import re
+from collections.abc import Callable
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from dualcl.benchmark.errors import UserError
+from dualcl.results.plots import (
+    PLOTS,
+    accuracy_curves,
+    heat_maps,
+    loss_curves,
+    quality_forgetting,
+    quality_storage,
+    styles,
+)
+from dualcl.results.records import find_records, load_record
+from dualcl.results.report import build_report, command
+
+WriteRun = Callable[..., Path]
+
+LOG = [{"task": t, "step": s, "loss": 2.0 - s / 10} for t in range(3) for s in (0, 5, 10)]
+
+
+@pytest.fixture
+def runs(write_run: WriteRun, tmp_path: Path) -> Path:
+    for seed in range(3):
+        write_run([[90], [70, 80 + seed], [60, 50, 100]], seed=seed, log=LOG)
+        write_run([[90], [40, 80], [10, 20, 90]], label="lora", method="lora", seed=seed, stored=900, log=LOG)
+    write_run([None, None, [95, 95, 95]], label="joint", method="joint", joint=True)
+    write_run([[9], None, None], label="ewc", method="ewc", status="failed")
+    return tmp_path / "runs"
+
+
+def test_a_report_is_complete_and_readable(runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out" / "deep"
+    files = build_report([runs], out)
+    assert [p.name for p in files.tables] == ["table.md", "table.csv", "table.tex"]
+    assert {p.name for p in files.plots} == {f"glyphs-{name}{s}" for name in PLOTS for s in (".png", ".svg")}
+    for path in files.plots:
+        if path.suffix == ".png":
+            assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        else:
+            assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    assert files.runs is not None
+    assert len(list(csv.DictReader(files.runs.open()))) == 8
+    assert files.warnings
+    assert not [p for p in out.rglob("*") if p.name.startswith(".")]  # no temporary file stays
+
+
+def test_the_page_needs_no_network_and_shows_all_runs(runs: Path, tmp_path: Path) -> None:
+    page = build_report([runs], tmp_path / "out", ["html"]).html
+    assert page is not None
+    assert [p.name for p in page.parent.iterdir()] == ["report.html"]
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r'(?:src|href)="([^",]*)', text)) == {"data:image/svg+xml;base64"}
+    pictures = re.findall(r'base64,([^"]*)"', text)
+    assert len(pictures) == len(PLOTS)
+    assert ElementTree.fromstring(base64.b64decode(pictures[0])).tag.endswith("svg")
+    assert text.count("<details><summary>clora, seed") == 3
+    assert "dualcl run glyphs clora --seed 2 --set method.rank=8" in text
+    assert "ewc seed 0: failed, 1 of 3 tasks evaluated (loss is NaN)" in text
+    for part in ("00ff", "5b1d", "c0ffee", "1/(N-1)", "fewer than 3 seeds", "width=device-width"):
+        assert part in text
+
+
+def test_names_cannot_inject_anything(write_run: WriteRun, tmp_path: Path) -> None:
+    evil = "</td><script>alert('x')</script>&\"$x^"
+    write_run(
+        label=evil,
+        name="evil",
+        edit=lambda d: (
+            d["run"].update(preset=f"../{evil}", method=evil),
+            d["identity"].update(backbone=evil, **{evil: evil}),
+            d.update(sources={evil: "--set"}, error=evil),
+            d["environment"].update(commit=evil, dirty=evil),
+            d["config"].update({evil: evil}),
+            d["network"].update(skipped_images=[evil]),
+        ),
+        log=LOG,
+    )
+    out = tmp_path / "out"
+    files = build_report([tmp_path / "runs"], out)
+    assert files.html is not None
+    text = files.html.read_text(encoding="utf-8")
+    assert "<script" not in text
+    assert html.escape(evil) in text
+    assert all(p.resolve().parent == (out / "plots").resolve() for p in files.plots)
+    assert files.plots
+
+
+def test_repeating_a_report_gives_the_same_bytes(runs: Path, tmp_path: Path) -> None:
+    one, two = build_report([runs], tmp_path / "one"), build_report([runs], tmp_path / "two")
+    assert one.html is not None
+    assert two.html is not None
+    assert one.html.read_bytes() == two.html.read_bytes()
+    assert [p.read_bytes() for p in one.plots] == [p.read_bytes() for p in two.plots]
+
+
+def test_formats_are_checked_before_any_work(runs: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="unknown report format 'pdf'"):
+        build_report([runs], tmp_path / "out", ["md", "pdf"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unwritable_place_is_a_user_error(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="choose another --out"):
+        build_report([runs], tmp_path / "file", ["md"])
+
+
+def test_presets_whose_names_collide_keep_their_plots(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run(preset="a b", name="1")
+    write_run(preset="a/b", name="2")
+    names = [p.name for p in build_report([tmp_path], tmp_path / "out", ["png"]).plots]
+    assert len(names) == len(set(names))
+    assert {n.split("-curve")[0] for n in names if "-curve" in n} == {"a-b", "a-b-1"}
+
+
+def test_the_command_to_repeat_quotes_what_was_set(write_run: WriteRun) -> None:
+    run = write_run(
+        edit=lambda d: (
+            d["config"].update(data={"root": "my files"}, train={"epochs": [1, 2]}),
+            d.update(sources={"data.root": "--set", "train.epochs": "--set (methods.clora)", "seed": "--seed"}),
+        )
+    )
+    shown = command(load_record(run))
+    assert shown == "dualcl run glyphs clora --seed 0 --set 'data.root=my files' --set 'train.epochs=[1, 2]'"
+
+
+def test_plots_show_the_recorded_numbers(runs: Path) -> None:
+    records = find_records([runs])
+    curve = accuracy_curves(records)
+    assert curve is not None
+    lines = {line.get_label(): line for line in curve.axes[0].lines}
+    assert list(lines["lora"].get_ydata()) == pytest.approx([90, 60, 40])
+    assert list(lines["clora"].get_ydata()) == pytest.approx([90, 75.5, 70])
+    assert lines["joint (upper bound)"].get_ydata()[0] == pytest.approx(95)
+    maps = heat_maps(records)
+    assert maps is not None
+    assert [axes.get_title(loc="left") for axes in maps.axes[:2]] == ["clora", "lora"]
+    assert [text.get_text() for text in maps.axes[1].texts] == ["90", "40", "80", "10", "20", "90"]
+    scatter = quality_forgetting(records)
+    assert scatter is not None
+    points = {line.get_label(): line for line in scatter.axes[0].lines}
+    assert float(points["lora"].get_xdata()[0]) == pytest.approx(70)  # (90 - 10 + 80 - 20) / 2
+    storage = quality_storage(records)
+    assert storage is not None
+    assert storage.axes[0].get_xscale() == "log"
+    losses = loss_curves(records)
+    assert losses is not None
+    assert max(losses.axes[0].lines[0].get_xdata()) == 110  # two tasks of 50 steps before step 10 of the third
+
+
+def test_plots_with_nothing_to_draw_are_left_out(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run([[80]], stored=0)
+    records = find_records([tmp_path])
+    assert quality_forgetting(records) is None  # one task
+    assert quality_storage(records) is None  # zero has no logarithm
+    assert loss_curves(records) is None  # no log
+    assert heat_maps(records) is not None
+    write_run([None, [80, 80]], label="joint", joint=True, preset="other")
+    assert accuracy_curves([r for r in find_records([tmp_path]) if r.joint]) is None
+
+
+def test_sixteen_methods_are_told_apart_without_colour(write_run: WriteRun, tmp_path: Path) -> None:
+    for i in range(16):
+        write_run(label=f"m{i}")
+    look = styles(find_records([tmp_path]))
+    assert len({(s.marker, str(s.line)) for s in look.values()}) == 16
+    assert len({(s.colour, str(s.line)) for s in look.values()}) == 16

@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dualcl.benchmark.errors import UserError
+from dualcl.results.report import terminal_table
+from dualcl.results.tables import render, runs_csv, summarise
+
+WriteRun = Callable[..., Path]
+
+LOW = [[80], [40, 80], [20, 20, 80]]
+JOINT = [None, None, [99, 99, 99]]
+
+
+@pytest.fixture
+def runs(write_run: WriteRun, tmp_path: Path) -> Path:
+    """clora with A_last 70 and 72, lora with 40 and 40, joint with 99, a failed and a half-done run."""
+    write_run()
+    write_run([[90], [70, 80], [60, 56, 100]], seed=1)
+    for seed in (0, 1):
+        write_run(LOW, label="lora", method="lora", seed=seed, stored=100)
+    write_run(JOINT, label="joint", method="joint", joint=True)
+    write_run([[50], None, None], label="ewc", method="ewc", status="failed")
+    write_run([None, None, None], label="l2", method="l2", status="running")
+    return tmp_path
+
+
+def parse(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_mean_and_sample_deviation_over_seeds(runs: Path) -> None:
+    clora, lora, joint = parse(render(summarise([runs]), "csv"))
+    assert (clora["method"], lora["method"], joint["method"]) == ("clora", "lora", "joint")
+    assert float(clora["A_last_mean"]) == pytest.approx(71)
+    assert float(clora["A_last_std"]) == pytest.approx(2**0.5)  # of 70 and 72, ddof = 1
+    assert clora["A_last_n"] == "2"
+    assert float(lora["A_last_std"]) == 0
+    assert (joint["A_last_n"], joint["A_last_std"], joint["F_max_mean"], joint["F_max_n"]) == ("1", "", "", "0")
+
+
+def test_markdown_bolds_the_best_in_its_direction_and_never_the_upper_bound(runs: Path) -> None:
+    text = render(summarise([runs]), "md")
+    lines = {line.split(" |")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    head = [cell.strip() for cell in lines["method"].split("|")[1:-1]]
+    cells = {k: dict(zip(head, [c.strip() for c in v.split("|")[1:-1]], strict=True)) for k, v in lines.items()}
+    assert cells["clora"][r"A\_last ↑ (%)"] == "**71.00 ± 1.41**"
+    assert cells["clora"][r"F\_max ↓ (points)"].startswith("**28.50")
+    assert cells["lora"][r"N\_store ↓ (%)"] == "**0.100**"
+    assert cells["clora"][r"N\_store ↓ (%)"] == "5.000"
+    assert cells["clora"]["time ↓ (s)"] == "12.0 ± 0.0"  # equal everywhere: no best
+    joint = cells["joint (upper bound)"]
+    assert joint[r"A\_last ↑ (%)"] == "99.00"
+    assert joint[r"F\_max ↓ (points)"] == "–"
+    assert "**" not in lines["joint (upper bound)"]
+
+
+def test_unfinished_runs_are_listed_and_never_averaged(runs: Path) -> None:
+    table = summarise([runs]).tables[0]
+    assert {row.label for row in table.rows} == {"clora", "lora", "joint"}
+    assert table.unfinished == [
+        "ewc seed 0: failed, 1 of 3 tasks evaluated (loss is NaN)",
+        "l2 seed 0: running, 0 of 3 tasks evaluated",
+    ]
+    assert len(parse(runs_csv(summarise([runs]).records))) == 7
+
+
+def test_only_unfinished_runs_still_make_a_table(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run([[50], None, None], status="interrupted")
+    for form in ("text", "md", "tex", "csv"):
+        assert render(summarise([tmp_path]), form)
+    assert "No finished run yet." in terminal_table([tmp_path])
+
+
+def test_nothing_to_report_is_an_error_that_names_the_place(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nothing to report") as caught:
+        summarise([tmp_path])
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "key"),
+    [
+        (lambda d: d["identity"].update(split_hash="9999"), "split_hash"),
+        (lambda d: d["identity"]["preprocess"].update(size=64), "preprocess.size"),
+        (lambda d: d["identity"].update(class_order=[9, 1, 2, 0]), "class_order"),
+        (lambda d: d["identity"].pop("backbone"), "backbone"),
+    ],
+)
+def test_different_identities_do_not_mix_unless_told_to(
+    write_run: WriteRun, tmp_path: Path, edit: Callable[[dict], object], key: str
+) -> None:
+    write_run()
+    write_run(label="lora", edit=edit)
+    with pytest.raises(UserError, match="--allow-mixed") as caught:
+        summarise([tmp_path])
+    message = str(caught.value)
+    assert f"{key} is " in message
+    assert "clora seed 0" in message
+    assert "lora seed 0" in message
+    summary = summarise([tmp_path], allow_mixed=True)
+    assert len(summary.tables[0].rows) == 2
+    assert any(key in line for line in summary.warnings)
+
+
+def test_class_order_may_differ_between_seeds(write_run: WriteRun, tmp_path: Path) -> None:
+    for label in ("clora", "lora"):
+        for seed in (0, 1):
+            write_run(label=label, seed=seed)
+    assert [row.seeds for row in summarise([tmp_path]).tables[0].rows] == [(0, 1), (0, 1)]
+
+
+def test_unfinished_runs_of_another_split_do_not_stop_a_report(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run()
+    write_run(label="lora", status="failed", edit=lambda d: d["identity"].update(split_hash="9999"))
+    assert len(summarise([tmp_path]).tables[0].rows) == 1
+
+
+def test_a_sweep_gets_a_row_per_setting(write_run: WriteRun, tmp_path: Path) -> None:
+    for rank in (4, 8):
+        for seed in (0, 1):
+            write_run(
+                seed=seed,
+                name=f"{rank}-{seed}",
+                edit=lambda d, rank=rank: d["config"].update(method={"rank": rank}, device="cpu", threads=rank),
+            )
+    rows = summarise([tmp_path]).tables[0].rows
+    assert [(row.label, row.seeds) for row in rows] == [("clora (rank=4)", (0, 1)), ("clora (rank=8)", (0, 1))]
+
+
+def test_the_same_run_twice_counts_once_and_a_contradiction_is_an_error(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run()
+    write_run(name="copy", seconds=99.0)
+    summary = summarise([tmp_path])
+    assert summary.tables[0].rows[0].seeds == (0,)
+    assert any("there twice" in line for line in summary.warnings)
+    write_run(LOW, name="other")
+    with pytest.raises(UserError, match="there twice with different results") as caught:
+        summarise([tmp_path])
+    assert "other" in str(caught.value)
+
+
+def test_streams_get_their_own_tables(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run()
+    write_run(preset="cifar", edit=lambda d: d["identity"].update(data="cifar"))
+    summary = summarise([tmp_path])
+    assert [table.preset for table in summary.tables] == ["cifar", "glyphs"]
+    assert [row["preset"] for row in parse(render(summary, "csv"))] == ["cifar", "glyphs"]
+
+
+def test_warnings_name_what_weakens_a_comparison(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run(edit=lambda d: d["network"].update(skipped_images=["a.jpg"]))
+    write_run(label="lora", seed=1, edit=lambda d: d["environment"].update(commit="badcafe", dirty=True, device="cuda"))
+    text = "\n".join(summarise([tmp_path]).warnings)
+    for part in ("fewer than 3 seeds", "not the same seeds", "a.jpg", "mixed commits", "uncommitted", "mixed devices"):
+        assert part in text
+
+
+def test_three_clean_seeds_need_no_warning(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed in range(3):
+        write_run(seed=seed)
+    assert summarise([tmp_path]).warnings == []
+
+
+def test_one_seed_shows_no_deviation(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run()
+    text = terminal_table([tmp_path], ascii_only=False)
+    assert "±" not in text
+    assert "One seed" in text
+
+
+def test_terminal_table_is_aligned_marks_the_best_and_fits(runs: Path) -> None:
+    text = terminal_table([runs], ascii_only=False, width=10_000)
+    lines = text.splitlines()
+    head = next(line for line in lines if line.startswith("method"))
+    clora = next(line for line in lines if line.startswith("clora"))
+    lora = next(line for line in lines if line.startswith("lora"))
+    assert clora.index("71.00 ± 1.41*") == lora.index("40.00 ± 0.00")
+    assert clora.index("71.00") + len("71.00 ± 1.41") == head.index("A_last ↑") + len("A_last ↑")
+    narrow = terminal_table([runs], ascii_only=False, width=60)
+    assert max(map(len, narrow.splitlines()[2:-4])) <= 60
+    assert narrow.count("clora") == narrow.count("method") > 1
+    terminal_table([runs], ascii_only=True).encode("ascii")
+
+
+def test_latex_escapes_names_and_uses_booktabs(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run(label=r"a_b & 50% {x} \y $z", preset="p#1")
+    text = render(summarise([tmp_path]), "tex")
+    assert r"a\_b \& 50\% \{x\} \textbackslash{}y \$z & 1 &" in text
+    assert r"p\#1" in text
+    assert r"\toprule" in text
+    body = text[text.index(r"\begin{tabular}") : text.index(r"\end{tabular}")]
+    columns = body.split("{")[2].split("}")[0]
+    assert all(line.replace(r"\&", "").count("&") == len(columns) - 1 for line in body.splitlines() if " & " in line)
+
+
+def test_markdown_escapes_names(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run(label="a|b*c<script>")
+    text = render(summarise([tmp_path]), "md")
+    assert r"| a\|b\*c\<script\> | 1 |" in text
+
+
+def test_an_unknown_format_names_the_known_ones(runs: Path) -> None:
+    with pytest.raises(UserError, match="did you mean 'csv'"):
+        render(summarise([runs]), "cvs")
+
+
+def test_long_runs_are_shown_in_larger_units(write_run: WriteRun, tmp_path: Path) -> None:
+    write_run(seconds=7200.0)
+    write_run(label="lora", seconds=3600.0)
+    text = render(summarise([tmp_path]), "md")
+    assert "time ↓ (h)" in text
+    assert "| **1.00** |" in text
+    assert float(parse(render(summarise([tmp_path]), "csv"))[0]["time_s_mean"]) == 7200
