@@ -35,7 +35,8 @@ class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors end in one `dualcl: error:` line, whichever sub-command found them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Prints the usage and the error on stderr and exits with code 2."""
@@ -49,7 +50,8 @@ class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
         from dualcl.benchmark.environment import package_version
 
-        parser.exit(0, f"dualcl {package_version('dualcl')}\n")
+        print(f"dualcl {package_version('dualcl')}")
+        parser.exit(0)
 
 
 def _say(text: str) -> None:
@@ -68,8 +70,11 @@ def _natural(text: str) -> int:
     return int(text)
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of all sub-commands but `bench`, whose arguments `bench.add_arguments` adds when it is asked for."""
+def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and those of its sub-commands by name.
+
+    `bench` comes without arguments: its module adds them when it is asked for.
+    """
     parser = _Parser(
         prog="dualcl",
         description="Continual learning in two domains with one runner.",
@@ -87,15 +92,16 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--set",
             dest="sets",
-            nargs="+",
-            action="extend",
+            action="append",
             default=[],
             metavar="KEY=VALUE",
-            help="override configuration values (see `dualcl show PRESET`)",
+            help="override a configuration value (see `dualcl show PRESET`); several may follow one --set",
         )
 
     def add_many(command: argparse.ArgumentParser) -> None:
-        command.add_argument("--jobs", type=_positive, default=1, metavar="N", help="processes side by side (default 1)")
+        command.add_argument(
+            "--jobs", type=_positive, default=1, metavar="N", help="processes side by side (default 1)"
+        )
         command.add_argument("--quiet", action="store_true", help="no progress; tables and errors still appear")
 
     def add_report(command: argparse.ArgumentParser) -> None:
@@ -174,18 +180,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     command = add("bench", "measure speed and memory")
     command.set_defaults(func=_bench)
-    command.set_defaults(parser=command)
 
     command = add("doctor", "check versions, devices, caches and writable places")
     command.set_defaults(func=_doctor)
-    return parser
+    return parser, dict(commands.choices)
 
 
-def _add_bench(parser: argparse.ArgumentParser) -> None:
+def _add_bench(command: argparse.ArgumentParser) -> None:
     from dualcl.benchmark import bench
 
-    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    kinds = commands.choices["bench"].add_subparsers(dest="kind", required=True, metavar="WHAT")
+    kinds = command.add_subparsers(dest="kind", required=True, metavar="WHAT")
     step = kinds.add_parser("step", help="time and memory of one training step per method")
     bench.add_arguments(step)
 
@@ -280,32 +284,35 @@ def _report(args: argparse.Namespace) -> int:
     if alone and args.out is None:
         return 0
     if args.out is None and len(args.dirs) > 1:
-        raise UserError("a report on several folders needs --out DIR (or one of --format md, csv, tex for stdout alone)")
+        raise UserError(
+            "a report on several folders needs --out DIR (or one of --format md, csv, tex for stdout alone)"
+        )
     _write_report(args.dirs, args.out or args.dirs[0] / "report", formats, args.allow_mixed)
     return 0
 
 
 def _sweep(args: argparse.Namespace) -> int:
-    from dualcl.benchmark import compare as c
+    from dualcl.benchmark import sweep as s
+    from dualcl.benchmark.compare import execute, parse_seeds
     from dualcl.benchmark.config import load_preset
 
-    seeds = None if args.seeds is None else c.parse_seeds(args.seeds)
+    seeds = None if args.seeds is None else parse_seeds(args.seeds)
     out = args.out or RUNS / f"sweep-{load_preset(args.preset).name}"
     args.place = out
-    sweep = c.plan_sweep(
+    sweep = s.plan_sweep(
         args.preset, args.method, args.over, seeds, args.sets, out, select=args.select, on_test=args.on_test
     )
     if not args.quiet:
         _say(f"{len(sweep.points)} points, {len(sweep.plan)} runs, measured on {sweep.measured_on}")
-    outcomes = c.execute(sweep.plan, jobs=args.jobs, quiet=args.quiet)
-    scores = c.score_sweep(sweep, outcomes)
-    print(c.sweep_table(sweep, scores))
-    best = c.best_score(sweep, scores)
+    outcomes = execute(sweep.plan, jobs=args.jobs, quiet=args.quiet)
+    scores = s.score_sweep(sweep, outcomes)
+    print(s.sweep_table(sweep, scores))
+    best = s.best_score(sweep, scores)
     if best is None:
         _say(f"no best point: none has all its seeds with a defined {sweep.select}")
     else:
-        _say(f"best {sweep.select} {best.metrics[sweep.select][0]:.2f}; use it with: {c.set_line(best)}")
-    written = c.write_sweep(sweep, scores, out / args.method)
+        _say(f"best {sweep.select} {best.metrics[sweep.select][0]:.2f}; use it with: {s.set_line(best)}")
+    written = s.write_sweep(sweep, scores, out / args.method)
     _say(f"sweep: {', '.join(map(str, written))}")
     return _conclude(outcomes, args.quiet)
 
@@ -315,7 +322,9 @@ def _bundled_backbones() -> dict[str, str]:
     out = {}
     for path in sorted((Path(__file__).parent / "backbones").glob("*.json")):
         card = json.loads(path.read_text(encoding="utf-8"))
-        out[path.stem.replace("_", "-")] = f"{card['timm_name']} at {card['input_size']} px, trained on {card['trained_on']}"
+        out[path.stem.replace("_", "-")] = (
+            f"{card['timm_name']} at {card['input_size']} px, trained on {card['trained_on']}"
+        )
     return out
 
 
@@ -325,7 +334,7 @@ def _list_rows(what: str) -> list[list[str]]:
 
         methods = sorted(available_methods().values(), key=lambda m: m.name)
         return [
-            [m.name, ", ".join(m.domains), m.summary + ("; stores data" if m.stores_data else ""), f"[{m.source}]"]
+            [m.name, ", ".join(m.domains), f"{m.summary}{'; stores data' if m.stores_data else ''} [{m.source}]"]
             for m in methods
         ]
     if what == "presets":
@@ -473,15 +482,27 @@ def _silence_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _expand_sets(argv: Sequence[str]) -> list[str]:
+    """`--set a=1 b=2 PRESET` -> `--set a=1 --set b=2 PRESET`: argparse would take PRESET for another value."""
+    out: list[str] = []
+    inside = False
+    for i, word in enumerate(argv):
+        first = i > 0 and argv[i - 1] == "--set"
+        inside = word == "--set" or first or (inside and "=" in word and not word.startswith("-"))
+        if inside and word != "--set" and not first:
+            out.append("--set")
+        out.append(word)
+    return out
+
+
 def _dispatch(argv: list[str]) -> int:
-    parser = build_parser()
+    parser, commands = build_parser()
     word = next((a for a in argv if not a.startswith("-")), None)
-    commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
     if word is not None and word not in commands:
         raise UserError(f"unknown command {word!r}; {nearest(word, commands, 'commands')}")
     if word == "bench":
-        _add_bench(parser)
-    args = parser.parse_args(argv)
+        _add_bench(commands["bench"])
+    args = parser.parse_args(_expand_sets(argv))
     try:
         code: int = args.func(args)
         sys.stdout.flush()

@@ -53,7 +53,9 @@ def _packages() -> Iterator[Finding]:
             yield Finding("package", f"{requirement.name} {found}")
         else:
             wanted = f"{requirement.name}{requirement.specifier}"
-            yield Finding("package", f"{wanted} {f'(found {found})' if found else 'is missing'}", f"pip install '{wanted}'", True)
+            yield Finding(
+                "package", f"{wanted} {f'(found {found})' if found else 'is missing'}", f"pip install '{wanted}'", True
+            )
     for extra, names in missing_extras.items():
         yield Finding("optional", f"{', '.join(names)} missing (extra `{extra}`)", f"pip install 'dualcl[{extra}]'")
 
@@ -103,7 +105,9 @@ def _places() -> Iterator[Finding]:
     for name, folder in _cache_folders().items():
         state = "there" if folder.is_dir() else "not made yet"
         if why := _write_error(folder):
-            yield Finding("cache", f"{name}: {folder}: {why}", "set DUALCL_CACHE / HF_HOME to a folder that can be written")
+            yield Finding(
+                "cache", f"{name}: {folder}: {why}", "set DUALCL_CACHE / HF_HOME to a folder that can be written"
+            )
         else:
             yield Finding("cache", f"{name}: {folder} ({state})")
     here, temporary = Path.cwd(), Path(tempfile.gettempdir())
@@ -114,7 +118,9 @@ def _places() -> Iterator[Finding]:
         mend = "runs of large backbones need some GiB" if free < 2 else ""
         yield Finding("folder", f"working directory {here}: {free:.1f} GiB free", mend)
     if why := _write_error(temporary):
-        yield Finding("folder", f"temporary files {temporary}: {why}", "set TMPDIR to a folder that can be written", True)
+        yield Finding(
+            "folder", f"temporary files {temporary}: {why}", "set TMPDIR to a folder that can be written", True
+        )
 
 
 def _backbones() -> Iterator[Finding]:
@@ -128,7 +134,9 @@ def _backbones() -> Iterator[Finding]:
         if not weights.is_file():
             yield Finding("backbone", f"{name}: {weights.name} is missing", mend, True)
             continue
-        same = hashlib.sha256(weights.read_bytes()).hexdigest() == json.loads(card.read_text(encoding="utf-8"))["sha256"]
+        same = (
+            hashlib.sha256(weights.read_bytes()).hexdigest() == json.loads(card.read_text(encoding="utf-8"))["sha256"]
+        )
         if same:
             yield Finding("backbone", f"{name}: checksum agrees")
         else:

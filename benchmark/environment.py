@@ -44,7 +44,7 @@ def _git(root: Path, *args: str) -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def source_state() -> tuple[str | None, bool | None]:
-    """(commit, whether the suite's own files differ from it) of the checkout this runs from; (None, None) without one."""
+    """(commit, whether the suite's files differ from it) of the checkout this runs from; (None, None) without one."""
     root = Path(__file__).resolve().parents[1]
     if not (root / ".git").exists() or not (root / "setup.cfg").is_file():
         return None, None
@@ -95,7 +95,9 @@ def pick_device(name: str) -> torch.device:
         return torch.device(found[0].partition(":")[0])
     kind, _, index = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (index and not index.isdecimal()):
-        raise UserError(f"unknown device {name!r}; {nearest(kind, ('auto', 'cpu', 'cuda', 'cuda:1', 'mps'), 'devices')}")
+        raise UserError(
+            f"unknown device {name!r}; {nearest(kind, ('auto', 'cpu', 'cuda', 'cuda:1', 'mps'), 'devices')}"
+        )
     there = [d for d in found if d == name or d.partition(":")[0] == name]
     if not there:
         raise UserError(f"device {name!r} is not available here; use device=auto or one of: {', '.join(found)}")

@@ -84,7 +84,7 @@ class RunFolder:
     def read_record(self) -> dict[str, Any] | None:
         """The record, or None when there is none yet."""
         path = self.path / RECORD
-        return load_record(path) if path.exists() else None
+        return load_record(path).data if path.exists() else None
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replaces the record."""

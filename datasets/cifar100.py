@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -46,7 +47,7 @@ class Cifar100:
     class Config(SelectConfig):
         """Keys below `data.`."""
 
-        root: str = field(default="data", metadata={"help": f"the folder that holds {FOLDER}/"})
+        root: str = field(default="data", metadata={"help": f"the folder that holds {FOLDER}/", "volatile": True})
 
     @classmethod
     def load(cls, config: Config) -> ClassData:
@@ -68,6 +69,7 @@ class Cifar100:
         if not (root / FOLDER).is_dir():
             archive = download(URL, root / "cifar-100-python.tar.gz", ARCHIVE)
             unpacked = root / f"{FOLDER}.unpacked"
+            shutil.rmtree(unpacked, ignore_errors=True)
             extract_tar(archive, unpacked, max_bytes=2**30, max_files=100)
             (unpacked / FOLDER).replace(root / FOLDER)
             unpacked.rmdir()

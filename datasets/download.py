@@ -162,26 +162,32 @@ def _size(path: Path) -> int:
 
 
 class Progress:
-    """Bytes so far on stderr: one line that moves on a terminal, a line every few seconds elsewhere."""
+    """How far something is, on stderr: one line that moves on a terminal, a line every few seconds elsewhere.
 
-    def __init__(self, name: str, total: int | None, start: int = 0) -> None:
-        self.name, self.total, self.start = name, total, start
+    Counts are in bytes unless `unit` is (how many make one, its name). What is done in a moment says nothing.
+    """
+
+    def __init__(self, name: str, total: int | None, start: int = 0, unit: tuple[int, str] = (MIB, "MiB")) -> None:
+        self.name, self.total, self.start, self.unit = name, total, start, unit
         self.moving = sys.stderr.isatty()
         self.began = self.shown = time.monotonic()
         self.wrote = False
 
     def update(self, done: int) -> None:
-        """Shows `done` bytes, not more often than is of use."""
+        """Shows the count so far, not more often than is of use."""
         now = time.monotonic()
-        if now - self.shown < (0.2 if self.moving else LINE_SECONDS):
+        if now - self.shown < (0.5 if self.moving else LINE_SECONDS):
             return
         self.shown, self.wrote = now, True
-        speed = (done - self.start) / (now - self.began)
-        text = f"{self.name}: {done / MIB:.0f} MiB"
+        size, name = self.unit
+        speed = (done - self.start) / max(now - self.began, 1e-9)
+        text = f"{self.name}: {done / size:.0f}"
         if self.total:
             left = (self.total - done) / speed if speed else float("inf")
-            text += f" of {self.total / MIB:.0f} ({100 * done / self.total:.0f}%), {left:.0f} s left"
-        text += f", {speed / MIB:.1f} MiB/s"
+            text += f" of {self.total / size:.0f} {name} ({100 * done / self.total:.0f}%), {left:.0f} s left"
+        else:
+            text += f" {name}"
+        text += f", {speed / size:.1f} {name}/s"
         print(f"\r{text:<78}" if self.moving else text, end="" if self.moving else "\n", file=sys.stderr, flush=True)
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +156,21 @@ def sample_look(rng: np.random.Generator) -> Look:
         shift=(float(rng.uniform(-0.08, 0.08)), float(rng.uniform(-0.08, 0.08))),
         clutter=int(rng.integers(0, 4)),
         detail_seed=int(rng.integers(0, 2**31)),
+    )
+
+
+def in_black_on_white(look: Look) -> Look:
+    """The same pose, solid black on plain white."""
+    black, white = (0, 0, 0), (255, 255, 255)
+    return replace(
+        look,
+        rendition="solid",
+        background="plain",
+        ink=black,
+        second_ink=black,
+        paper=white,
+        second_paper=white,
+        clutter=0,
     )
 
 

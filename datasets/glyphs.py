@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dualcl.benchmark.config import positive
-from dualcl.benchmark.errors import UserError
 from dualcl.benchmark.seeding import numpy_generator
-from dualcl.datasets.base import ClassData, ImageSet, split_hash
+from dualcl.datasets.base import ClassData, ImageSet
 from dualcl.datasets.glyph_drawing import STREAM_GLYPHS, draw_images
 from dualcl.datasets.registry import register_dataset
+from dualcl.datasets.split import SelectConfig, select
 
 
 @dataclass(frozen=True)
@@ -46,76 +46,45 @@ class Glyphs:
     """20 pictographs of DejaVu Sans, drawn in memory from a seed; none was in the bundled backbone's pretraining."""
 
     @dataclass(frozen=True)
-    class Config:
+    class Config(SelectConfig):
         """The keys below `data.`."""
 
         train_per_class: int = field(default=60, metadata={"help": "training images drawn per class"})
         test_per_class: int = field(default=20, metadata={"help": "test images drawn per class"})
         size: int = field(default=32, metadata={"help": "side of the drawn images in pixels"})
         draw_seed: int = field(default=0, metadata={"help": "which drawings"})
-        holdout: float = field(
-            default=0.0, metadata={"help": "test on this fraction of the training images instead (for tuning)"}
-        )
-        limit: int | None = field(default=None, metadata={"help": "only the first so many training images per class"})
-        classes: int = field(default=len(STREAM_GLYPHS), metadata={"help": "only the first so many classes"})
 
         def __post_init__(self) -> None:
+            super().__post_init__()
             positive("data.train_per_class", self.train_per_class)
             positive("data.test_per_class", self.test_per_class)
             positive("data.size", self.size, 16)
             positive("data.draw_seed", self.draw_seed, 0)
-            positive("data.limit", self.limit)
-            positive("data.classes", self.classes)
-            if self.classes > len(STREAM_GLYPHS):
-                raise UserError(f"data.classes is {self.classes}, but glyphs has {len(STREAM_GLYPHS)} classes")
-            if not 0 <= self.holdout < 1:
-                raise UserError(f"data.holdout must be at least 0 and below 1, got {self.holdout}")
-            if self.holdout and self.train_per_class < 2:
-                raise UserError("data.holdout needs data.train_per_class of at least 2")
 
     @classmethod
     def load(cls, config: Config) -> ClassData:
         """Draws the images; the same config gives the same pixels with the same Pillow and FreeType.
 
-        Each set's fingerprint is the sha256 of its pixels; `facts["pixels_sha256"]` joins the two.
+        A set's fingerprint comes from the sha256 of its pixels; `facts["pixels_sha256"]` is over all that were drawn.
         """
-        names = tuple(STREAM_GLYPHS)[: config.classes]
-        count = config.train_per_class
-        held = min(count - 1, max(1, round(count * config.holdout))) if config.holdout else 0
-        train = np.arange(count - held)[: config.limit]
-        train_set = _image_set(names, "train", train, config)
-        if held:
-            # drawings are independent of one another, so the last ones are as random a choice as any
-            test_set = _image_set(names, "train", np.arange(count - held, count), config)
-        else:
-            test_set = _image_set(names, "test", np.arange(config.test_per_class), config)
-        split_name = f"glyphs:seed{config.draw_seed}:{count}+{config.test_per_class}"
-        if held:
-            split_name += f"+holdout-{config.holdout:.0%}"
-        if config.limit is not None:
-            split_name += f"+limit-{config.limit}"
-        pixels = hashlib.sha256((train_set.fingerprint + test_set.fingerprint).encode())
-        return ClassData(
-            name="glyphs",
-            class_names=names,
-            train=train_set,
-            test=test_set,
-            split_name=split_name,
-            split_hash=split_hash(train_set.ids, train_set.labels.tolist(), test_set.ids, test_set.labels.tolist()),
-            facts={"pixels_sha256": pixels.hexdigest()},
-        )
+        # classes that are not asked for need not be drawn
+        names = tuple(STREAM_GLYPHS)
+        wanted = names[: config.classes]
+        train = _image_set(wanted, "train", config.train_per_class, config)
+        test = _image_set(wanted, "test", config.test_per_class, config)
+        pixels = hashlib.sha256((train.fingerprint + test.fingerprint).encode())
+        split_name = f"glyphs:{config.train_per_class}+{config.test_per_class}-seed{config.draw_seed}"
+        return select("glyphs", names, train, test, split_name, config, facts={"pixels_sha256": pixels.hexdigest()})
 
 
-def _image_set(names: tuple[str, ...], part: str, chosen: NDArray[np.int64], config: Glyphs.Config) -> ImageSet:
-    """The images `chosen` of each class; the ids carry all that the pixels depend on."""
-    count = int(chosen[-1]) + 1
-    drawn = [_draw_class(name, part, count, config.size, config.draw_seed)[chosen] for name in names]
-    images = np.concatenate(drawn)
+def _image_set(names: tuple[str, ...], part: str, count: int, config: Glyphs.Config) -> ImageSet:
+    """`count` images of each class; the ids carry all that the pixels depend on."""
+    images = np.concatenate([_draw_class(name, part, count, config.size, config.draw_seed) for name in names])
     images.setflags(write=False)
     prefix = f"{config.size}px/seed{config.draw_seed}"
     return ImageSet(
-        ids=tuple(f"{prefix}/{name}/{part}/{i}" for name in names for i in chosen),
-        labels=np.repeat(np.arange(len(names), dtype=np.int64), len(chosen)),
+        ids=tuple(f"{prefix}/{name}/{part}/{i}" for name in names for i in range(count)),
+        labels=np.repeat(np.arange(len(names), dtype=np.int64), count),
         load=_Pixels(images),
-        fingerprint=hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest(),
+        fingerprint=hashlib.sha256(images.tobytes()).hexdigest(),
     )

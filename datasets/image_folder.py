@@ -57,15 +57,22 @@ def folder_set(root: Path, names: Sequence[str], labels: Sequence[int] | np.ndar
     return ImageSet(names, np.asarray(labels, dtype=np.int64), FolderImages(root, names), digest.hexdigest()[:16])
 
 
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"cannot read the folder {folder} ({error.strerror}); check its permissions") from error
+
+
 def class_folders(folder: Path) -> list[str]:
     """Names of the class folders directly below `folder`, sorted; hidden and system folders do not count."""
-    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+    return sorted(p.name for p in _entries(folder) if p.is_dir() and not p.name.startswith((".", "__")))
 
 
 def image_files(folder: Path) -> list[str]:
     """Names of the images directly in `folder`, sorted."""
     return sorted(
-        p.name for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
+        p.name for p in _entries(folder) if p.suffix.lower() in SUFFIXES and not p.name.startswith(".") and p.is_file()
     )
 
 

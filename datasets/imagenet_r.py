@@ -53,7 +53,9 @@ class ImageNetR:
     class Config(SelectConfig):
         """Keys below `data.`."""
 
-        root: str = field(default="data/imagenet-r", metadata={"help": "the folder with the 200 class folders"})
+        root: str = field(
+            default="data/imagenet-r", metadata={"help": "the folder with the 200 class folders", "volatile": True}
+        )
         split: Split = field(default="coda", metadata={"help": "coda: CODA-Prompt's lists; hash: 80/20 of each class"})
 
         def __post_init__(self) -> None:
@@ -88,7 +90,7 @@ class ImageNetR:
     @classmethod
     def prepare(cls, config: Config) -> None:
         """Downloads and unpacks the official archive (2.2 GB) and, for "coda", the two lists; all are checksummed."""
-        root = Path(config.root).expanduser()
+        root = Path(config.root).expanduser().resolve()
         if len(_folders(root)) != N_CLASSES:
             archive = download(URL, root.parent / "imagenet-r.tar", ARCHIVE)
             unpacked = root.with_name(root.name + ".unpacked")

@@ -8,12 +8,12 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image
 
-from dualcl.datasets.loader import cpus, decode_image
+from dualcl.datasets.download import Progress
+from dualcl.datasets.loader import cpus, decode_image, in_threads
 
 
 def cache_dir() -> Path:
@@ -24,10 +24,7 @@ def cache_dir() -> Path:
 def why_unreadable(path: Path) -> str | None:
     """One line on why `path` cannot be decoded in full, None when it can."""
     try:
-        with warnings.catch_warnings():
-            # between one and two times Pillow's limit it warns only; beyond, it raises
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            decode_image(path)
+        decode_image(path)
     except Image.DecompressionBombError as error:
         return f"too many pixels: {error}"
     except Exception as error:  # Pillow's decoders raise nearly every type on damaged files
@@ -37,7 +34,7 @@ def why_unreadable(path: Path) -> str | None:
     return None
 
 
-def verify_images(root: Path, ids: Sequence[str], workers: int | None = None) -> dict[str, str]:
+def verify_images(root: Path, ids: Sequence[str]) -> dict[str, str]:
     """Decodes the files `root`/id and returns {id: reason} of those that cannot be read.
 
     Files that were good before, with the same size and time of change, are not decoded again. That memory is one small
@@ -54,10 +51,16 @@ def verify_images(root: Path, ids: Sequence[str], workers: int | None = None) ->
         except OSError as error:
             bad[name] = error.strerror or str(error)
     new = [name for name, stamp in stamps.items() if known.get(name) != stamp]
-    with ThreadPoolExecutor(workers or cpus()) as pool:
-        for name, reason in zip(new, pool.map(lambda name: why_unreadable(root / name), new), strict=True):
+    progress = Progress("checking images", len(new), unit=(1, "images"))
+    with warnings.catch_warnings():
+        # what Pillow only warns of (corrupt EXIF, one to two times its limit of pixels) can be decoded
+        warnings.filterwarnings("ignore", module="PIL")
+        reasons = in_threads(lambda name: why_unreadable(root / name), new, cpus())
+        for done, (name, reason) in enumerate(zip(new, reasons, strict=True), 1):
+            progress.update(done)
             if reason is not None:
                 bad[name] = reason
+    progress.close()
     good = {name: stamp for name, stamp in stamps.items() if name not in bad}
     if any(known.get(name) != stamp for name, stamp in good.items()):
         _write(memory, {**known, **good})

@@ -76,18 +76,20 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Linear, updates: Iterable[LowRankUpdate]) -> None:
         super().__init__()
         self.base = base
-        # a plain list: the updates are owned (and saved) by the method, not by the model
-        self.updates = sorted(updates, key=lambda u: u.site.start)
+        self.updates = nn.ModuleList(sorted(updates, key=lambda u: u.site.start))
         self.in_features, self.out_features = base.in_features, base.out_features
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""
         y = self.base(x)
-        active = [u for u in self.updates if u.active]
+        active = [u for u in self._updates() if u.active]
         if not active:
             return y  # type: ignore[no-any-return]
         hidden = F.linear(x, torch.cat([u.B for u in active]))
         return y + F.linear(hidden, self._blocks(active))  # type: ignore[no-any-return]
+
+    def _updates(self) -> list[LowRankUpdate]:
+        return list(self.updates)  # type: ignore[arg-type]
 
     def _blocks(self, active: list[LowRankUpdate]) -> Tensor:
         """The factors A as one (d_out, sum of ranks) matrix, zero outside each update's rows and columns."""

@@ -1,1 +1,20 @@
-"""Metrics, tables, plots and reports, rebuilt from run records alone."""
+"""Metrics, tables, plots and reports, rebuilt from run records alone: no torch, no weights, no data."""
+
+from dualcl.results.records import Record, comparable, find_records, frame, load_record
+from dualcl.results.report import ReportFiles, build_report, terminal_table
+from dualcl.results.tables import Summary, Table, render, summarise
+
+__all__ = [
+    "Record",
+    "ReportFiles",
+    "Summary",
+    "Table",
+    "build_report",
+    "comparable",
+    "find_records",
+    "frame",
+    "load_record",
+    "render",
+    "summarise",
+    "terminal_table",
+]

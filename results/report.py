@@ -61,8 +61,10 @@ def _slugs(tables: Sequence[Table]) -> list[str]:
     return out
 
 
-def _draw(summary: Summary, folder: Path) -> tuple[list[Path], dict[tuple[int, str], bytes]]:
-    """Writes all plots as PNG and SVG; returns the paths, and the SVG by (table index, plot) for the page."""
+def _draw(
+    summary: Summary, folder: Path, suffixes: Sequence[str] = (".png", ".svg")
+) -> tuple[list[Path], dict[tuple[int, str], bytes]]:
+    """Writes all plots, SVG last; returns the paths, and the SVG by (table index, plot) for the page."""
     from dualcl.results.plots import PLOTS, save_figure
 
     paths: list[Path] = []
@@ -73,7 +75,7 @@ def _draw(summary: Summary, folder: Path) -> tuple[list[Path], dict[tuple[int, s
             if figure is None:
                 continue
             folder.mkdir(parents=True, exist_ok=True)
-            for suffix in (".png", ".svg"):
+            for suffix in suffixes:
                 paths.append(save_figure(figure, folder / f"{slug}-{name}{suffix}"))
             pictures[index, name] = paths[-1].read_bytes()
     return paths, pictures
@@ -107,7 +109,7 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --fg: #e6e6e6; --bg: #16181c; --soft: #22252b; --line: #3a3f47;
   --dim: #a3aab5; --mark: #7db8f5; --warn: #3d3318 } }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 80rem; padding: 1rem; background: var(--bg); color: var(--fg);
+body { margin: 0 auto; max-width: 84rem; padding: 1rem; background: var(--bg); color: var(--fg);
   font: 16px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.5rem; margin: .5rem 0 }
 h2 { font-size: 1.25rem; margin: 2rem 0 .25rem }
@@ -116,7 +118,7 @@ p { margin: .25rem 0 .75rem }
 .dim, dt { color: var(--dim) }
 .scroll { overflow-x: auto }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums }
-th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
 th { border-bottom: 2px solid var(--line); vertical-align: bottom }
 th span { display: block; font-weight: 400; color: var(--dim) }
 tr > :first-child { text-align: left; position: sticky; left: 0; background: var(--bg) }
@@ -267,7 +269,7 @@ def build_report(
             files.plots, pictures = _draw(summary, out / "plots")
         elif "html" in formats:
             with tempfile.TemporaryDirectory() as folder:
-                _, pictures = _draw(summary, Path(folder))
+                _, pictures = _draw(summary, Path(folder), [".svg"])
         if "html" in formats:
             files.html = write_text(out / "report.html", _html(summary, pictures))
     except OSError as error:

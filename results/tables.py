@@ -114,8 +114,10 @@ def _identity_conflicts(records: Sequence[Record]) -> list[str]:
         for r in records
     ]
     for key in dict.fromkeys(k for _, identity in flat for k in identity):
-        per_seed = key.split(".")[-1] in PER_SEED
         for record, identity in flat:
+            # weights drawn from the seed differ between seeds
+            drawn = key == "weights_sha256" and identity.get("weights") == "random"
+            per_seed = drawn or key.split(".")[-1] in PER_SEED
             value = identity.get(key)
             known, other = first.setdefault((key, record.seed if per_seed else None), (value, record))
             if known != value:
@@ -208,6 +210,8 @@ def _warnings(records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
     for key, what in {"dualcl": "versions of dualcl", "commit": "commits", "torch": "versions of torch"}.items():
         if len(values := _values(records, key)) > 1:
             lines.append(f"mixed {what}: {', '.join(v[:12] for v in values)}")
+    if any(r.data["identity"].get("weights") == "random" for r in records):
+        lines.append("the backbone is not pretrained: its weights are random")
     if len(devices := _values(records, "device")) > 1:
         lines.append(f"mixed devices, time and memory do not compare: {', '.join(devices)}")
     if dirty := sum(bool((r.data.get("environment") or {}).get("dirty")) for r in records):

@@ -300,7 +300,7 @@ class Classification(Domain):
 
         So a frozen backbone's features and the prompt methods' queries cost one pass per run, not one per evaluation.
         """
-        version = sum(p._version for p in self.model.parameters())
+        version = hash(tuple((p.data_ptr(), p._version) for p in self.model.parameters()))
         kept = self._frozen_features.get(task)
         if kept is None or kept[0] != version:
             size = self.resolved.section("eval", EvalConfig).batch_size

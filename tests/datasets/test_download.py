@@ -21,7 +21,7 @@ GOOD = Checksum("sha256", hashlib.sha256(CONTENT).hexdigest())
 
 
 class Server(ThreadingHTTPServer):
-    """Serves CONTENT; `cuts` bytes are sent at most per answer, `ranges` False ignores Range, `busy` answers 503 first."""
+    """Serves CONTENT, at most `cut` bytes per answer, after `busy` answers of 503; `ranges` False ignores Range."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -199,7 +199,15 @@ def test_progress_goes_to_stderr_in_lines(capsys, monkeypatch):
     progress.close()
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith("data.bin: 1 MiB of 4 (25%), ")
+    assert err.startswith("data.bin: 1 of 4 MiB (25%), ")
+
+
+def test_progress_of_things_that_are_no_bytes(capsys, monkeypatch):
+    monkeypatch.setattr(module, "LINE_SECONDS", 0.0)
+    progress = Progress("checking", 10, unit=(1, "images"))
+    progress.update(5)
+    progress.close()
+    assert capsys.readouterr().err.startswith("checking: 5 of 10 images (50%), ")
 
 
 def tar_of(path: Path, *members: tuple[str, bytes | str | None]) -> Path:

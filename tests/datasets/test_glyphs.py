@@ -128,7 +128,12 @@ def test_holdout_replaces_the_test_set_by_training_images():
     assert held.split_hash != full.split_hash
 
 
-def test_limit_keeps_the_first_training_images():
+def test_more_classes_than_there_are_is_refused():
+    with pytest.raises(UserError, match=r"data\.classes is 21 but glyphs has only 20"):
+        Glyphs.load(Glyphs.Config(train_per_class=1, test_per_class=1, classes=21))
+
+
+def test_limit_keeps_some_training_images():
     full, few = Glyphs.load(SMALL), Glyphs.load(replace(SMALL, limit=2))
     assert np.bincount(few.train.labels).tolist() == [2] * 4
     assert set(few.train.ids) < set(full.train.ids)
@@ -146,7 +151,6 @@ def test_limit_keeps_the_first_training_images():
         ("holdout", -0.1),
         ("limit", 0),
         ("classes", 0),
-        ("classes", 21),
     ],
 )
 def test_wrong_settings_name_the_key(key, value):

@@ -1,4 +1,5 @@
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from PIL import Image
 from dualcl.benchmark.errors import UserError
 from dualcl.datasets import verify
 from dualcl.datasets.base import ClassData
-from dualcl.datasets.image_folder import ImageFolder
+from dualcl.datasets.image_folder import ImageFolder, class_folders
 
 MakeTree = Callable[..., Path]
 
@@ -158,6 +159,11 @@ def test_missing_and_empty_folders(tmp_path, make_tree):
     refuses("class folder .*train/c has no images", root)
 
 
+def test_a_folder_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot read the folder .*gone"):
+        class_folders(tmp_path / "gone")
+
+
 def test_classes_on_one_side_only(split_tree, make_tree):
     make_tree({"val/eel": 1})
     refuses(r"val/eel has no counterpart .*train/eel", split_tree)
@@ -194,6 +200,12 @@ def test_what_is_no_image_is_named(split_tree):
     target.symlink_to(split_tree / "gone.png")
     data = load(split_tree)  # a dangling link is no file
     assert "train/cat/img00.png" not in data.train.ids
+
+
+def test_images_can_be_sent_to_another_process(split_tree):
+    images = load(split_tree, limit=1).train
+    sent = pickle.loads(pickle.dumps(images))
+    assert np.array_equal(np.asarray(sent.load(1)), np.asarray(images.load(1)))
 
 
 def test_an_image_bomb_is_named(split_tree, monkeypatch):

@@ -188,10 +188,11 @@ def test_what_is_missing_of_imagenet_r_is_named(tmp_path):
 
 
 @pytest.mark.usefixtures("renditions")
-def test_an_unfinished_unpacking_is_repaired(tmp_path):
-    root = tmp_path / "imagenet-r"
+def test_an_unfinished_unpacking_is_repaired_here(tmp_path, monkeypatch):
+    root = tmp_path / "my-renditions"
     (root / WNIDS[0]).mkdir(parents=True)
-    ImageNetR.prepare(ImageNetR.Config(root=str(root)))
+    monkeypatch.chdir(root)
+    ImageNetR.prepare(ImageNetR.Config(root="."))
     assert len(list((root / WNIDS[0]).iterdir())) == 3
 
 

@@ -115,6 +115,15 @@ def test_class_order_may_differ_between_seeds(write_run: WriteRun, tmp_path: Pat
     assert [row.seeds for row in summarise([tmp_path]).tables[0].rows] == [(0, 1), (0, 1)]
 
 
+def test_random_weights_may_differ_between_seeds_only(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(seed=seed, edit=lambda d, s=seed: d["identity"].update(weights="random", weights_sha256=str(s)))
+    assert any("not pretrained" in line for line in summarise([tmp_path]).warnings)
+    write_run(label="lora", edit=lambda d: d["identity"].update(weights="random", weights_sha256="9"))
+    with pytest.raises(UserError, match="weights_sha256 is '0' in clora seed 0 and '9' in lora seed 0"):
+        summarise([tmp_path])
+
+
 def test_unfinished_runs_of_another_split_do_not_stop_a_report(write_run: WriteRun, tmp_path: Path) -> None:
     write_run()
     write_run(label="lora", status="failed", edit=lambda d: d["identity"].update(split_hash="9999"))

@@ -1,0 +1,287 @@
+"""Sweeps: a grid of settings of one method, measured on validation images, with the best point named."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import itertools
+import json
+import re
+import shlex
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dualcl.benchmark.compare import Outcome, Planned, align, check_seed_given_once
+from dualcl.benchmark.config import parse_assignment, resolve
+from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.record import atomic_write, write_json
+from dualcl.results.metrics import COST, METRICS
+from dualcl.results.records import load_record
+
+#: fraction of the training images on which a sweep chooses
+HOLDOUT = 0.2
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One `--over`: a key and its values as typed."""
+
+    key: str
+    values: tuple[str, ...]
+
+
+def _split_values(text: str) -> list[str]:
+    """`1,[2,3],"a,b"` -> ["1", "[2,3]", '"a,b"']."""
+    values, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        else:
+            depth += (character in "[{") - (character in "]}")
+        if character == "," and depth <= 0 and not quote:
+            values.append("")
+        else:
+            values[-1] += character
+    return [value.strip() for value in values]
+
+
+def parse_axis(text: str) -> Axis:
+    """`key=v1,v2` -> Axis; commas inside brackets or quotes belong to a value. UserError for anything else."""
+    key, sep, rest = text.partition("=")
+    key = key.strip()
+    if not sep or not key:
+        raise UserError(f"--over wants key=v1,v2,..., got {text!r}")
+    if key == "seed":
+        raise UserError("--over seed=... is what --seeds is for; give --seeds 0,1,2")
+    values = _split_values(rest)
+    for i, value in enumerate(values):
+        if not value:
+            raise UserError(f"--over {key} has an empty value; separate the values with single commas")
+        if value in values[:i]:
+            raise UserError(f"--over {key} names the value {value} twice; give it once")
+    return Axis(key, tuple(values))
+
+
+@dataclass(frozen=True)
+class Point:
+    """One point of the grid with its runs, one per seed."""
+
+    settings: tuple[tuple[str, str], ...]
+    runs: tuple[Planned, ...]
+
+    @property
+    def name(self) -> str:
+        """`key=value,key=value`."""
+        return ",".join(f"{k}={v}" for k, v in self.settings)
+
+
+def _folder_name(name: str) -> str:
+    """`name` as a folder; a hash keeps apart what a folder's name cannot tell apart."""
+    safe = re.sub(r"[^A-Za-z0-9._=,+-]", "_", name)
+    if safe == name and len(name) <= 120:
+        return name
+    return f"{safe[:120]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A checked sweep: the grid, the metric that decides, and the images it is measured on."""
+
+    preset: str
+    method: str
+    select: str
+    measured_on: str
+    points: tuple[Point, ...]
+
+    @property
+    def plan(self) -> list[Planned]:
+        """All runs; the first seed of every point comes first."""
+        return [run for runs in zip(*(p.runs for p in self.points), strict=True) for run in runs]
+
+
+def plan_sweep(
+    preset: str,
+    method: str,
+    over: Sequence[str],
+    seeds: Sequence[int] | None,
+    sets: Sequence[str],
+    out: Path,
+    *,
+    select: str = "A_last",
+    on_test: bool = False,
+) -> Sweep:
+    """Checks the whole grid. Each point's runs go to `<out>/<method>/<key=value,...>/seed<k>`.
+
+    Hyper-parameters must not be chosen on test images: where the data set can hold out training images and the user
+    says nothing else, `data.holdout` is set. Raises UserError for the first thing that is wrong, before anything runs.
+    """
+    if select not in METRICS:
+        raise UserError(f"unknown metric --select {select!r}; {nearest(select, METRICS, 'metrics')}")
+    axes = [parse_axis(text) for text in over]
+    fixed = {parse_assignment(text)[0] for text in sets}
+    for i, axis in enumerate(axes):
+        if axis.key in {a.key for a in axes[:i]}:
+            raise UserError(f"--over names {axis.key} twice; list all its values in one --over")
+        if axis.key in fixed:
+            raise UserError(f"{axis.key} is given by --over and by --set; keep one of the two")
+    if seeds is not None:
+        check_seed_given_once(sets, "--seeds")
+
+    def settings_of(values: Iterable[str]) -> tuple[tuple[str, str], ...]:
+        return tuple((axis.key, value) for axis, value in zip(axes, values, strict=True))
+
+    grid = [settings_of(values) for values in itertools.product(*(axis.values for axis in axes))]
+    first = resolve(preset, method, [*sets, *(f"{k}={v}" for k, v in grid[0])], seed=seeds[0] if seeds else None)
+    sets = list(sets)
+    can_hold_out = "data.holdout" in first.sources
+    if first.sources.get("data.holdout") == "default" and not on_test:
+        sets.append(f"data.holdout={HOLDOUT}")
+    points: list[Point] = []
+    seen: dict[str, str] = {}
+    for settings in grid:
+        name = ",".join(f"{k}={v}" for k, v in settings)
+        given = [*sets, *(f"{k}={v}" for k, v in settings)]
+        runs = []
+        for seed in [None] if seeds is None else seeds:
+            resolved = resolve(preset, method, given, seed=seed)
+            used = resolved.general.seed
+            folder = out / method / _folder_name(name) / f"seed{used}"
+            runs.append(Planned(resolved, preset, tuple(given), folder, f"{name} seed {used}"))
+        twin = seen.setdefault(json.dumps(runs[0].resolved.flat(), default=str), name)
+        if twin != name:
+            raise UserError(f"--over: {twin} and {name} are the same setting; give it once")
+        points.append(Point(settings, tuple(runs)))
+    held = getattr(points[0].runs[0].resolved.sections["data"], "holdout", 0)
+    if "data.holdout" in {axis.key for axis in axes}:
+        measured_on = "as data.holdout says"
+    elif held:
+        measured_on = f"validation images (data.holdout={held}: that part of the training images)"
+    elif can_hold_out:
+        measured_on = "TEST images, as asked for"
+    else:
+        measured_on = "TEST images: this data set cannot hold out training images (no data.holdout)"
+    return Sweep(first.preset, method, select, measured_on, tuple(points))
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the finished runs of a point gave: (mean, standard deviation or None, n) per metric."""
+
+    point: Point
+    finished: int
+    metrics: Mapping[str, tuple[float, float | None, int]]
+    error: str = ""
+
+
+def score_sweep(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[Score]:
+    """Scores from the records, the best point first; points with unfinished runs come last."""
+    by_folder = {o.planned.out: o for o in outcomes}
+    scores = []
+    for point in sweep.points:
+        bad = [by_folder[run.out] for run in point.runs if by_folder[run.out].code]
+        records = [load_record(run.out) for run in point.runs if not by_folder[run.out].code]
+        metrics = {}
+        for key in METRICS:
+            values = [v for r in records if (v := r.metrics.get(key)) is not None]
+            if values:
+                std = statistics.stdev(values) if len(values) > 1 else None
+                metrics[key] = (statistics.fmean(values), std, len(values))
+        scores.append(Score(point, len(records), metrics, bad[0].error if bad else ""))
+    sign = -1.0 if METRICS[sweep.select].higher_is_better else 1.0
+
+    def rank(score: Score) -> tuple[bool, float]:
+        mean = score.metrics.get(sweep.select)
+        whole = score.finished == len(score.point.runs) and mean is not None
+        return not whole, sign * mean[0] if mean else 0.0
+
+    return sorted(scores, key=rank)
+
+
+def best_score(sweep: Sweep, scores: Sequence[Score]) -> Score | None:
+    """The winner: the first score if all its runs finished and the metric is defined, else None."""
+    first = scores[0]
+    return first if first.finished == len(first.point.runs) and sweep.select in first.metrics else None
+
+
+def set_line(score: Score) -> str:
+    """What to add to `dualcl run` or `compare` to use the point."""
+    return "--set " + " ".join(shlex.quote(f"{k}={v}") for k, v in score.point.settings)
+
+
+def _shown(sweep: Sweep, scores: Sequence[Score]) -> list[str]:
+    there = {key for score in scores for key in score.metrics}
+    rest = [k for k in METRICS if k in there and k != sweep.select and k not in COST]
+    return [sweep.select, *rest]
+
+
+def sweep_table(sweep: Sweep, scores: Sequence[Score]) -> str:
+    """An aligned table, best first: settings, finished seeds, the metric that decides, the others."""
+    keys = [k for k, _ in sweep.points[0].settings]
+    shown = _shown(sweep, scores)
+    rows = [
+        [*keys, "seeds", *(f"{METRICS[k].title} {'(max)' if METRICS[k].higher_is_better else '(min)'}" for k in shown)]
+    ]
+    for score in scores:
+        cells = [f"{score.finished}/{len(score.point.runs)}"]
+        for key in shown:
+            if key not in score.metrics:
+                cells.append("-")
+                continue
+            mean, std, _ = score.metrics[key]
+            decimals = METRICS[key].decimals
+            cells.append(f"{mean:.{decimals}f}" + (f" +- {std:.{decimals}f}" if std is not None else ""))
+        rows.append([*(v for _, v in score.point.settings), *cells])
+    lines = align(rows, right=range(len(keys), len(rows[0])))
+    lines[1:1] = ["-" * len(lines[0])]
+    title = f"{sweep.preset}, {sweep.method}, sorted by {sweep.select} on {sweep.measured_on}"
+    failed = [f"failed: {s.point.name}: {s.error}" for s in scores if s.error]
+    return "\n".join([title, "", *lines, *([""] if failed else []), *failed])
+
+
+def write_sweep(sweep: Sweep, scores: Sequence[Score], out: Path) -> list[Path]:
+    """Writes sweep.csv and sweep.json into `out`, best point first."""
+    keys = [k for k, _ in sweep.points[0].settings]
+    metrics = sorted({key for score in scores for key in score.metrics})
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(
+        [*keys, "finished", "planned", *(f"{m}_{part}" for m in metrics for part in ("mean", "std", "n")), "error"]
+    )
+    for score in scores:
+        cells: list[Any] = []
+        for metric in metrics:
+            cells += score.metrics.get(metric, (None, None, 0))
+        row = [*(v for _, v in score.point.settings), score.finished, len(score.point.runs), *cells, score.error]
+        writer.writerow(["" if v is None else v for v in row])
+    best = best_score(sweep, scores)
+    points = [
+        {
+            "settings": dict(score.point.settings),
+            "finished": score.finished,
+            "planned": len(score.point.runs),
+            "metrics": {k: {"mean": m, "std": s, "n": n} for k, (m, s, n) in score.metrics.items()},
+            "runs": [run.out.relative_to(out).as_posix() for run in score.point.runs],
+            "error": score.error or None,
+        }
+        for score in scores
+    ]
+    tree = {
+        "format": "dualcl-sweep",
+        "version": 1,
+        "preset": sweep.preset,
+        "method": sweep.method,
+        "select": sweep.select,
+        "measured_on": sweep.measured_on,
+        "best": {"settings": dict(best.point.settings), "use": set_line(best)} if best else None,
+        "points": points,
+    }
+    with atomic_write(out / "sweep.csv") as file:
+        file.write(text.getvalue().encode())
+    write_json(out / "sweep.json", tree)
+    return [out / "sweep.csv", out / "sweep.json"]

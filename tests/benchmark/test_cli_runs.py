@@ -1,0 +1,260 @@
+"""`run`, `compare`, `sweep` and `report` on a tiny, real ViT and the bundled glyphs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import dualcl.benchmark.compat  # noqa: F401 - before timm
+import timm
+from dualcl.benchmark.cli import main
+from dualcl.benchmark.compare import Planned
+from dualcl.benchmark.config import resolve
+from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.sweep import parse_axis, plan_sweep
+
+KWARGS = {"img_size": 32, "patch_size": 8, "depth": 2, "embed_dim": 32, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny.yaml: two tasks of two glyphs, a ViT with weights from a file, equal in every run."""
+    folder = tmp_path_factory.mktemp("cli")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **KWARGS)
+    save_file(model.state_dict(), folder / "tiny.safetensors")
+    (folder / "tiny.yaml").write_text(
+        f"""
+domain: classification
+summary: tiny
+compare: [ncm, lora]
+data: {{name: glyphs, train_per_class: 5, test_per_class: 3, classes: 4}}
+stream: {{tasks: 2}}
+backbone:
+  name: vit_tiny_patch16_224
+  weights: {folder / "tiny.safetensors"}
+  kwargs: {json.dumps(KWARGS)}
+train: {{epochs: 2, batch_size: 4}}
+methods: {{lora: {{rank: 2}}}}
+"""
+    )
+    return folder
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "record.json").read_text())
+
+
+def test_run_writes_a_record_and_is_done_the_second_time(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    assert main(["run", "tiny.yaml", "lora", "--seed", "3"]) == 0
+    first = capsys.readouterr()
+    assert "lora" in first.out
+    assert "task 2/2" in first.err
+    folder = place / "runs" / "tiny" / "lora-seed3"
+    made = record(folder)
+    assert (made["status"], made["run"]["seed"]) == ("finished", 3)
+    assert made["environment"]["torch"] == torch.__version__.split("+")[0] or made["environment"]["torch"]
+    assert main(["run", "tiny.yaml", "lora", "--seed", "3", "--quiet"]) == 0
+    second = capsys.readouterr()
+    assert (second.out, second.err) == (first.out, "")
+    assert record(folder) == made
+
+
+def test_compare_runs_what_is_missing_and_ends_with_table_and_report(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset, out = str(place / "tiny.yaml"), tmp_path / "out"
+    command = ["compare", preset, "--seeds", "0,1", "--out", str(out), "--format", "md,csv"]
+    assert main([*command, "--methods", "ncm"]) == 0
+    capsys.readouterr()
+    before = record(out / "ncm-seed0")
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert {p.name for p in out.iterdir()} == {"ncm-seed0", "ncm-seed1", "lora-seed0", "lora-seed1", "report"}
+    assert record(out / "ncm-seed0") == before
+    assert "ncm seed 0: finished already" in captured.err
+    assert "4 of 4 runs finished" in captured.err
+    assert {"ncm", "lora"} <= {line.split()[0] for line in captured.out.splitlines() if line}
+    rows = list(csv.DictReader((out / "report" / "table.csv").open()))
+    assert {(r["method"], r["seeds"]) for r in rows} == {("ncm", "2"), ("lora", "2")}
+    assert main(["report", str(out), "--format", "csv"]) == 0
+    assert {r["method"] for r in csv.DictReader(io.StringIO(capsys.readouterr().out))} == {"ncm", "lora"}
+    assert main(["report", str(out), "--format", "md", "--out", str(tmp_path / "r")]) == 0
+    assert [p.name for p in (tmp_path / "r").iterdir()] == ["table.md"]
+
+
+def test_compare_checks_all_inputs_before_it_runs_anything(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preset, out = str(place / "tiny.yaml"), tmp_path / "out"
+    # rank is a key of lora alone
+    assert main(["compare", preset, "--methods", "lora,ncm", "--set", "method.rank=1", "--out", str(out)]) == 2
+    assert "method.rank" in capsys.readouterr().err
+    assert not out.exists()
+    assert main(["compare", preset, "--methods", "ncm", "--out", str(out), "--quiet", "--format", "md"]) == 0
+    capsys.readouterr()
+    assert main(["compare", preset, "--methods", "lora,ncm", "--set", "train.epochs=1", "--out", str(out)]) == 2
+    assert "train.epochs (there 2, now 1)" in capsys.readouterr().err
+    assert not (out / "lora-seed0").exists()
+
+
+def test_a_failing_run_does_not_stop_the_others(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    command = ["compare", str(place / "tiny.yaml"), "--methods", "lora,ncm", "--out", str(out), "--format", "md"]
+    # a rank above the layers' width is found when the model is there
+    assert main([*command, "--set", "methods.lora.rank=1000"]) == 2
+    captured = capsys.readouterr()
+    assert record(out / "ncm-seed0")["status"] == "finished"
+    assert "1 of 2 runs finished" in captured.err
+    assert "failed: lora seed 0: method.rank=1000" in captured.err
+    assert "ncm" in captured.out
+    assert "Traceback" not in captured.err
+
+
+def test_compare_side_by_side_gives_the_same_results(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", str(place / "tiny.yaml"), "--set", "threads=1", "--format", "csv"]
+    assert main([*command, "--out", str(tmp_path / "one")]) == 0
+    capsys.readouterr()
+    assert main([*command, "--out", str(tmp_path / "two"), "--jobs", "2"]) == 0
+    assert "lora seed 0  task 2/2" in capsys.readouterr().err
+    for name in ("ncm-seed0", "lora-seed0"):
+        one, two = record(tmp_path / "one" / name), record(tmp_path / "two" / name)
+        assert one["matrix"] == two["matrix"]
+        assert one["tasks"] == two["tasks"]
+
+
+def test_a_failing_child_is_named_with_its_error(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", str(place / "tiny.yaml"), "--methods", "lora", "--seeds", "0", "--out", str(tmp_path)]
+    assert main([*command, "--set", "methods.lora.rank=1000", "--jobs", "2", "--quiet"]) == 2
+    assert "failed: lora seed 0: method.rank=1000" in capsys.readouterr().err
+
+
+def test_sweep_uses_validation_images_and_names_the_best(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sweep", str(place / "tiny.yaml"), "lora", "--over", "method.rank=1,2", "--over", "method.lr=1e-3,1e-2"]
+    command += ["--seeds", "0,1", "--out", str(tmp_path)]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    folders = sorted(p.parent.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("record.json"))
+    assert len(folders) == 8
+    assert folders[0] == "lora/method.rank=1,method.lr=1e-2/seed0"
+    assert {record(tmp_path / f)["config"]["data"]["holdout"] for f in folders} == {0.2}
+    assert "validation images" in captured.err
+    tree = json.loads((tmp_path / "lora" / "sweep.json").read_text())
+    means = [p["metrics"]["A_last"]["mean"] for p in tree["points"]]
+    assert means == sorted(means, reverse=True)
+    assert f"use it with: {tree['best']['use']}" in captured.err
+    assert tree["best"]["settings"] == tree["points"][0]["settings"]
+    rows = list(csv.DictReader((tmp_path / "lora" / "sweep.csv").open()))
+    assert [float(r["A_last_mean"]) for r in rows] == means
+    assert [r["A_last_n"] for r in rows] == ["2"] * 4
+
+    times = {f: record(tmp_path / f)["finished"] for f in folders}
+    assert main([*command, "--select", "F_max", "--quiet"]) == 0
+    assert {f: record(tmp_path / f)["finished"] for f in folders} == times
+    points = json.loads((tmp_path / "lora" / "sweep.json").read_text())["points"]
+    forgetting = [p["metrics"]["F_max"]["mean"] for p in points]
+    assert forgetting == sorted(forgetting)
+
+
+@pytest.mark.parametrize(
+    ("sets", "on_test", "holdout", "words"),
+    [
+        ((), False, 0.2, "validation"),
+        ((), True, 0.0, "TEST images, as asked for"),
+        (("data.holdout=0.4",), False, 0.4, "validation"),
+        (("data.holdout=0",), False, 0.0, "TEST"),
+    ],
+)
+def test_what_a_sweep_is_measured_on(
+    place: Path, sets: tuple[str, ...], on_test: bool, holdout: float, words: str
+) -> None:
+    preset = str(place / "tiny.yaml")
+    sweep = plan_sweep(preset, "lora", ["method.rank=1"], None, sets, Path("x"), on_test=on_test)
+    assert sweep.plan[0].resolved.flat()["data.holdout"] == holdout
+    assert words in sweep.measured_on
+
+
+def test_sweep_with_a_failing_point_ranks_it_last(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sweep", str(place / "tiny.yaml"), "lora", "--over", "method.rank=1000,1", "--out", str(tmp_path)]
+    assert main([*command, "--quiet"]) == 2
+    captured = capsys.readouterr()
+    assert "failed: method.rank=1000" in captured.out
+    points = json.loads((tmp_path / "lora" / "sweep.json").read_text())["points"]
+    assert [p["settings"]["method.rank"] for p in points] == ["1", "1000"]
+    assert points[1]["finished"] == 0
+    assert "--set method.rank=1" in captured.err
+
+
+def test_axis_values_keep_commas_inside_brackets_and_quotes() -> None:
+    assert parse_axis("method.blocks=[0,1],[0, 1, 2]").values == ("[0,1]", "[0, 1, 2]")
+    assert parse_axis("a.b='x,y', z").values == ("'x,y'", "z")
+    assert parse_axis("a=1").values == ("1",)
+    with pytest.raises(UserError, match="empty value"):
+        parse_axis("a=,1")
+
+
+def test_sweep_folders_stay_apart_and_inside(place: Path) -> None:
+    over = ["backbone.weights=../a/b.safetensors,../a_b.safetensors"]
+    sweep = plan_sweep(str(place / "tiny.yaml"), "lora", over, None, (), Path("out"))
+    folders = [run.out for run in sweep.plan]
+    assert len(set(folders)) == 2
+    assert all(len(f.parts) == 4 and ".." not in f.parts for f in folders)
+
+
+def test_unwritable_place_is_one_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["run", str(place / "tiny.yaml"), "ncm", "--out", str(tmp_path / "file" / "x")]) == 2
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1].startswith("dualcl: error: ")
+    assert str(tmp_path / "file") in err[-1]
+
+
+def test_planned_seed_is_the_resolved_one(place: Path) -> None:
+    planned = Planned(resolve(str(place / "tiny.yaml"), "ncm", ["seed=7"]), "tiny.yaml", ("seed=7",), Path("x"), "ncm")
+    assert planned.seed == 7
+
+
+def test_sigterm_interrupts_and_the_same_command_resumes(place: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "dualcl.benchmark.cli", "run", str(place / "tiny.yaml"), "lora"]
+    command += ["--out", str(tmp_path / "run"), "--set", "train.epochs=20000", "train.checkpoint_seconds=0"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    for wanted in ("task 1/2", "resuming"):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as child:
+            assert child.stderr is not None
+            for line in child.stderr:
+                if wanted in line:
+                    break
+            else:
+                pytest.fail(f"no line with {wanted!r}")
+            if wanted == "task 1/2":
+                while not (tmp_path / "run" / "checkpoints" / "partial").exists():
+                    assert child.poll() is None
+            child.send_signal(signal.SIGTERM)
+            rest = child.stderr.read()
+        assert child.returncode == 130, rest
+        assert rest.splitlines()[-1] == "dualcl: interrupted; the same command resumes"
+        assert "Traceback" not in rest
+        assert record(tmp_path / "run")["status"] == "interrupted"
