@@ -233,7 +233,7 @@ def _run(args: argparse.Namespace) -> int:
         run(resolved, out, reporter)
     finally:
         reporter.close()
-    print(terminal_table([out]))
+    print(terminal_table([out]).rstrip("\n"))
     if not args.quiet:
         _say(f"record: {out / 'record.json'}")
     return 0
@@ -250,13 +250,14 @@ def _compare(args: argparse.Namespace) -> int:
     args.place = out
     plan = plan_comparison(args.preset, methods, seeds, args.sets, out)
     outcomes = execute(plan, jobs=args.jobs, quiet=args.quiet)
-    dirs = [p.out for p in plan if (p.out / "record.json").is_file()]
+    code = _conclude(outcomes, args.quiet)
     if any(o.code == 0 for o in outcomes):
         from dualcl.results.report import terminal_table
 
-        print(terminal_table(dirs, allow_mixed=args.allow_mixed))
+        dirs = [p.out for p in plan if (p.out / "record.json").is_file()]
+        print(terminal_table(dirs, allow_mixed=args.allow_mixed).rstrip("\n"))
         _write_report(dirs, out / "report", formats, args.allow_mixed)
-    return _conclude(outcomes, args.quiet)
+    return code
 
 
 def _conclude(outcomes: Sequence[Outcome], quiet: bool) -> int:
@@ -280,14 +281,11 @@ def _report(args: argparse.Namespace) -> int:
 
     formats = _formats(args.format)
     alone = formats[0] if args.format is not None and len(formats) == 1 and formats[0] in ("md", "csv", "tex") else None
+    if args.out is None and len(args.dirs) > 1 and not alone:
+        raise UserError("a report on several folders needs --out DIR, or --format md, csv or tex for stdout alone")
     print(terminal_table(args.dirs, alone or "text", allow_mixed=args.allow_mixed).rstrip("\n"))
-    if alone and args.out is None:
-        return 0
-    if args.out is None and len(args.dirs) > 1:
-        raise UserError(
-            "a report on several folders needs --out DIR (or one of --format md, csv, tex for stdout alone)"
-        )
-    _write_report(args.dirs, args.out or args.dirs[0] / "report", formats, args.allow_mixed)
+    if args.out is not None or not alone:
+        _write_report(args.dirs, args.out or args.dirs[0] / "report", formats, args.allow_mixed)
     return 0
 
 

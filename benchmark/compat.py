@@ -34,7 +34,7 @@ def _import_torchvision() -> bool:
         return apply
 
     if "torchvision" not in sys.modules:
-        torch.library.register_fake = tolerant  # type: ignore[assignment]
+        torch.library.register_fake = tolerant
         try:
             import torchvision  # noqa: F401
         finally:

@@ -72,7 +72,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As SafeLoader's, but a key given twice is an error."""
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]  # type: ignore[no-untyped-call]
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
         twice = [k for i, k in enumerate(keys) if k in keys[:i]]
         if twice:
             raise UserError(f"line {node.start_mark.line + 1}: key {twice[0]!r} is given twice")
@@ -94,7 +94,7 @@ _Loader.add_implicit_resolver(
 def read_yaml(text: str, where: str) -> Any:
     """Parses YAML safely; UserError that names `where` when it is not valid."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
@@ -221,7 +221,8 @@ def load_preset(name_or_path: str, _chain: tuple[str, ...] = ()) -> Preset:
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml"):
             raise UserError(
-                f"unknown preset {name_or_path!r}; {nearest(name_or_path, bundled_presets(), 'presets')}, or give a .yaml file"
+                f"unknown preset {name_or_path!r}; {nearest(name_or_path, bundled_presets(), 'presets')}, "
+                "or give a .yaml file"
             )
         if not path.is_file():
             raise UserError(f"preset file {name_or_path} does not exist")
@@ -340,7 +341,7 @@ def resolve(
     if seed is not None:
         given["seed"] = (seed, "--seed")
 
-    data_name = given.pop("data.name", (None, ""))[0]
+    data_name, data_source = given.pop("data.name", (None, ""))
     if data_name is None:
         raise UserError(f"preset {loaded.name} must name its data set: data.name")
     classes: dict[str, type] = {
@@ -363,7 +364,7 @@ def resolve(
             method_sources.append(("method." + ".".join(rest), value, f"{source} (methods.{name})"))
         elif source == "--set":
             known = {f.name for f in dataclasses.fields(method_class(name).Config)}
-            if not rest or rest[0] not in known:
+            if not rest or not {rest[0], f"{rest[0]}_"} & known:
                 errors.append(str(_unknown(key, (f"methods.{name}.{k}" for k in known))))
     for key, value, source in method_sources:
         if given.get(key, (None, ""))[1] != "--set":
@@ -377,6 +378,8 @@ def resolve(
         for f in dataclasses.fields(cls)
     }
     for key, (value, source) in given.items():
+        if key not in known_keys and f"{key}_" in known_keys:
+            key = f"{key}_"  # `lambda` is a word of Python's, so its field is `lambda_`
         owner = key if key in known_keys else ".".join(key.split(".")[:2])
         if owner not in known_keys:
             errors.append(str(_unknown(key, [*known_keys, "data.name"])))
@@ -414,7 +417,7 @@ def resolve(
     resolved.sources.update({key: sources.get(key, "default") for key in flatten(resolved.tree())})
     for key in ("preset", "domain", "method_name"):
         resolved.sources[key] = "command line"
-    resolved.sources["data.name"] = loaded.values.get("data.name", (None, "--set"))[1]
+    resolved.sources["data.name"] = data_source
     return resolved
 
 def help_text(resolved: Resolved, key: str) -> str:

@@ -37,7 +37,8 @@ class Site:
     @property
     def weight(self) -> Tensor:
         """The site's rows of the frozen weight, shape (d_out, d_in), a view without gradient."""
-        return self.module.weight.data[self.start : self.stop]
+        # not .data: a change through that is not counted in the weight's _version
+        return self.module.weight.detach()[self.start : self.stop]
 
 
 @dataclass
@@ -83,7 +84,7 @@ class Domain(ABC):
 
     @abstractmethod
     def begin_task(self, task: int | None, scope: Literal["task", "seen"] = "task") -> list[nn.Parameter]:
-        """Makes what every method learns for a new task (classifier rows; a token row) and returns it for the optimiser.
+        """Makes what every method learns for a new task (classifier rows; a token row), for the optimiser.
 
         `task=None` begins all tasks at once (joint training). Older tasks' parameters are left out under scope "task".
         """

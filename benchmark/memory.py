@@ -20,7 +20,10 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_mib(device: torch.device) -> float:
-    """Peak since `reset_peak`, MiB: allocated tensors on CUDA, else the process's resident set (whole-process peak off Linux)."""
+    """Peak since `reset_peak`, MiB: allocated tensors on CUDA, else the resident set.
+
+    Off Linux the resident set's peak is that since the process began.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError):

@@ -37,9 +37,6 @@ from dualcl.datasets.glyph_drawing import (
     sample_look,
 )
 
-#: drawings per stream class that the nearest class mean is measured with
-NCM_TRAIN, NCM_TEST = 60, 20
-
 
 @dataclass(frozen=True)
 class GlyphViTRecipe:
@@ -209,7 +206,7 @@ def _make_glyph_vit(folder: Path, seed: int, recipe: GlyphViTRecipe, settings: d
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "pretrain", "init"))
-        model = timm.create_model(timm_name, pretrained=False, num_classes=len(chosen), **kwargs)
+        model: Any = timm.create_model(timm_name, pretrained=False, num_classes=len(chosen), **kwargs)
         started = time.monotonic()
         _train(model, images, plain, labels, seed, recipe)
         minutes = (time.monotonic() - started) / 60
@@ -217,8 +214,8 @@ def _make_glyph_vit(folder: Path, seed: int, recipe: GlyphViTRecipe, settings: d
     model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
     own = float(_features(model, test_images).argmax(1).eq(test_labels).float().mean())
     model.reset_classifier(0)
-    stream, stream_labels = _drawn(STREAM_GLYPHS, "train", NCM_TRAIN, seed, recipe.input_size)
-    stream_test, stream_test_labels = _drawn(STREAM_GLYPHS, "test", NCM_TEST, seed, recipe.input_size)
+    stream, stream_labels = _drawn(STREAM_GLYPHS, "train", 3 * recipe.test_per_class, seed, recipe.input_size)
+    stream_test, stream_test_labels = _drawn(STREAM_GLYPHS, "test", recipe.test_per_class, seed, recipe.input_size)
     ncm = _nearest_mean_accuracy(
         _features(model, stream), stream_labels, _features(model, stream_test), stream_test_labels
     )
@@ -286,16 +283,21 @@ def _model_card(card: dict[str, Any], chosen: dict[str, int]) -> str:
             f"- {measured['held_out_accuracy']:.1%} accuracy over its own {n} classes on {recipe['test_per_class']} "
             "new drawings per class.",
             f"- {measured['stream_nearest_class_mean_accuracy']:.1%} nearest class mean (cosine) over the "
-            f"{len(STREAM_GLYPHS)} stream classes, which the model has never seen, from {NCM_TRAIN} drawings per "
-            f"class, on {NCM_TEST} others (chance: {1 / len(STREAM_GLYPHS):.0%}).",
+            f"{len(STREAM_GLYPHS)} stream classes, which the model has never seen, "
+            f"from {3 * recipe['test_per_class']} drawings per "
+            f"class, on {recipe['test_per_class']} others (chance: {1 / len(STREAM_GLYPHS):.0%}).",
         ],
         "## What it is not for": ["Anything but this suite: it has seen nothing except drawn symbols."],
         "## Classes": [", ".join(chosen) + "."],
     }
+    wrap = textwrap.TextWrapper(110, break_on_hyphens=False, break_long_words=False)
     parts = []
     for title, paragraphs in sections.items():
-        body = "\n".join(textwrap.fill(p, 110, break_on_hyphens=False, break_long_words=False) for p in paragraphs)
-        parts.append(f"{title}\n\n{body}\n")
+        lines = []
+        for paragraph in paragraphs:
+            wrap.subsequent_indent = "  " if paragraph.startswith("- ") else ""
+            lines.append(wrap.fill(paragraph))
+        parts.append("\n".join([title, "", *lines, ""]))
     return "\n".join(parts)
 
 

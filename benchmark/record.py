@@ -44,10 +44,19 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
+def as_json(value: Any) -> Any:
+    """`value` as it comes back from a JSON file (tuples as lists), for comparing with one."""
+    return json.loads(json.dumps(value))
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON, atomically. NaN is an error: JSON has none."""
     with atomic_write(path) as handle:
         handle.write(json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
+
+
+def _checksum(blob: bytes, state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(blob + json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 class RunFolder:
@@ -70,6 +79,8 @@ class RunFolder:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(f"{self.path} is in use by another dualcl process; wait for it or choose another --out") from None
+            for litter in self.path.glob(".*.part"):  # of a killed process: this one holds the folder
+                litter.unlink()
             try:
                 yield
             finally:
@@ -99,6 +110,7 @@ class RunFolder:
 
     def open_log(self, task: int, step: int) -> None:
         """Opens log.jsonl for appending after dropping lines at or beyond (task, step), which will be written again."""
+        self.close()
         path = self.path / "log.jsonl"
         kept: list[str] = []
         if path.exists():
@@ -111,7 +123,7 @@ class RunFolder:
                     kept.append(line)
         with atomic_write(path) as handle:
             handle.write("".join(f"{line}\n" for line in kept).encode())
-        self._log = open(path, "a", encoding="utf-8")
+        self._log = open(path, "a", encoding="utf-8")  # noqa: SIM115 - `close` closes it
 
     def log(self, **entry: Any) -> None:
         """Appends one line."""
@@ -136,16 +148,14 @@ class RunFolder:
         blob = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
         with atomic_write(partial / "state.safetensors") as handle:
             handle.write(blob)
-        write_json(partial / "state.json", {**state, "sha256": hashlib.sha256(blob).hexdigest()})
+        write_json(partial / "state.json", {**state, "sha256": _checksum(blob, state)})
+        aside = self.checkpoints / f".{name}.old"
         if target.exists():
             # a directory cannot be replaced in one step: the old one steps aside, and readers look there too
-            aside = self.checkpoints / f".{name}.old"
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(target, aside)
-            os.replace(partial, target)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.replace(partial, target)
+        os.replace(partial, target)
+        shutil.rmtree(aside, ignore_errors=True)
 
     def load_checkpoint(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """(tensors, state) of checkpoints/<name>, None when there is none; UserError when it is damaged."""
@@ -158,12 +168,13 @@ class RunFolder:
                 return None
         try:
             state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            wanted = state.pop("sha256", None)
             blob = (folder / "state.safetensors").read_bytes()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, AttributeError) as error:
             raise UserError(f"checkpoint {folder} cannot be read ({error}); delete that folder to go on from the one before") from None
-        if hashlib.sha256(blob).hexdigest() != state.get("sha256"):
+        if _checksum(blob, state) != wanted:
             raise UserError(
-                f"checkpoint {folder / 'state.safetensors'} is damaged (checksum differs); delete {folder} to go on "
+                f"checkpoint {folder} is damaged (checksum differs); delete {folder} to go on "
                 "from the one before, or the run folder to start afresh"
             )
         return load(blob), state
@@ -173,10 +184,18 @@ class RunFolder:
         names = (p.name.removeprefix(".").removesuffix(".old") for p in self.checkpoints.glob("*task_*"))
         return sorted({int(n.removeprefix("task_")) for n in names if n.removeprefix("task_").isdigit()})
 
-    def drop_checkpoint(self, name: str) -> None:
-        """Removes checkpoints/<name> if it is there."""
-        shutil.rmtree(self.checkpoints / name, ignore_errors=True)
-        shutil.rmtree(self.checkpoints / f".{name}.old", ignore_errors=True)
+    def keep_only(self, *names: str) -> None:
+        """Removes all checkpoints but these, and what killed processes left; a kill in between does no harm."""
+        kept = {name if (self.checkpoints / name).exists() else f".{name}.old" for name in names}
+        for folder in sorted(self.checkpoints.glob("*")):
+            if folder.name in kept:
+                continue
+            gone = folder
+            if not folder.name.endswith(".gone"):
+                # files go one by one: half a folder under its own name would be taken for a damaged checkpoint
+                gone = folder.with_name(f".{folder.name}.gone")
+                os.replace(folder, gone)
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def new_record(run: Mapping[str, Any], config: Mapping[str, Any], **parts: Any) -> dict[str, Any]:

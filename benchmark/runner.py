@@ -6,6 +6,7 @@ step or epoch, sample), so a killed run that is called again ends with the recor
 
 from __future__ import annotations
 
+import json
 import math
 import time
 import traceback
@@ -22,7 +23,7 @@ from dualcl.benchmark.environment import environment, pick_device
 from dualcl.benchmark.errors import RunFailed, UserError
 from dualcl.benchmark.memory import peak_mib, reset_peak
 from dualcl.benchmark.progress import Reporter
-from dualcl.benchmark.record import RunFolder, new_record, now
+from dualcl.benchmark.record import RunFolder, as_json, new_record, now
 from dualcl.benchmark.seeding import derive_seed
 from dualcl.methods import method_class
 
@@ -38,7 +39,16 @@ def device_name(device: torch.device) -> str:
 
 
 class NonFiniteLoss(UserError):
-    """A loss that is NaN or infinite: the run stops, earlier tasks are kept."""
+    """A loss or weight that is NaN or infinite: the run stops, earlier tasks are kept."""
+
+
+def _finite(value: Any) -> bool:
+    """Whether JSON can hold `value`."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return False
+    return True
 
 
 def lr_factor(train: TrainConfig, step: int, steps_per_epoch: int) -> float:
@@ -85,7 +95,9 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 class Run:
     """One method on one stream with one seed, in one folder."""
 
-    def __init__(self, resolved: Resolved, folder: RunFolder, reporter: Reporter) -> None:
+    def __init__(
+        self, resolved: Resolved, folder: RunFolder, reporter: Reporter, domain: Domain | None = None
+    ) -> None:
         self.resolved = resolved
         self.train = resolved.train
         self.folder = folder
@@ -97,7 +109,7 @@ class Run:
         cls = method_class(resolved.method)
         self.joint = cls.joint
         torch.manual_seed(derive_seed(general.seed, "build"))
-        self.domain: Domain = domain_class(resolved.domain)(resolved, self.device)  # type: ignore[call-arg]
+        self.domain: Domain = domain or domain_class(resolved.domain)(resolved, self.device)  # type: ignore[call-arg]
         self.n_tasks = len(self.domain.tasks)
         self.method: Method = cls(resolved.sections["method"], self.domain, self.n_tasks, general.seed)
         self.method.to(self.device)
@@ -115,6 +127,42 @@ class Run:
         with self.autocast():
             self.method.begin_task(task)
         return shared
+
+    def groups(self, shared: list[nn.Parameter]) -> list[ParamGroup]:
+        """Everything that the begun task trains: the method's own parameters, and the domain's as `begin` gave them."""
+        from dualcl.methods.base import ParamGroup
+
+        return [*self.method.trained(), ParamGroup("outputs", shared, self.resolved.sections["method"].head_lr)]
+
+    def step(
+        self, batch: Any, optimizer: torch.optim.Optimizer | None, factor: float, where: str
+    ) -> tuple[float, Tensor | None]:
+        """One optimiser step with every learning rate times `factor`; returns the loss and the penalty in it.
+
+        Raises NonFiniteLoss, which says `where`, before anything is changed.
+        """
+        with self.autocast():
+            task_loss = self.domain.loss(batch)
+        penalty = self.method.penalty()
+        loss = task_loss if penalty is None else task_loss + penalty
+        value = loss.item()
+        if not math.isfinite(value):
+            raise self._diverged(f"the loss is {value} at {where}")
+        if optimizer is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = group["base_lr"] * factor
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            if self.train.grad_clip is not None:
+                nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.train.grad_clip)
+            optimizer.step()
+        return value, penalty
+
+    def _diverged(self, what: str) -> NonFiniteLoss:
+        return NonFiniteLoss(
+            f"{what}; earlier tasks are kept in {self.folder.path}. "
+            "Lower method.lr, method.head_lr or the penalty's weight, or set train.grad_clip"
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """All state that outlives a step."""
@@ -155,6 +203,7 @@ class Run:
             self.restore(boundary[0], first)
         if partial is not None and partial[1]["task"] != first:
             partial = None  # left over from a task that was finished since
+        self.folder.keep_only(*([f"task_{done[-1]}"] if done else []), *([PARTIAL] if partial else []))
         if first or partial:
             where = f"task {first + 1}" + (f", step {partial[1]['step']}" if partial else "")
             self.reporter.note(f"resuming at {where}")
@@ -167,19 +216,14 @@ class Run:
         reset_peak(self.device)
         started = time.perf_counter()
         shared = self.begin(task)
-        groups = self.method.trained()
-        own = [p for g in groups for p in g.params]
+        own = [p for g in self.method.trained() for p in g.params]
         trained = sum(p.numel() for p in {id(p): p for p in [*own, *shared]}.values())
         steps, fit = 0, {"final_loss": None, "seconds": 0.0}
         if self.method.takes_steps:
-            from dualcl.methods.base import ParamGroup
-
-            config = self.resolved.sections["method"]
-            groups = [*groups, ParamGroup("outputs", shared, config.head_lr)]
             name = "all tasks" if self.joint else self.domain.tasks[task].name
             steps = self.domain.steps_per_epoch(key) * self.train.epochs
             self.reporter.begin_task(key, stages, name, steps)
-            fit = self._fit(task, groups, steps, partial)
+            fit = self._fit(task, self.groups(shared), steps, partial)
         else:
             self.reporter.begin_task(key, stages, self.domain.tasks[task].name, 0)
         with self.autocast():
@@ -194,6 +238,9 @@ class Run:
             row = self.domain.evaluate(seen)
         record["matrix"]["rows"].append({"after_task": seen[-1], **row})
         facts = {} if self.joint else self.domain.tasks[task].facts
+        diagnostics = self.method.diagnostics()
+        if not _finite(diagnostics):
+            raise self._diverged(f"the updates are too large for a number after task {task + 1} ({diagnostics})")
         record["tasks"].append(
             {
                 "task": key,
@@ -203,7 +250,7 @@ class Run:
                 "final_loss": fit["final_loss"],
                 "parameters_trained": trained,
                 "parameters_stored": self.method.stored_parameters() + self.domain.stored_parameters(),
-                "diagnostics": self.method.diagnostics(),
+                "diagnostics": diagnostics,
             }
         )
         eval_seconds = time.perf_counter() - started
@@ -216,9 +263,7 @@ class Run:
             f"task_{task}", self.tensors(), {k: record[k] for k in ("tasks", "matrix", "measured")}
         )
         self.folder.write_record(record)
-        self.folder.drop_checkpoint(PARTIAL)
-        for older in self.folder.finished_tasks()[:-1]:
-            self.folder.drop_checkpoint(f"task_{older}")
+        self.folder.keep_only(f"task_{task}")
         self.reporter.end_task(self.domain.summary(row))
 
     def _fit(
@@ -249,34 +294,17 @@ class Run:
             torch.manual_seed(derive_seed(self.resolved.general.seed, "step", task, step))
             if step % per_epoch == 0:
                 loss_sum, loss_count = 0.0, 0
-            with self.autocast():
-                task_loss = self.domain.loss(batch)
-            penalty = self.method.penalty()
-            loss = task_loss if penalty is None else task_loss + penalty
-            value = loss.item()
-            if not math.isfinite(value):
-                raise NonFiniteLoss(
-                    f"the loss is {value} at task {task + 1}, step {step}; earlier tasks are kept in {self.folder.path}. "
-                    "Lower method.lr, method.head_lr or the penalty's weight, or set train.grad_clip"
+            factor = lr_factor(self.train, step, per_epoch)
+            value, penalty = self.step(batch, optimizer, factor, f"task {task + 1}, step {step}")
+            if optimizer is not None and step % self.train.log_every == 0:
+                self.folder.log(
+                    task=task,
+                    step=step,
+                    epoch=step // per_epoch,
+                    loss=value,
+                    penalty=0.0 if penalty is None else penalty.item(),
+                    lr_factor=factor,
                 )
-            if optimizer is not None:
-                factor = lr_factor(self.train, step, per_epoch)
-                for group in optimizer.param_groups:
-                    group["lr"] = group["base_lr"] * factor
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                if self.train.grad_clip is not None:
-                    nn.utils.clip_grad_norm_(params, self.train.grad_clip)
-                optimizer.step()
-                if step % self.train.log_every == 0:
-                    self.folder.log(
-                        task=task,
-                        step=step,
-                        epoch=step // per_epoch,
-                        loss=value,
-                        penalty=0.0 if penalty is None else penalty.item(),
-                        lr_factor=factor,
-                    )
             loss_sum, loss_count = loss_sum + value, loss_count + 1
             self.reporter.step(step + 1, value)
             if time.perf_counter() - saved >= self.train.checkpoint_seconds and step + 1 < steps:
@@ -293,6 +321,9 @@ class Run:
                     },
                 )
                 saved = time.perf_counter()
+        # the loss of the last step is from before its update
+        if not all(bool(torch.isfinite(p).all()) for p in params):
+            raise self._diverged(f"a weight is not finite after task {task + 1}, step {steps - 1}")
         return {
             "final_loss": loss_sum / loss_count if loss_count else None,
             "seconds": seconds + time.perf_counter() - began,
@@ -347,12 +378,14 @@ def run(resolved: Resolved, out: str | Path, reporter: Reporter | None = None) -
             resolved.tree(),
             config_hash=resolved.hash(),
             sources=resolved.sources,
-            identity={
-                **work.domain.identity(),
-                "epochs": resolved.train.epochs,
-                "batch_size": resolved.train.batch_size,
-                "precision": general.precision,
-            },
+            identity=as_json(
+                {
+                    **work.domain.identity(),
+                    "epochs": resolved.train.epochs,
+                    "batch_size": resolved.train.batch_size,
+                    "precision": general.precision,
+                }
+            ),
             network={"parameters": work.domain.adapted_parameters(), **work.domain.facts()},
             environment={**environment(), "device": device_name(work.device), "threads": torch.get_num_threads()},
         )
@@ -360,8 +393,8 @@ def run(resolved: Resolved, out: str | Path, reporter: Reporter | None = None) -
             changed = [k for k, v in record["identity"].items() if old["identity"].get(k) != v]
             if changed:
                 raise UserError(
-                    f"{path} was begun with another {', '.join(changed)}: the data or weights behind the same configuration "
-                    "have changed; choose another --out"
+                    f"{path} was begun with another {', '.join(changed)}: the data or weights behind the same "
+                    "configuration have changed; choose another --out"
                 )
             record["created"] = old["created"]
         else:

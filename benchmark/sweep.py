@@ -139,8 +139,11 @@ def plan_sweep(
     grid = [settings_of(values) for values in itertools.product(*(axis.values for axis in axes))]
     first = resolve(preset, method, [*sets, *(f"{k}={v}" for k, v in grid[0])], seed=seeds[0] if seeds else None)
     sets = list(sets)
-    can_hold_out = "data.holdout" in first.sources
-    if first.sources.get("data.holdout") == "default" and not on_test:
+    holdout_source = first.sources.get("data.holdout")
+    can_hold_out = holdout_source is not None
+    if on_test and can_hold_out and holdout_source != "--set":
+        sets.append("data.holdout=0")
+    elif holdout_source == "default":
         sets.append(f"data.holdout={HOLDOUT}")
     points: list[Point] = []
     seen: dict[str, str] = {}

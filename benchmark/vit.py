@@ -11,12 +11,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import dualcl.benchmark.compat  # noqa: F401 - before timm
+
+# isort: split
 import timm
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
 from timm.layers import apply_rot_embed_cat
 
@@ -66,7 +68,7 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
 
 
 def read_safetensors(path: str | Path, key: str = "backbone.weights") -> dict[str, Tensor]:
-    """All tensors of a safetensors file; UserError that names the file when it is missing, truncated or another format."""
+    """All tensors of a safetensors file; UserError that names the file when missing, truncated or another format."""
     file = Path(path)
     if not file.is_file():
         raise UserError(f"{key}: {file} does not exist")
@@ -115,14 +117,14 @@ def load_backbone(config: BackboneConfig) -> tuple[nn.Module, BackboneInfo]:
         raise UserError(f"unknown backbone.name {timm_name!r}; {nearest(timm_name, known).split(' (')[0]}"
                         " (see `dualcl list backbones` and timm.list_models())")
     try:
-        model = timm.create_model(timm_name, pretrained=pretrained, num_classes=0, **kwargs)
+        model: Any = timm.create_model(timm_name, pretrained=pretrained, **{**kwargs, "num_classes": 0})
     except TypeError as error:
         raise UserError(f"backbone.kwargs does not fit {timm_name}: {error}") from None
     except (OSError, RuntimeError, ValueError, AssertionError) as error:
         if pretrained:
             raise UserError(
-                f"cannot get the weights of {timm_name} ({str(error).splitlines()[0][:160]}); give backbone.weights=FILE.safetensors, "
-                "or run once with a network to fill the cache"
+                f"cannot get the weights of {timm_name} ({str(error).splitlines()[0][:160]}); give "
+                "backbone.weights=FILE.safetensors, or run once with a network to fill the cache"
             ) from None
         raise UserError(f"backbone {timm_name} cannot be built with {kwargs}: {str(error).splitlines()[0]}") from None
     if not hasattr(model, "blocks"):
@@ -197,14 +199,14 @@ class PrefixAttention(nn.Module):
             raise UserError(f"blocks.{block}.attn is a {type(attn).__name__}, which takes no prefixes; prompts need another ViT")
 
     def _heads(self, x: Tensor) -> Tensor:
-        b, n, _ = x.shape
-        return x.reshape(b, n, -1, int(self.attn.head_dim)).transpose(1, 2)  # type: ignore[arg-type]
+        # unflatten, as reshape cannot infer the number of heads of an empty prefix
+        return x.unflatten(-1, (-1, int(self.attn.head_dim))).transpose(1, 2)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
         attn: Any = self.attn
         if self.prefix is None:
-            return attn(x, *args, **kwargs)  # type: ignore[no-any-return]
+            return attn(x, *args, **kwargs)
         rope = kwargs.pop("rope", args[0] if args else None) if hasattr(attn, "num_prefix_tokens") else None
         if any(v is not None and v is not False for v in kwargs.values()):
             raise UserError(f"attention arguments {sorted(kwargs)} cannot be combined with prefixes")
@@ -232,7 +234,7 @@ class PrefixAttention(nn.Module):
             x = attn.norm(x)
         if gate is not None:
             x = x * gate
-        return attn.proj_drop(attn.proj(x))  # type: ignore[no-any-return]
+        return attn.proj_drop(attn.proj(x))
 
 
 def wrap_prefix_attention(model: nn.Module) -> list[PrefixAttention]:

@@ -130,7 +130,7 @@ def make_class_order(n_classes: int, order: str | Sequence[int], seed: int) -> t
 
 
 def make_class_stream(data: ClassData, tasks: int, order: str | Sequence[int] = "shuffle", seed: int = 0) -> ClassStream:
-    """Cuts `data` into `tasks` tasks with disjoint classes; when C is no multiple, the first tasks get one class more."""
+    """Cuts `data` into `tasks` tasks with disjoint classes; where C is no multiple the first get one class more."""
     n_classes = len(data.class_names)
     if tasks < 1:
         raise UserError(f"stream.tasks must be at least 1, got {tasks}")

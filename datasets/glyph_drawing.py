@@ -191,8 +191,10 @@ def _font(points: int) -> ImageFont.FreeTypeFont:
 @functools.lru_cache(maxsize=1024)
 def glyph_mask(codepoint: int, side: int) -> Image.Image:
     """The glyph as an 8-bit mask (side, side): cropped to its ink, the longer side filling the square, centred."""
-    drawn, _ = _font(2 * side).getmask2(chr(codepoint), mode="L")
-    ink = Image.frombytes("L", drawn.size, bytes(drawn))
+    font = _font(2 * side)
+    left, top, right, bottom = (round(v) for v in font.getbbox(chr(codepoint)))
+    ink = Image.new("L", (right - left + 2, bottom - top + 2))
+    ImageDraw.Draw(ink).text((1 - left, 1 - top), chr(codepoint), fill=255, font=font)
     ink = ink.crop(ink.getbbox() or (0, 0, 1, 1))
     ratio = side / max(ink.size)
     ink = ink.resize((max(1, round(ink.width * ratio)), max(1, round(ink.height * ratio))), Image.Resampling.LANCZOS)

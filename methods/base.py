@@ -83,18 +83,18 @@ class Method(nn.Module):
         """Prepares for task `task` (0, 1, ...): new prompts, fresh adapters. Called once per task, in order."""
 
     def trained(self) -> list[ParamGroup]:
-        """The method's own parameters for the current task. The domain's (classifier rows) come on top by themselves."""
+        """The method's own parameters for the current task; the domain's (classifier rows) come on top."""
         return []
 
     def penalty(self) -> Tensor | None:
-        """Extra loss terms, a scalar, evaluated once per optimiser step after the forward pass; None when there are none."""
+        """Extra loss terms, a scalar, once per optimiser step after the forward pass; None when there are none."""
         return None
 
     def end_task(self, task: int) -> None:
         """Keeps what must outlive the task: folds adapters, stores anchors."""
 
     def restored(self, finished: int) -> None:
-        """Called after `load_state_dict` with the number of finished tasks: brings folded weights and the like in line."""
+        """Called after `load_state_dict` with the number of finished tasks: brings folded weights in line."""
 
     def stored_parameters(self) -> int:
         """Numbers that must be kept after the last finished task, without the domain's own (classifier rows)."""

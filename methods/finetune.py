@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
 
@@ -31,7 +31,7 @@ class Finetune(Method):
     """Trains the domain's full parameters, one task after another."""
 
     Config = FinetuneConfig
-    output_scope = "seen"
+    output_scope: ClassVar[Literal["task", "seen"]] = "seen"
 
     def __init__(self, config: FinetuneConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)

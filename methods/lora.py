@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.seeding import torch_generator
 from dualcl.methods.base import Method, MethodConfig, ParamGroup, check, register_method
-from dualcl.methods.low_rank import LowRankUpdate, inject
+from dualcl.methods.low_rank import inject
 
 if TYPE_CHECKING:
     from dualcl.benchmark.domain import Domain
@@ -51,7 +52,8 @@ class LoRA(Method):
     def begin_task(self, task: int) -> None:
         """Starts fresh factors at every site."""
         for name, update in self.updates.items():
-            update.start(self.generator("init", task, name))
+            # "lora" for subclasses too: C-LoRA with lambda 0 is then LoRA bit for bit
+            update.start(torch_generator(self.seed, "lora", "init", task, name))
 
     def trained(self) -> list[ParamGroup]:
         """A_t and B_t of every site."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +25,13 @@ class LowRankUpdate(nn.Module):
 
     def __init__(self, site: Site, rank: int) -> None:
         super().__init__()
-        like = {"device": site.weight.device, "dtype": torch.float32}
+        # at least float32: small steps on half-precision factors would be rounded away
+        like: dict[str, Any] = {"device": site.weight.device, "dtype": torch.promote_types(site.weight.dtype, torch.float32)}
         self.site = site
         self.rank = rank
-        self.A = nn.Parameter(torch.zeros(site.d_out, rank, **like), requires_grad=False)  # type: ignore[arg-type]
-        self.B = nn.Parameter(torch.zeros(rank, site.d_in, **like), requires_grad=False)  # type: ignore[arg-type]
-        self.register_buffer("summed", torch.zeros(site.d_out, site.d_in, **like))  # type: ignore[arg-type]
+        self.A = nn.Parameter(torch.zeros(site.d_out, rank, **like), requires_grad=False)
+        self.B = nn.Parameter(torch.zeros(rank, site.d_in, **like), requires_grad=False)
+        self.register_buffer("summed", torch.zeros(site.d_out, site.d_in, **like))
         self.w_init = site.weight.clone()
         #: False while A is zero for good (between tasks): the side path is then left out
         self.active = False
@@ -76,7 +78,8 @@ class AdaptedLinear(nn.Module):
     def __init__(self, base: nn.Linear, updates: Iterable[LowRankUpdate]) -> None:
         super().__init__()
         self.base = base
-        self.updates = nn.ModuleList(sorted(updates, key=lambda u: u.site.start))
+        ordered = sorted(updates, key=lambda u: u.site.start)
+        self.updates = nn.ModuleList(ordered)
         self.in_features, self.out_features = base.in_features, base.out_features
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,9 +87,9 @@ class AdaptedLinear(nn.Module):
         y = self.base(x)
         active = [u for u in self._updates() if u.active]
         if not active:
-            return y  # type: ignore[no-any-return]
+            return y
         hidden = F.linear(x, torch.cat([u.B for u in active]))
-        return y + F.linear(hidden, self._blocks(active))  # type: ignore[no-any-return]
+        return y + F.linear(hidden, self._blocks(active))
 
     def _updates(self) -> list[LowRankUpdate]:
         return list(self.updates)  # type: ignore[arg-type]

@@ -94,13 +94,14 @@ class Classification(Domain):
         "eval": EvalConfig,
     }
 
-    def __init__(self, resolved: Resolved, device: torch.device) -> None:
+    def __init__(self, resolved: Resolved, device: torch.device, data: ClassData | None = None) -> None:
         self.resolved = resolved
         self.device = device
         self.seed = resolved.general.seed
         stream_config = resolved.section("stream", StreamConfig)
         self.order_seed = self.seed if stream_config.order_seed is None else stream_config.order_seed
-        data: ClassData = dataset_class(resolved.data_name, self.name).load(resolved.sections["data"])
+        if data is None:
+            data = dataset_class(resolved.data_name, self.name).load(resolved.sections["data"])
         self.stream: ClassStream = make_class_stream(
             data, stream_config.tasks, stream_config.class_order, self.order_seed
         )
@@ -127,7 +128,7 @@ class Classification(Domain):
         self._attention: list[Any] = []
         self._train_loader: tuple[int | None, ImageLoader] | None = None
         self._test_loaders: dict[int, ImageLoader] = {}
-        self._frozen_features: dict[int, tuple[int, Tensor]] = {}
+        self._frozen_features: dict[int, tuple[tuple[int, ...], Tensor]] = {}
 
     # --- what is learnt ---------------------------------------------------------------------------------------------
 
@@ -159,8 +160,8 @@ class Classification(Domain):
             self.heads.append(head.to(self.device))
         self._current, self._scope = task, scope
         every = task is None or scope == "seen"
-        for index, head in enumerate(self.heads):
-            head.requires_grad_(every or index == task)
+        for index, rows in enumerate(self.heads):
+            rows.requires_grad_(every or index == task)
         return [p for p in self.heads.parameters() if p.requires_grad]
 
     def stored_parameters(self) -> int:
@@ -203,7 +204,8 @@ class Classification(Domain):
         steps = size // batch if train.drop_last else math.ceil(size / batch)
         if steps == 0:
             raise UserError(
-                f"train.batch_size={batch} with train.drop_last=true leaves no batch in a task of {size} images; lower it"
+                f"train.batch_size={batch} with train.drop_last=true leaves no batch in a task of {size} images; "
+                "lower it"
             )
         return steps
 
@@ -273,16 +275,17 @@ class Classification(Domain):
     def evaluate(self, seen: Sequence[int]) -> dict[str, Any]:
         """Correct and total test images per seen task; all classes seen so far are candidates."""
         correct, total = [], []
+        version = self._weights_version()
         for task in seen:
-            predictions = torch.cat(list(self._predictions(task)))
+            predictions = torch.cat(list(self._predictions(task, version)))
             labels = torch.from_numpy(self.stream.tasks[task].test.labels)
             correct.append(int((predictions.cpu() == labels).sum()))
             total.append(len(labels))
         return {"correct": correct, "total": total}
 
-    def _predictions(self, task: int) -> Iterator[Tensor]:
+    def _predictions(self, task: int, version: tuple[int, ...]) -> Iterator[Tensor]:
         size = self.resolved.section("eval", EvalConfig).batch_size
-        plain = self._test_features(task)
+        plain = self._test_features(task, version)
         if self._provider is None:
             yield from (self._logits(part).argmax(1) for part in plain.split(size))
             return
@@ -295,12 +298,19 @@ class Classification(Domain):
             self._test_loaders[task] = self._loader(self.stream.tasks[task].test)
         return self._test_loaders[task]
 
-    def _test_features(self, task: int) -> Tensor:
+    def _weights_version(self) -> tuple[int, ...]:
+        """Sums of the bits of each weight of the model: equal while none changes.
+
+        Not `_version`: PyTorch's fused optimisers change weights without counting it.
+        """
+        sums = [p.detach().reshape(-1).view(torch.int16).sum(dtype=torch.int64) for p in self.model.parameters()]
+        return tuple(torch.stack(sums).tolist())
+
+    def _test_features(self, task: int, version: tuple[int, ...]) -> Tensor:
         """Features (n, D) float32 of a task's test images without prefixes; kept while no weight of the model changes.
 
         So a frozen backbone's features and the prompt methods' queries cost one pass per run, not one per evaluation.
         """
-        version = hash(tuple((p.data_ptr(), p._version) for p in self.model.parameters()))
         kept = self._frozen_features.get(task)
         if kept is None or kept[0] != version:
             size = self.resolved.section("eval", EvalConfig).batch_size
@@ -308,6 +318,10 @@ class Classification(Domain):
             kept = (version, torch.cat(parts))
             self._frozen_features[task] = kept
         return kept[1]
+
+    def forget_features(self) -> None:
+        """Drops the kept features of test images, as a change of the weights does."""
+        self._frozen_features.clear()
 
     # --- capability: features ---------------------------------------------------------------------------------------
 

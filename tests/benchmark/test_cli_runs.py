@@ -95,8 +95,16 @@ def test_compare_runs_what_is_missing_and_ends_with_table_and_report(
     assert {(r["method"], r["seeds"]) for r in rows} == {("ncm", "2"), ("lora", "2")}
     assert main(["report", str(out), "--format", "csv"]) == 0
     assert {r["method"] for r in csv.DictReader(io.StringIO(capsys.readouterr().out))} == {"ncm", "lora"}
+    blocker = "import sys; sys.modules.update(torch=None, matplotlib=None, pandas=None, timm=None);"
+    code = f"{blocker} from dualcl.benchmark.cli import main; sys.exit(main(sys.argv[1:]))"
+    light = [sys.executable, "-c", code, "report", str(out), "--format", "md"]
+    done = subprocess.run(light, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "| lora |" in done.stdout
     assert main(["report", str(out), "--format", "md", "--out", str(tmp_path / "r")]) == 0
     assert [p.name for p in (tmp_path / "r").iterdir()] == ["table.md"]
+    assert main(["report", str(out / "ncm-seed0"), str(out / "lora-seed0")]) == 2
+    assert "--out DIR" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_compare_checks_all_inputs_before_it_runs_anything(

@@ -1,0 +1,91 @@
+"""A tree of tiny images, a preset with a tiny real ViT, and how to resolve and build a run from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+N_CLASSES = 7  # in 3 tasks: 3, 2 and 2 classes
+
+
+@pytest.fixture(scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("dualcl-cache")
+
+
+@pytest.fixture(autouse=True)
+def _no_home_cache(_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the suite remembers of verified files stays out of the user's home."""
+    monkeypatch.setenv("DUALCL_CACHE", str(_cache))
+
+
+@pytest.fixture(scope="session")
+def image_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """train/ and val/ with seven classes of overlapping colours, 5 and 3 images of 32 px each."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 5), ("val", 3)):
+        for label in range(N_CLASSES):
+            folder = root / part / f"shade{label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                colour = rng.normal((20 + 30 * label, 200 - 25 * label, 128), 20)
+                pixels = np.clip(colour + rng.normal(0, 25, (32, 32, 3)), 0, 255)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def tiny_preset(image_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A preset on `image_tree` with a ViT of 5 blocks of width 32: deep enough for the default prompted blocks."""
+    file = tmp_path_factory.mktemp("preset") / "tiny.yaml"
+    file.write_text(
+        f"""
+domain: classification
+data: {{name: image-folder, root: "{image_tree}"}}
+stream: {{tasks: 3}}
+train: {{epochs: 1, batch_size: 6}}
+eval: {{batch_size: 4}}
+input: {{workers: 0, augment: none}}
+backbone:
+  name: vit_tiny_patch16_224
+  pretrained: false
+  kwargs: {{img_size: 32, patch_size: 16, embed_dim: 32, depth: 5, num_heads: 2}}
+methods:
+  coda_prompt: {{pool: 8}} # at most the backbone's width
+"""
+    )
+    return str(file)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_preset: str) -> Callable[..., Any]:
+    """tiny(method, *assignments) -> the resolved configuration of the method on `tiny_preset`."""
+    from dualcl.benchmark.config import resolve
+
+    def make(method: str, *sets: str) -> Any:
+        return resolve(tiny_preset, method, sets)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def build(tiny: Callable[..., Any]) -> Callable[..., Any]:
+    """build(method, *assignments) -> (domain, method), as the runner builds them; the same weights every time."""
+    import torch
+
+    from dualcl.benchmark.domains import domain_class
+    from dualcl.methods import method_class
+
+    def make(name: str, *sets: str) -> tuple[Any, Any]:
+        resolved = tiny(name, *sets)
+        torch.manual_seed(0)
+        domain: Any = domain_class(resolved.domain)(resolved, torch.device("cpu"))  # type: ignore[call-arg]
+        return domain, method_class(name)(resolved.sections["method"], domain, len(domain.tasks), 0)
+
+    return make

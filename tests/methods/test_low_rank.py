@@ -1,0 +1,148 @@
+"""The low-rank core against eq. 2 of arXiv 2304.06027 computed directly."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from dualcl.benchmark.domain import Site
+from dualcl.methods.low_rank import AdaptedLinear, LowRankUpdate, inject
+
+D_IN, D, RANK = 10, 8, 3  # one fused Linear of 3 x 8 rows
+
+
+def fused(parts="qkv", dtype=torch.float64):
+    """A model with one fused Linear, its direct weight, and the injected updates of `parts`."""
+    torch.manual_seed(0)
+    model = nn.Sequential(OrderedDict(qkv=nn.Linear(D_IN, 3 * D))).to(dtype).requires_grad_(False)
+    linear = model.qkv
+    sites = {p: Site(p, "qkv", linear, "qkv".index(p) * D, ("qkv".index(p) + 1) * D) for p in parts}
+    return model, linear.weight.clone(), inject(model, sites, RANK)
+
+
+def begin(updates, seed):
+    """Fresh factors, then trained ones: A is no longer zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for update in updates.values():
+        update.start(generator)
+        with torch.no_grad():
+            update.A.copy_(torch.randn(update.A.shape, generator=generator))
+
+
+def direct(updates, weight, s=None):
+    """W_init + S + A B with the factors' graph, as a full matrix."""
+    rows = []
+    for i, part in enumerate("qkv"):
+        own = weight[i * D : (i + 1) * D]
+        if s is not None:
+            own = own + s[part]
+        rows.append(own + updates[part].A @ updates[part].B if part in updates else own)
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("parts", ["qkv", "kv", "q", "qv"])
+def test_side_path_and_fold_equal_the_direct_weight(parts):
+    model, w_init, updates = fused(parts)
+    bias = model.qkv.base.bias
+    s = {p: torch.zeros(D, D_IN, dtype=torch.float64) for p in "qkv"}
+    x = torch.randn(2, 4, D_IN, dtype=torch.float64)
+    for task in range(3):
+        begin(updates, seed=task)
+        factors = [p for u in updates.values() for p in (u.A, u.B)]
+        mix = torch.randn(2, 4, 3 * D, dtype=torch.float64)
+        inputs = [x.requires_grad_(), *factors]
+        fast, slow = model(x), F.linear(x, direct(updates, w_init, s), bias)
+        torch.testing.assert_close(fast, slow, rtol=0, atol=1e-10)
+        for a, b in zip(
+            torch.autograd.grad((fast * mix).sum(), inputs),
+            torch.autograd.grad((slow * mix).sum(), inputs),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+        for part, update in updates.items():
+            s[part] = s[part] + (update.A @ update.B).detach()
+            update.fold()
+            torch.testing.assert_close(update.summed, s[part], rtol=0, atol=1e-10)
+        folded = torch.cat([w_init[i * D : (i + 1) * D] + s[p] for i, p in enumerate("qkv")])
+        torch.testing.assert_close(model.qkv.base.weight, folded, rtol=0, atol=1e-10)
+        torch.testing.assert_close(model(x), F.linear(x, folded, bias), rtol=0, atol=1e-10)
+
+
+def test_rows_outside_the_sites_stay_bit_equal():
+    model, w_init, updates = fused("kv")
+    x = torch.randn(5, D_IN, dtype=torch.float64)
+    plain = F.linear(x, w_init, model.qkv.base.bias)
+    begin(updates, seed=1)
+    out = model(x)
+    assert torch.equal(out[:, :D], plain[:, :D])
+    assert (out[:, D:] - plain[:, D:]).abs().min() > 0
+    for update in updates.values():
+        update.fold()
+    assert torch.equal(model.qkv.base.weight[:D], w_init[:D])
+    assert not torch.equal(model.qkv.base.weight[D:], w_init[D:])
+
+
+def test_a_fresh_adapter_changes_nothing_and_a_fold_only_rounds():
+    model, w_init, updates = fused(dtype=torch.float32)
+    x = torch.randn(5, D_IN)
+    plain = F.linear(x, w_init, model.qkv.base.bias)
+    for update in updates.values():
+        update.start(torch.Generator().manual_seed(0))
+    assert all(u.active and u.B.abs().max() > 0 for u in updates.values())
+    assert torch.equal(model(x), plain)
+    begin(updates, seed=2)
+    before = model(x).detach()
+    assert (before - plain).abs().max() > 0.1
+    for update in updates.values():
+        update.fold()
+        update.start(torch.Generator().manual_seed(3))
+    torch.testing.assert_close(model(x).detach(), before, rtol=1e-5, atol=1e-5)
+
+
+def test_many_folds_do_not_drift_and_unfold_restores_bit_for_bit():
+    model, w_init, updates = fused(dtype=torch.float32)
+    for task in range(50):
+        begin(updates, seed=task)
+        for update in updates.values():
+            update.fold()
+    assert not torch.allclose(model.qkv.base.weight, w_init, atol=1)
+    for i, update in enumerate(updates.values()):
+        assert torch.equal(model.qkv.base.weight[i * D : (i + 1) * D], w_init[i * D : (i + 1) * D] + update.summed)
+        update.unfold()
+    assert torch.equal(model.qkv.base.weight, w_init)
+    for update in updates.values():
+        update.refold()
+    assert not torch.equal(model.qkv.base.weight, w_init)
+
+
+def test_the_bound_of_b_and_the_seed():
+    site = Site("q", "q", nn.Linear(D_IN, D), 0, D)
+    one, same, other = (LowRankUpdate(site, RANK) for _ in range(3))
+    for update, seed in ((one, 1), (same, 1), (other, 2)):
+        update.start(torch.Generator().manual_seed(seed))
+    assert torch.equal(one.B, same.B)
+    assert not torch.equal(one.B, other.B)
+    assert one.A.abs().max() == 0
+    assert 0.5 / D_IN**0.5 < one.B.abs().max() <= 1 / D_IN**0.5
+
+
+@pytest.mark.parametrize(
+    ("weights", "factors"),
+    [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.float64)],
+)
+def test_factors_are_never_in_half_precision(weights, factors):
+    update = LowRankUpdate(Site("q", "q", nn.Linear(D_IN, D).to(weights), 0, D), RANK)
+    assert update.A.dtype == update.B.dtype == update.summed.dtype == factors
+
+
+def test_the_backward_keeps_no_full_weight_gradient():
+    model, _, updates = fused(dtype=torch.float32)
+    begin(updates, seed=0)
+    model(torch.randn(4, D_IN)).sum().backward()
+    assert isinstance(model.qkv, AdaptedLinear)
+    assert model.qkv.base.weight.grad is None
+    assert {tuple(p.grad.shape) for u in updates.values() for p in (u.A, u.B)} == {(D, RANK), (RANK, D_IN)}

@@ -1,0 +1,220 @@
+"""What every registered method must keep to; a new method is tested by being registered."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import random
+
+import pytest
+import torch
+
+import dualcl.methods
+from dualcl.benchmark.domain import Domain
+from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.progress import Reporter
+from dualcl.benchmark.record import RunFolder
+from dualcl.benchmark.runner import Run
+from dualcl.methods import available_methods, method_class, method_info
+from dualcl.methods.base import Method, MethodConfig
+
+CLASSIFICATION = sorted(n for n, i in available_methods().items() if "classification" in i.domains)
+#: what is the same for all methods of a comparison, and so never a method's
+NOT_A_METHODS = {
+    *("backbone", "weights", "data", "dataset", "root", "tasks", "classes", "class_order", "order", "order_seed"),
+    *("epochs", "batch_size", "optimizer", "schedule", "drop_last", "preprocess", "augment", "resize", "seed"),
+    *("precision", "device", "threads", "workers"),
+}
+
+
+class WatchedRun(Run):
+    """The real run; notes which tensors change during the optimiser steps and during a whole stage."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.undeclared: list[str] = []
+        self.moved: list[int] = []
+        self.changed_old_rows: list[str] = []
+
+    def everything(self):
+        """Every floating-point tensor of model, heads and method by name, each once."""
+        parts = {"model": self.domain.model, "heads": self.domain.heads, "method": self.method}
+        named = {f"{k}.{n}": t for k, m in parts.items() for n, t in (*m.named_parameters(), *m.named_buffers())}
+        return {n: t for n, t in {id(t): (n, t) for n, t in named.items()}.values() if t.is_floating_point()}
+
+    def _fit(self, task, groups, steps, partial):
+        before = {n: (t, t.detach().clone()) for n, t in self.everything().items()}
+        result = super()._fit(task, groups, steps, partial)
+        declared = {id(p) for g in groups for p in g.params}
+        changed = {n for n, (t, old) in before.items() if not torch.equal(t, old)}
+        self.undeclared += [n for n in changed if id(before[n][0]) not in declared]
+        self.moved.append(len(changed))
+        return result
+
+    def _stage(self, record, task, stages, partial):
+        old = {n: (p, p.detach().clone()) for n, p in self.domain.heads.named_parameters()}
+        super()._stage(record, task, stages, partial)
+        self.changed_old_rows += [n for n, (p, before) in old.items() if not torch.equal(p, before)]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    """finished(method) -> (its finished run, its record), run once."""
+    runs = {}
+
+    def get(name):
+        if name not in runs:
+            resolved = tiny(name)
+            work = WatchedRun(resolved, RunFolder(tmp_path_factory.mktemp(name)), Reporter(quiet=True))
+            record = {"tasks": [], "matrix": {"rows": []}, "measured": {"tasks": []}}
+            runs[name] = work, work.execute(record)
+        return runs[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def images():
+    return torch.randn(7, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def test_there_are_methods_to_test():
+    assert {"clora", "lora", "finetune", "joint", "ncm", "l2p", "dualprompt", "coda_prompt"} <= set(CLASSIFICATION)
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_runs_a_stream_of_uneven_tasks(name, finished):
+    work, record = finished(name)
+    rows = record["matrix"]["rows"]
+    assert record["status"] == "finished"
+    totals = [[9], [9, 6], [9, 6, 6]]
+    assert [r["total"] for r in rows] == (totals[-1:] if work.joint else totals)
+    assert [len(h.bias) for h in work.domain.heads] == [3, 2, 2]
+    assert all(0 <= c <= t for r in rows for c, t in zip(r["correct"], r["total"], strict=True))
+    steps = [6] if work.joint else [3, 2, 2]  # 35 images, or 15, 10 and 10, in batches of 6
+    assert [t["steps"] for t in record["tasks"]] == (steps if work.method.takes_steps else [0] * len(steps))
+    assert all(t["parameters_stored"] > 0 for t in record["tasks"])
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_steps_change_declared_parameters_only(name, finished):
+    work, _ = finished(name)
+    assert work.undeclared == []
+    assert all(n > 0 for n in work.moved)
+    assert bool(work.moved) == work.method.takes_steps
+
+
+@pytest.mark.parametrize("name", [n for n in CLASSIFICATION if method_class(n).output_scope == "task"])
+def test_old_classifier_rows_stay_bit_equal(name, finished):
+    work, _ = finished(name)
+    assert work.changed_old_rows == []
+
+
+@pytest.mark.parametrize("name", [n for n in CLASSIFICATION if method_class(n).output_scope == "seen"])
+def test_scope_seen_trains_old_rows_too(name, finished):
+    assert {"0.weight", "0.bias", "1.weight", "1.bias"} <= set(finished(name)[0].changed_old_rows)
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_a_prediction_does_not_depend_on_batch_neighbours(name, finished, images):
+    domain = finished(name)[0].domain
+    together = domain.predict(images)
+    assert together.shape == (7, 7)
+    assert (together - together[0]).abs().max() > 1e-3  # the images do differ
+    order = list(range(7))
+    random.Random(0).shuffle(order)
+    torch.testing.assert_close(domain.predict(images[order]), together[order], rtol=0, atol=1e-5)
+    for size in (1, 3):
+        parts = torch.cat([domain.predict(part) for part in images.split(size)])
+        torch.testing.assert_close(parts, together, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_hiding_the_task_changes_nothing(name, finished, images):
+    domain = finished(name)[0].domain
+    current, scope = domain._current, domain._scope
+    together, row = domain.predict(images), domain.evaluate([0, 1, 2])
+    try:
+        for hidden, other in ((0, "task"), (1, "seen"), (None, "task")):
+            domain._current, domain._scope = hidden, other
+            assert torch.equal(domain.predict(images), together)
+            assert domain.evaluate([0, 1, 2]) == row
+    finally:
+        domain._current, domain._scope = current, scope
+    backwards = domain.evaluate([2, 1, 0])
+    assert {k: v[::-1] for k, v in backwards.items()} == row
+    assert [domain.evaluate([t])["correct"][0] for t in range(3)] == row["correct"]
+
+
+def test_evaluation_never_sees_a_task_id(finished):
+    domain = finished("clora")[0].domain
+    assert list(inspect.signature(domain.predict).parameters) == ["images"]
+    assert list(inspect.signature(Domain.evaluate).parameters) == ["self", "seen"]
+    for name in CLASSIFICATION:
+        if "prefix" in method_class(name).requires:
+            assert list(inspect.signature(method_class(name).provide).parameters) == ["self", "query", "training"]
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_state_round_trip_through_safetensors_gives_equal_logits(name, finished, images, tmp_path):
+    work, _ = finished(name)
+    stages = 1 if work.joint else 3
+    again = Run(work.resolved, RunFolder(tmp_path), Reporter(quiet=True))
+    for task in range(stages):
+        again.begin(task)
+    fresh = again.domain.predict(images)
+    work.folder.save_checkpoint("copy", work.tensors(), {})
+    tensors, _ = work.folder.load_checkpoint("copy")
+    again.restore(tensors, stages)
+    assert torch.equal(again.domain.predict(images), work.domain.predict(images))
+    assert not torch.equal(fresh, work.domain.predict(images))
+    assert again.method.stored_parameters() == work.method.stored_parameters()
+
+
+@pytest.mark.parametrize("name", sorted(available_methods()))
+def test_config_holds_hyper_parameters_of_the_method_only(name):
+    cls = method_class(name)
+    assert issubclass(cls, Method)
+    assert issubclass(cls.Config, MethodConfig)
+    assert {f.name for f in dataclasses.fields(cls.Config)}.isdisjoint(NOT_A_METHODS)
+    assert cls.Config() == cls.Config()
+
+
+@pytest.mark.parametrize("name", sorted(available_methods()))
+def test_index_and_class_agree(name):
+    info, cls = method_info(name), method_class(name)
+    assert (info.name, info.module) == (cls.name, cls.__module__)
+    assert info.summary
+    assert info.source
+    assert info.domains
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_a_negative_rate_is_refused(name):
+    for key in ("lr", "head_lr", "weight_decay"):
+        with pytest.raises(UserError, match=rf"method\.{key} must not be negative, got -1"):
+            method_class(name).Config(**{key: -1.0})
+
+
+ONE = '''
+@register_method("{name}", domains=("classification",), summary="s", source="x")
+class Some(Method):
+    """A method."""
+'''
+
+
+def test_a_new_file_is_enough_and_a_name_given_twice_raises(tmp_path, monkeypatch):
+    monkeypatch.setattr(dualcl.methods, "__file__", str(tmp_path / "__init__.py"))
+    (tmp_path / "a.py").write_text(ONE.format(name="first"))
+    found = available_methods.__wrapped__()
+    assert {n: (i.module, i.domains) for n, i in found.items()} == {"first": ("dualcl.methods.a", ("classification",))}
+    (tmp_path / "b.py").write_text(ONE.format(name="first"))
+    with pytest.raises(ValueError, match=r"'first' is registered in dualcl\.methods\.a and in dualcl\.methods\.b"):
+        available_methods.__wrapped__()
+
+
+def test_unknown_methods_and_domains_are_named():
+    with pytest.raises(UserError, match=r"unknown method 'clorra'; did you mean 'clora'"):
+        method_info("clorra")
+    with pytest.raises(UserError, match="'ncm' does not work in the domain 'customization'; it serves: classification"):
+        method_info("ncm", "customization")
