@@ -26,10 +26,12 @@ VOLATILE = {"volatile": True}  #: metadata of keys that cannot change a result a
 
 C = TypeVar("C")
 
+
 def positive(name: str, value: float | None, minimum: float = 1) -> None:
     """Raises UserError unless `value` is None or at least `minimum`."""
     if value is not None and value < minimum:
         raise UserError(f"{name} must be at least {minimum}, got {value}")
+
 
 @dataclass(frozen=True)
 class GeneralConfig:
@@ -43,6 +45,7 @@ class GeneralConfig:
     def __post_init__(self) -> None:
         positive("seed", self.seed, 0)
         positive("threads", self.threads)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -67,6 +70,7 @@ class TrainConfig:
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise UserError(f"train.grad_clip must be positive, got {self.grad_clip}")
 
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-3 as a float, as YAML 1.2 does, and refuses duplicate keys."""
 
@@ -77,6 +81,7 @@ class _Loader(yaml.SafeLoader):
         if twice:
             raise UserError(f"line {node.start_mark.line + 1}: key {twice[0]!r} is given twice")
         return super().construct_mapping(node, deep)
+
 
 _Loader.yaml_implicit_resolvers = {
     key: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
@@ -91,6 +96,7 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."),
 )
 
+
 def read_yaml(text: str, where: str) -> Any:
     """Parses YAML safely; UserError that names `where` when it is not valid."""
     try:
@@ -101,6 +107,7 @@ def read_yaml(text: str, where: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         line = f" (line {mark.line + 1})" if mark else ""
         raise UserError(f"{where} is not valid YAML{line}: {getattr(error, 'problem', error)}") from None
+
 
 def _describe(annotation: Any) -> str:
     origin = typing.get_origin(annotation)
@@ -117,8 +124,10 @@ def _describe(annotation: Any) -> str:
         annotation, getattr(annotation, "__name__", str(annotation))
     )
 
+
 class _Mismatch(Exception):
     pass
+
 
 def _coerce(value: Any, annotation: Any) -> Any:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
@@ -130,6 +139,8 @@ def _coerce(value: Any, annotation: Any) -> Any:
                 return choice
         raise _Mismatch
     if origin in (Union, types.UnionType):
+        if type(None) in args and isinstance(value, str) and value.lower() in ("none", "null"):
+            return None
         # the exact types first, so that `int | str` keeps 3 an int and `float | None` keeps null None
         for arg in sorted(args, key=lambda a: not (isinstance(a, type) and type(value) is a)):
             try:
@@ -169,12 +180,14 @@ def _coerce(value: Any, annotation: Any) -> Any:
         return {str(k): _coerce(v, args[1]) for k, v in value.items()}
     raise TypeError(f"a config field of type {annotation} is not supported")
 
+
 def coerce(value: Any, annotation: Any, key: str) -> Any:
     """`value` as the declared type of `key`; UserError that names key, wanted type and value otherwise."""
     try:
         return _coerce(value, annotation)
     except _Mismatch:
         raise UserError(f"{key} must be {_describe(annotation)}, got {value!r}") from None
+
 
 def parse_assignment(text: str) -> tuple[str, Any]:
     """`key=value` -> (dotted key, value parsed as YAML)."""
@@ -187,6 +200,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     except UserError:
         return key, value.strip()  # text that is no YAML (a Windows path, a prompt); the declared type decides
 
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}."""
     out: dict[str, Any] = {}
@@ -197,6 +211,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             out[path] = value
     return out
+
 
 @dataclass(frozen=True)
 class Preset:
@@ -209,10 +224,12 @@ class Preset:
     #: methods that `dualcl compare` runs when it is given none
     compare: tuple[str, ...] = ()
 
+
 @functools.lru_cache(maxsize=1)
 def bundled_presets() -> dict[str, Path]:
     """Bundled presets by name."""
     return {p.stem: p for p in sorted(PRESET_DIR.glob("*.yaml"))}
+
 
 def load_preset(name_or_path: str, _chain: tuple[str, ...] = ()) -> Preset:
     """A bundled preset by name, or a YAML file by path; `extends: NAME` takes another one as its base."""
@@ -248,6 +265,7 @@ def load_preset(name_or_path: str, _chain: tuple[str, ...] = ()) -> Preset:
     if not isinstance(compare, (list, type(None))) or not all(isinstance(m, str) for m in compare or ()):
         raise UserError(f"preset {path}: compare must be a list of method names, got {compare!r}")
     return Preset(label, str(domain), str(summary), base, tuple(compare or ()))
+
 
 @dataclass(frozen=True)
 class Resolved:
@@ -302,6 +320,7 @@ class Resolved:
         text = json.dumps(self.flat(volatile=False), sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
@@ -309,11 +328,14 @@ def _plain(value: Any) -> Any:
         return [_plain(v) for v in value]
     return value
 
+
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
+
 def _unknown(key: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown key {key!r}; {nearest(key, known, 'valid keys')}")
+
 
 def resolve(
     preset: str,
@@ -350,6 +372,19 @@ def resolve(
         **domain_sections(loaded.domain, str(data_name)),
         "method": method_config or method_class(method).Config,
     }
+    known_keys = {
+        (f.name if section == "general" else f"{section}.{f.name}"): (section, f)
+        for section, cls in classes.items()
+        for f in dataclasses.fields(cls)
+    }
+    # `lambda` is a word of Python's, so its field is `lambda_`; both are taken
+    method_fields = {f.name for f in dataclasses.fields(classes["method"])}
+    given = {
+        f"{key}_"
+        if key.rpartition(".")[0] in ("method", f"methods.{method}") and key.rpartition(".")[2] + "_" in method_fields
+        else key: value
+        for key, value in given.items()
+    }
     errors: list[str] = []
     for key in list(given):
         if not key.startswith("methods."):
@@ -372,14 +407,7 @@ def resolve(
 
     values: dict[str, dict[str, Any]] = {name: {} for name in classes}
     sources: dict[str, str] = {}
-    known_keys = {
-        (f.name if section == "general" else f"{section}.{f.name}"): (section, f)
-        for section, cls in classes.items()
-        for f in dataclasses.fields(cls)
-    }
     for key, (value, source) in given.items():
-        if key not in known_keys and f"{key}_" in known_keys:
-            key = f"{key}_"  # `lambda` is a word of Python's, so its field is `lambda_`
         owner = key if key in known_keys else ".".join(key.split(".")[:2])
         if owner not in known_keys:
             errors.append(str(_unknown(key, [*known_keys, "data.name"])))
@@ -420,6 +448,7 @@ def resolve(
     resolved.sources["data.name"] = data_source
     return resolved
 
+
 def help_text(resolved: Resolved, key: str) -> str:
     """The one-line help of a dotted key, empty when its field has none."""
     section, _, name = key.rpartition(".") if "." in key else ("general", "", key)
@@ -428,5 +457,6 @@ def help_text(resolved: Resolved, key: str) -> str:
         if spec.name == name:
             return str(spec.metadata.get("help", ""))
     return ""
+
 
 Checker = Callable[[Any], None]

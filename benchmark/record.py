@@ -168,9 +168,11 @@ class RunFolder:
                 return None
         try:
             state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            if not isinstance(state, dict):
+                raise ValueError("state.json is no JSON object")
             wanted = state.pop("sha256", None)
             blob = (folder / "state.safetensors").read_bytes()
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError) as error:
             raise UserError(f"checkpoint {folder} cannot be read ({error}); delete that folder to go on from the one before") from None
         if _checksum(blob, state) != wanted:
             raise UserError(

@@ -236,11 +236,11 @@ class Run:
         seen = range(self.n_tasks) if self.joint else range(task + 1)
         with self.autocast():
             row = self.domain.evaluate(seen)
-        record["matrix"]["rows"].append({"after_task": seen[-1], **row})
         facts = {} if self.joint else self.domain.tasks[task].facts
         diagnostics = self.method.diagnostics()
         if not _finite(diagnostics):
             raise self._diverged(f"the updates are too large for a number after task {task + 1} ({diagnostics})")
+        record["matrix"]["rows"].append({"after_task": seen[-1], **row})
         record["tasks"].append(
             {
                 "task": key,
@@ -364,6 +364,9 @@ def run(resolved: Resolved, out: str | Path, reporter: Reporter | None = None) -
                 reporter.note(f"{path} is finished already")
                 return old
         work = Run(resolved, folder, reporter)
+        if cls.takes_steps:  # a task that is too small is found now, not after the tasks before it
+            for task in [None] if work.joint else range(work.n_tasks):
+                work.domain.steps_per_epoch(task)
         general = resolved.general
         record = new_record(
             {

@@ -118,7 +118,7 @@ def make_class_order(n_classes: int, order: str | Sequence[int], seed: int) -> t
         if order == "coda":
             random.Random(seed).shuffle(classes)
             return tuple(classes)
-        raise UserError(f"stream.class_order must be natural, shuffle, coda or a list of classes, got {order!r}")
+        raise UserError(f"stream.class_order must be natural, shuffle, coda or a list such as [2,0,1], got {order!r}")
     given = [int(c) for c in order]
     twice = sorted({c for c in given if given.count(c) > 1})
     if twice:

@@ -26,7 +26,8 @@ class LowRankUpdate(nn.Module):
     def __init__(self, site: Site, rank: int) -> None:
         super().__init__()
         # at least float32: small steps on half-precision factors would be rounded away
-        like: dict[str, Any] = {"device": site.weight.device, "dtype": torch.promote_types(site.weight.dtype, torch.float32)}
+        dtype = torch.promote_types(site.weight.dtype, torch.float32)
+        like: dict[str, Any] = {"device": site.weight.device, "dtype": dtype}
         self.site = site
         self.rank = rank
         self.A = nn.Parameter(torch.zeros(site.d_out, rank, **like), requires_grad=False)

@@ -69,6 +69,19 @@ class InputConfig:
 
 
 @dataclass(frozen=True)
+class HeadConfig:
+    """The classifier every method has: one linear row per class.
+
+    Differs from the reference code (CODA-Prompt), whose rows start as `nn.Linear`'s: from zero, a row holds nothing but
+    what its task taught it. With few steps per task random starts leave noise in the logits of all other tasks' images.
+    """
+
+    init: Literal["zeros", "linear"] = field(
+        default="zeros", metadata={"help": "start of new rows; linear: nn.Linear's, as the reference code"}
+    )
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Evaluation."""
 
@@ -91,6 +104,7 @@ class Classification(Domain):
         "stream": StreamConfig,
         "backbone": BackboneConfig,
         "input": InputConfig,
+        "head": HeadConfig,
         "eval": EvalConfig,
     }
 
@@ -147,12 +161,13 @@ class Classification(Domain):
         return self._network_size
 
     def begin_task(self, task: int | None, scope: Literal["task", "seen"] = "task") -> list[nn.Parameter]:
-        """Adds classifier rows for the task's classes, initialised as `nn.Linear` from (seed, task)."""
+        """Adds classifier rows for the task's classes."""
         for index in range(len(self.tasks)) if task is None else [task]:
             if index != len(self.heads):
                 raise RuntimeError(f"task {index} begun when {len(self.heads)} tasks were there")
             head = nn.Linear(self.feature_dim, len(self.stream.tasks[index].outputs))
-            bound = 1 / math.sqrt(self.feature_dim)
+            from_zero = self.resolved.section("head", HeadConfig).init == "zeros"
+            bound = 0.0 if from_zero else 1 / math.sqrt(self.feature_dim)
             generator = torch_generator(self.seed, "head", index)
             with torch.no_grad():
                 head.weight.uniform_(-bound, bound, generator=generator)
@@ -162,6 +177,7 @@ class Classification(Domain):
         every = task is None or scope == "seen"
         for index, rows in enumerate(self.heads):
             rows.requires_grad_(every or index == task)
+        self.heads.zero_grad(set_to_none=True)  # finished rows would keep their last gradients for good
         return [p for p in self.heads.parameters() if p.requires_grad]
 
     def stored_parameters(self) -> int:

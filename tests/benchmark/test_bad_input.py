@@ -147,8 +147,8 @@ def test_wrong_values(
 ) -> None:
     fails(place.run(*sets, out=tmp_path / "run"), *words)
     assert not (tmp_path / "run" / "record.json").exists()
-    # nor does it touch the folder of a finished run
-    fails(place.run(*sets, out=place.done))
+    if not sets[0].startswith("device"):  # which is not looked at when nothing is left to do
+        fails(place.run(*sets, out=place.done))
 
 
 def test_unknown_names_and_wrong_usage(place: Place, tmp_path: Path, fails: Callable[..., str]) -> None:
@@ -158,7 +158,7 @@ def test_unknown_names_and_wrong_usage(place: Place, tmp_path: Path, fails: Call
     fails(
         ["compare", str(place.preset), "--methods", "clora", "--seeds", "0,x", "--out", str(tmp_path)], "--seeds", "'x'"
     )
-    fails(["compare", str(place.preset), "--methods", "clora", "--seeds", "1,1", "--out", str(tmp_path)], "1 twice")
+    fails(["compare", str(place.preset), "--methods", "clora", "--seeds", "1,1", "--out", str(tmp_path)], "'1' twice")
     fails(["run", str(place.preset), "clora", "--seed", "one"], "--seed", "'one'", usage=True)
     assert list(tmp_path.iterdir()) == []
 

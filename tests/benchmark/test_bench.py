@@ -147,7 +147,7 @@ def test_tables_have_a_cell_for_every_column() -> None:
         (["--methods", "ncm"], "ncm"),
         (["--methods", "joint"], "joint"),
         (["--set", "stream.tasks=3"], "stream.tasks"),
-        (["--set", "methods.lora.rnk=3"], "methods.lora.rank"),
+        (["--set", "methods.lora.rnk=3"], "method.rank"),
         (["--out", "no/such/folder/x.csv"], "no/such/folder"),
     ],
 )
