@@ -78,7 +78,9 @@ class RunFolder:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise UserError(f"{self.path} is in use by another dualcl process; wait for it or choose another --out") from None
+                raise UserError(
+                    f"{self.path} is in use by another dualcl process; wait for it or choose another --out"
+                ) from None
             for litter in self.path.glob(".*.part"):  # of a killed process: this one holds the folder
                 litter.unlink()
             try:
@@ -173,7 +175,9 @@ class RunFolder:
             wanted = state.pop("sha256", None)
             blob = (folder / "state.safetensors").read_bytes()
         except (OSError, ValueError) as error:
-            raise UserError(f"checkpoint {folder} cannot be read ({error}); delete that folder to go on from the one before") from None
+            raise UserError(
+                f"checkpoint {folder} cannot be read ({error}); delete that folder to go on from the one before"
+            ) from None
         if _checksum(blob, state) != wanted:
             raise UserError(
                 f"checkpoint {folder} is damaged (checksum differs); delete {folder} to go on "

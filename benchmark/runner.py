@@ -75,7 +75,12 @@ def make_optimizer(train: TrainConfig, groups: list[ParamGroup], device: torch.d
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state as flat tensors."""
     state = optimizer.state_dict()["state"]
-    return {f"optimizer.{i}.{k}": torch.as_tensor(v) for i, slots in state.items() for k, v in slots.items() if v is not None}
+    return {
+        f"optimizer.{i}.{k}": torch.as_tensor(v)
+        for i, slots in state.items()
+        for k, v in slots.items()
+        if v is not None
+    }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -95,9 +100,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 class Run:
     """One method on one stream with one seed, in one folder."""
 
-    def __init__(
-        self, resolved: Resolved, folder: RunFolder, reporter: Reporter, domain: Domain | None = None
-    ) -> None:
+    def __init__(self, resolved: Resolved, folder: RunFolder, reporter: Reporter, domain: Domain | None = None) -> None:
         self.resolved = resolved
         self.train = resolved.train
         self.folder = folder
@@ -256,7 +259,12 @@ class Run:
         eval_seconds = time.perf_counter() - started
         measured = record["measured"]
         measured["tasks"].append(
-            {"task": key, "train_seconds": train_seconds, "eval_seconds": eval_seconds, "peak_mib": peak_mib(self.device)}
+            {
+                "task": key,
+                "train_seconds": train_seconds,
+                "eval_seconds": eval_seconds,
+                "peak_mib": peak_mib(self.device),
+            }
         )
         measured["wall_seconds"] = sum(t["train_seconds"] + t["eval_seconds"] for t in measured["tasks"])
         self.folder.save_checkpoint(
@@ -352,7 +360,9 @@ def run(resolved: Resolved, out: str | Path, reporter: Reporter | None = None) -
     cls = method_class(resolved.method)
     lacking = [c for c in cls.requires if c not in domain_class(resolved.domain).capabilities]
     if lacking:
-        raise UserError(f"method {resolved.method} needs {', '.join(lacking)}, which the domain {resolved.domain} does not offer")
+        raise UserError(
+            f"method {resolved.method} needs {', '.join(lacking)}, which the domain {resolved.domain} does not offer"
+        )
     folder = RunFolder(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; --out must be a folder")
@@ -417,4 +427,6 @@ def run(resolved: Resolved, out: str | Path, reporter: Reporter | None = None) -
             line = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             folder.write_record({**record, "status": "failed", "error": line})
             (path / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
-            raise RunFailed(f"{resolved.method}, seed {general.seed}: {line} (details in {path / 'traceback.txt'})") from error
+            raise RunFailed(
+                f"{resolved.method}, seed {general.seed}: {line} (details in {path / 'traceback.txt'})"
+            ) from error

@@ -114,8 +114,10 @@ def load_backbone(config: BackboneConfig) -> tuple[nn.Module, BackboneInfo]:
             file = str(bundled[config.name].with_suffix(".safetensors"))
     elif not timm.is_model(timm_name):
         known = [*bundled, *timm.list_models("*vit*"), *timm.list_models("*vit*", pretrained=True)]
-        raise UserError(f"unknown backbone.name {timm_name!r}; {nearest(timm_name, known).split(' (')[0]}"
-                        " (see `dualcl list backbones` and timm.list_models())")
+        raise UserError(
+            f"unknown backbone.name {timm_name!r}; {nearest(timm_name, known).split(' (')[0]}"
+            " (see `dualcl list backbones` and timm.list_models())"
+        )
     try:
         model: Any = timm.create_model(timm_name, pretrained=pretrained, **{**kwargs, "num_classes": 0})
     except TypeError as error:
@@ -168,7 +170,9 @@ def attention_sites(model: nn.Module) -> dict[str, Site]:
         fused = getattr(attn, "qkv", None)
         if isinstance(fused, nn.Linear):
             if fused.out_features % 3:
-                raise UserError(f"blocks.{i}.attn.qkv has {fused.out_features} rows, which are not three equal projections")
+                raise UserError(
+                    f"blocks.{i}.attn.qkv has {fused.out_features} rows, which are not three equal projections"
+                )
             d = fused.out_features // 3
             for n, part in enumerate("qkv"):
                 site = Site(f"blocks.{i}.attn.{part}", f"blocks.{i}.attn.qkv", fused, n * d, (n + 1) * d)
@@ -196,7 +200,9 @@ class PrefixAttention(nn.Module):
         fused = isinstance(getattr(attn, "qkv", None), nn.Linear)
         known = all(hasattr(attn, n) for n in ("num_heads", "head_dim", "q_norm", "k_norm", "proj", "proj_drop"))
         if not known or split == fused:
-            raise UserError(f"blocks.{block}.attn is a {type(attn).__name__}, which takes no prefixes; prompts need another ViT")
+            raise UserError(
+                f"blocks.{block}.attn is a {type(attn).__name__}, which takes no prefixes; prompts need another ViT"
+            )
 
     def _heads(self, x: Tensor) -> Tensor:
         # unflatten, as reshape cannot infer the number of heads of an empty prefix
@@ -242,7 +248,9 @@ def wrap_prefix_attention(model: nn.Module) -> list[PrefixAttention]:
     wrapped = []
     for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
         if not isinstance(getattr(block, "attn", None), (PrefixAttention, nn.Module)):
-            raise UserError(f"blocks.{i} ({type(block).__name__}) has no attention that takes prefixes; prompts need another ViT")
+            raise UserError(
+                f"blocks.{i} ({type(block).__name__}) has no attention that takes prefixes; prompts need another ViT"
+            )
         if not isinstance(block.attn, PrefixAttention):
             block.attn = PrefixAttention(block.attn, i)
         wrapped.append(block.attn)

@@ -94,7 +94,9 @@ class ClassStream:
     tasks: tuple[ClassTask, ...]
 
 
-def split_hash(train_ids: Sequence[str], train_labels: Sequence[int], test_ids: Sequence[str], test_labels: Sequence[int]) -> str:
+def split_hash(
+    train_ids: Sequence[str], train_labels: Sequence[int], test_ids: Sequence[str], test_labels: Sequence[int]
+) -> str:
     """sha256 (16 hex digits) over the sorted (part, class, id) triples: equal exactly when the split is equal."""
     digest = hashlib.sha256()
     for part, ids, labels in (("train", train_ids, train_labels), ("test", test_ids, test_labels)):
@@ -129,13 +131,17 @@ def make_class_order(n_classes: int, order: str | Sequence[int], seed: int) -> t
     return tuple(given)
 
 
-def make_class_stream(data: ClassData, tasks: int, order: str | Sequence[int] = "shuffle", seed: int = 0) -> ClassStream:
+def make_class_stream(
+    data: ClassData, tasks: int, order: str | Sequence[int] = "shuffle", seed: int = 0
+) -> ClassStream:
     """Cuts `data` into `tasks` tasks with disjoint classes; where C is no multiple the first get one class more."""
     n_classes = len(data.class_names)
     if tasks < 1:
         raise UserError(f"stream.tasks must be at least 1, got {tasks}")
     if tasks > n_classes:
-        raise UserError(f"stream.tasks is {tasks} but {data.name} has only {n_classes} classes; give at most {n_classes}")
+        raise UserError(
+            f"stream.tasks is {tasks} but {data.name} has only {n_classes} classes; give at most {n_classes}"
+        )
     class_order = make_class_order(n_classes, order, seed)
     position = np.empty(n_classes, dtype=np.int64)
     position[list(class_order)] = np.arange(n_classes)

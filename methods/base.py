@@ -26,7 +26,9 @@ class MethodConfig:
     """Hyper-parameters every trained method has. Data, order, epochs, batch size and backbone are never a method's."""
 
     lr: float = field(default=1e-3, metadata={"help": "learning rate of the method's own parameters"})
-    head_lr: float = field(default=1e-3, metadata={"help": "learning rate of what every method learns (classifier rows)"})
+    head_lr: float = field(
+        default=1e-3, metadata={"help": "learning rate of what every method learns (classifier rows)"}
+    )
     weight_decay: float = field(default=0.0, metadata={"help": "of the method's own parameters (decoupled with adamw)"})
 
     def __post_init__(self) -> None:

@@ -47,7 +47,8 @@ class CLoRAConfig(LoRAConfig):
     """Hyper-parameters of C-LoRA."""
 
     lambda_: float = field(
-        default=1e5, metadata={"help": "lambda, weight of L_forget; orders of magnitude differ between domains: sweep it"}
+        default=1e5,
+        metadata={"help": "lambda, weight of L_forget; orders of magnitude differ between domains: sweep it"},
     )
 
     def __post_init__(self) -> None:

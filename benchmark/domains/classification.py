@@ -149,7 +149,9 @@ class Classification(Domain):
     def sites(self) -> dict[str, Site]:
         """Q, K and V of every block."""
         if not self._sites:
-            raise UserError(f"backbone {self.backbone.name} has no qkv or q_proj/k_proj/v_proj Linear to adapt; choose a ViT")
+            raise UserError(
+                f"backbone {self.backbone.name} has no qkv or q_proj/k_proj/v_proj Linear to adapt; choose a ViT"
+            )
         return dict(self._sites)
 
     def full_parameters(self) -> dict[str, nn.Parameter]:
@@ -330,7 +332,10 @@ class Classification(Domain):
         kept = self._frozen_features.get(task)
         if kept is None or kept[0] != version:
             size = self.resolved.section("eval", EvalConfig).batch_size
-            parts = [self._plain_features(b.images.to(self.device)).float() for b in self._test_loader(task).eval_batches(size)]
+            parts = [
+                self._plain_features(b.images.to(self.device)).float()
+                for b in self._test_loader(task).eval_batches(size)
+            ]
             kept = (version, torch.cat(parts))
             self._frozen_features[task] = kept
         return kept[1]
@@ -389,7 +394,11 @@ class Classification(Domain):
 
     def _make_view(self) -> View:
         config = self.resolved.section("input", InputConfig)
-        mean, std = (self.backbone.mean, self.backbone.std) if config.preprocess == "backbone" else PREPROCESS[config.preprocess]
+        mean, std = (
+            (self.backbone.mean, self.backbone.std)
+            if config.preprocess == "backbone"
+            else PREPROCESS[config.preprocess]
+        )
         return View(
             size=self.backbone.input_size,
             resize=config.resize,

@@ -265,7 +265,7 @@ def test_stopped_between_any_two_changes_to_the_files(
     assert outcome(tmp_path / "run") == wanted
     states = distinct(shots)
     assert len(states) > 40
-    wrong = {}
+    wrong: dict[str, Any] = {}
     for state in states[::every]:
         before = sorted(p.relative_to(state).as_posix() for p in state.rglob("*"))
         code = runs(method, state)

@@ -50,7 +50,8 @@ def preset(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def made(preset: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[dict[str, Any], Path]]:
     """made(method, *sets) -> (record, folder) of a finished run, made once."""
-    place, done = tmp_path_factory.mktemp("runs"), {}
+    place = tmp_path_factory.mktemp("runs")
+    done: dict[Any, tuple[dict[str, Any], Path]] = {}
 
     def make(method: str, *sets: str) -> tuple[dict[str, Any], Path]:
         if (method, sets) not in done:
@@ -99,7 +100,7 @@ def groups() -> list[ParamGroup]:
 @pytest.mark.parametrize(
     ("name", "cls"), [("adam", torch.optim.Adam), ("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)]
 )
-def test_make_optimizer(name: Any, cls: type) -> None:
+def test_make_optimizer(name: Any, cls: type[torch.optim.Optimizer]) -> None:
     optimizer = make_optimizer(TrainConfig(optimizer=name), groups(), CPU)
     assert type(optimizer) is cls
     assert [(g["lr"], g["base_lr"], g["weight_decay"]) for g in optimizer.param_groups] == [
