@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 REPORT_FORMATS = ("md", "csv", "tex", "html", "png")
 LISTS = ("methods", "presets", "backbones", "datasets")
-#: what `quickstart` changes about the preset `glyphs` so that it ends within minutes on two slow cores
-QUICK_SETS = ("train.epochs=3",)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -271,7 +269,7 @@ def _conclude(outcomes: Sequence[Outcome], quiet: bool) -> int:
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    args.preset, args.methods, args.seeds, args.sets = "glyphs", None, "0", list(QUICK_SETS)
+    args.preset, args.methods, args.seeds, args.sets = "glyphs", None, "0", []
     args.format, args.allow_mixed = None, False
     return _compare(args)
 
@@ -522,7 +520,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse: --help, --version, wrong usage
         return stop.code if isinstance(stop.code, int) else EXIT_USER
     except KeyboardInterrupt as interrupt:
-        error, code, text = interrupt, EXIT_INTERRUPTED, "interrupted; the same command resumes"
+        resumes = bool({"run", "compare", "sweep", "quickstart"} & set(words[:1]))
+        error, code = interrupt, EXIT_INTERRUPTED
+        text = "interrupted; the same command resumes" if resumes else "interrupted"
     except UserError as wrong:
         error, code, text = wrong, EXIT_USER, f"error: {wrong}"
     except RunFailed as failed:
