@@ -71,7 +71,7 @@ def _torch() -> Iterator[Finding]:
         yield Finding(
             "torchvision",
             "compiled operators do not match this torch; the suite does not need them",
-            "install torch and torchvision from one index, e.g. --index-url https://download.pytorch.org/whl/cpu",
+            "install torch and torchvision of one kind (both for CPU, or both for CUDA)",
         )
     for name in available_devices():
         if name.startswith("cuda"):
