@@ -5,7 +5,6 @@ As with methods, the index is read from the files' text: nothing is imported to 
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.registry import registered
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,10 @@ class DatasetInfo:
 @functools.lru_cache(maxsize=1)
 def available_datasets() -> dict[str, DatasetInfo]:
     """All registered data sets by name."""
-    found: dict[str, DatasetInfo] = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-        for node in tree.body:
-            if not isinstance(node, ast.ClassDef):
-                continue
-            for decorator in node.decorator_list:
-                if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "register_dataset":
-                    name = ast.literal_eval(decorator.args[0])
-                    given = {k.arg: ast.literal_eval(k.value) for k in decorator.keywords if k.arg}
-                    if name in found:
-                        raise ValueError(f"data set {name!r} is registered in {found[name].module} and {path.stem}")
-                    found[name] = DatasetInfo(
-                        name=name, module=f"{__name__}.{path.stem}", class_name=node.name, **given
-                    )
-    return found
+    return {
+        name: DatasetInfo(name=name, module=f"{__name__}.{stem}", class_name=class_name, **given)
+        for name, stem, class_name, given in registered(Path(__file__).parent, "register_dataset")
+    }
 
 
 def dataset_class(name: str, domain: str | None = None) -> Any:

@@ -5,7 +5,6 @@ The index is read from the files' text, so that `dualcl list` needs neither torc
 
 from __future__ import annotations
 
-import ast
 import functools
 import importlib
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.registry import registered
 
 if TYPE_CHECKING:
     from dualcl.methods.base import Method
@@ -33,22 +33,10 @@ class MethodInfo:
 @functools.lru_cache(maxsize=1)
 def available_methods() -> dict[str, MethodInfo]:
     """All registered methods by name; a name registered twice raises ValueError."""
-    found: dict[str, MethodInfo] = {}
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-        for node in tree.body:
-            if not isinstance(node, ast.ClassDef):
-                continue
-            for decorator in node.decorator_list:
-                if not (isinstance(decorator, ast.Call) and getattr(decorator.func, "id", "") == "register_method"):
-                    continue
-                name = ast.literal_eval(decorator.args[0])
-                given = {k.arg: ast.literal_eval(k.value) for k in decorator.keywords if k.arg}
-                info = MethodInfo(name=name, module=f"{__name__}.{path.stem}", **given)
-                if name in found:
-                    raise ValueError(f"method {name!r} is registered in {found[name].module} and in {info.module}")
-                found[name] = info
-    return found
+    return {
+        name: MethodInfo(name=name, module=f"{__name__}.{stem}", **given)
+        for name, stem, _, given in registered(Path(__file__).parent, "register_method")
+    }
 
 
 def method_info(name: str, domain: str | None = None) -> MethodInfo:

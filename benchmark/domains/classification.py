@@ -59,7 +59,9 @@ class InputConfig:
     resize: int | None = field(default=None, metadata={"help": "evaluation: shorter side before the centre crop"})
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     workers: int | Literal["auto"] = field(default="auto", metadata={"help": "loader processes", "volatile": True})
-    cache_mib: int = field(default=1024, metadata={"help": "decoded images kept in memory", "volatile": True})
+    cache_mib: int = field(
+        default=1024, metadata={"help": "largest set of decoded images that is kept in memory", "volatile": True}
+    )
 
     def __post_init__(self) -> None:
         positive("input.resize", self.resize)
