@@ -143,11 +143,19 @@ def test_loss_is_cross_entropy_over_the_tasks_or_all_seen_classes(build):
 
 
 def test_rows_start_as_a_function_of_seed_and_task(build):
-    one, two, other = (begun(build, "linear_probe", 3, f"seed={s}")[0].state_dict() for s in (0, 0, 1))
+    one, two, other = (
+        begun(build, "linear_probe", 3, f"seed={s}", "head.init=linear")[0].state_dict() for s in (0, 0, 1)
+    )
     assert all(torch.equal(v, two[k]) for k, v in one.items())
     assert not any(torch.equal(v, other[k]) for k, v in one.items())
     assert not torch.equal(one["heads.1.weight"], one["heads.2.weight"])
     assert one["heads.0.weight"].abs().max() <= 32**-0.5
+
+
+def test_rows_start_at_zero_by_default(build):
+    state = begun(build, "linear_probe", 2)[0].state_dict()
+    assert len(state) == 4
+    assert not any(v.any() for v in state.values())
 
 
 def test_tasks_begin_in_order(build):
