@@ -111,7 +111,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     command = add("quickstart", "compare methods on the bundled model and data, in minutes")
     command.add_argument("--out", type=Path, default=RUNS / "quickstart", metavar="DIR", help="default %(default)s")
     add_many(command)
-    command.set_defaults(func=_quickstart)
+    command.set_defaults(func=_quickstart, jobs=None)
 
     command = add("compare", "run every method with every seed, then report")
     command.add_argument("preset", metavar="PRESET", help="a bundled preset or a YAML file")
@@ -269,8 +269,12 @@ def _conclude(outcomes: Sequence[Outcome], quiet: bool) -> int:
 
 
 def _quickstart(args: argparse.Namespace) -> int:
+    from dualcl.benchmark.environment import usable_cpus
+
     args.preset, args.methods, args.seeds, args.sets = "glyphs", None, "0", []
     args.format, args.allow_mixed = None, False
+    # the model is too small for several threads to pay: one process per core, with one thread each
+    args.jobs = args.jobs or min(usable_cpus(), 4)
     return _compare(args)
 
 
