@@ -16,14 +16,14 @@ def registered(folder: Path, decorator: str) -> Iterator[tuple[str, str, str, di
     seen: dict[str, str] = {}
     for path in sorted(folder.glob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8"), filename=str(path)).body:
-            for call in node.decorator_list if isinstance(node, ast.ClassDef) else ():
+            if not isinstance(node, ast.ClassDef):
+                continue
+            for call in node.decorator_list:
                 if not (isinstance(call, ast.Call) and getattr(call.func, "id", "") == decorator):
                     continue
                 name = str(ast.literal_eval(call.args[0]))
                 if name in seen:
-                    raise ValueError(
-                        f"{name!r} is registered in {seen[name]}.py and in {path.stem}.py of {folder.name}/"
-                    )
+                    raise ValueError(f"{name!r} is registered in {seen[name]}.py and in {path.stem}.py")
                 seen[name] = path.stem
                 keywords = {k.arg: ast.literal_eval(k.value) for k in call.keywords if k.arg}
-                yield name, path.stem, node.name, keywords  # type: ignore[union-attr]
+                yield name, path.stem, node.name, keywords
