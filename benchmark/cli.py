@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dualcl.benchmark.backbones import bundled_backbones
 from dualcl.benchmark.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, RunFailed, UserError, nearest
 from dualcl.benchmark.progress import Reporter, printable
 
@@ -319,13 +320,8 @@ def _sweep(args: argparse.Namespace) -> int:
 
 def _bundled_backbones() -> dict[str, str]:
     """Bundled backbones and what each was trained on, read without timm."""
-    out = {}
-    for path in sorted((Path(__file__).parent / "backbones").glob("*.json")):
-        card = json.loads(path.read_text(encoding="utf-8"))
-        out[path.stem.replace("_", "-")] = (
-            f"{card['timm_name']} at {card['input_size']} px, trained on {card['trained_on']}"
-        )
-    return out
+    cards = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in bundled_backbones().items()}
+    return {n: f"{c['timm_name']} at {c['input_size']} px, trained on {c['trained_on']}" for n, c in cards.items()}
 
 
 def _list_rows(what: str) -> list[list[str]]:

@@ -22,10 +22,9 @@ import timm
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model_data_config
 from timm.layers import apply_rot_embed_cat
 
+from dualcl.benchmark.backbones import bundled_backbones
 from dualcl.benchmark.domain import Site
 from dualcl.benchmark.errors import UserError, nearest
-
-BUNDLED_DIR = Path(__file__).parent / "backbones"
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,6 @@ class BackboneInfo:
     input_size: int
     crop_pct: float
     interpolation: str
-
-
-def bundled_backbones() -> dict[str, Path]:
-    """Bundled backbones: name -> json description beside the weights."""
-    return {p.stem.replace("_", "-"): p for p in sorted(BUNDLED_DIR.glob("*.json"))}
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
