@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 RUNS = Path("runs")
 REPORT_FORMATS = ("md", "csv", "tex", "html", "png")
 LISTS = ("methods", "presets", "backbones", "datasets")
+EXPORT_FORMATS = ("diffusers-lora", "kohya", "peft", "textual-inversion", "merged")
+SCHEDULERS = ("ddim", "dpm")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,6 +69,13 @@ def _natural(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"wants a whole number from 0 on, got {text!r}")
     return int(text)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wants a number, got {text!r}") from None
 
 
 def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
@@ -109,7 +118,7 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
             "--format", metavar="F[,F...]", help=f"what the report consists of (default {','.join(REPORT_FORMATS)})"
         )
 
-    command = add("quickstart", "compare methods on the bundled model and data, in minutes")
+    command = add("quickstart", "compare methods in both domains on the bundled models and data, in minutes")
     command.add_argument("--out", type=Path, default=RUNS / "quickstart", metavar="DIR", help="default %(default)s")
     add_many(command)
     command.set_defaults(func=_quickstart, jobs=None)
@@ -148,12 +157,51 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     command.add_argument("--seeds", metavar="0,1,2", help="default: the preset's seed")
     add_sets(command)
     command.add_argument("--out", type=Path, metavar="DIR", help="default runs/sweep-PRESET")
-    command.add_argument("--select", default="A_last", metavar="METRIC", help="what decides (default %(default)s)")
+    command.add_argument("--select", metavar="METRIC", help="what decides (default: A_last, A_mmd)")
     command.add_argument(
         "--on-test", action="store_true", help="choose on the test images: for studies, not for numbers to publish"
     )
     add_many(command)
     command.set_defaults(func=_sweep)
+
+    command = add("generate", "make images of learnt concepts from a customization run or an exported model")
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="a run's folder, or one made by `dualcl export`")
+    command.add_argument(
+        "--prompt",
+        dest="prompts",
+        action="append",
+        required=True,
+        metavar="TEXT",
+        help='with concepts as "<c1>" or by name, "<cat>"; repeat for more prompts',
+    )
+    command.add_argument("-n", type=_positive, default=8, metavar="N", help="images per prompt (default %(default)s)")
+    command.add_argument(
+        "--seed", type=_natural, default=0, metavar="N", help="of the first image, the next one has N + 1 (default 0)"
+    )
+    command.add_argument("--steps", type=_positive, metavar="N", help="denoising steps (default: the run's eval.steps)")
+    command.add_argument(
+        "--guidance", type=_number, metavar="X", help="guidance scale (default: the run's eval.guidance)"
+    )
+    command.add_argument("--scheduler", metavar="|".join(SCHEDULERS), help="default: the run's eval.scheduler")
+    command.add_argument("--negative", metavar="TEXT", help="negative prompt (default: the run's eval.negative_prompt)")
+    command.add_argument("--after", type=_positive, metavar="K", help="the state after task K, where the run keeps it")
+    command.add_argument("--base", metavar="MODEL", help="the model to put an exported LoRA on (default: its own)")
+    command.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images at once (default 8)")
+    command.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    command.add_argument("--out", type=Path, metavar="DIR", help="default RUN_DIR/generated")
+    command.set_defaults(func=_generate)
+
+    command = add("export", "write what a customization run learnt in the format of other tools")
+    command.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="the folder of a run, finished or partial")
+    command.add_argument("--to", dest="kind", required=True, metavar="FORMAT", help=", ".join(EXPORT_FORMATS))
+    command.add_argument("out", type=Path, metavar="OUT", help="a new or empty folder")
+    command.add_argument(
+        "--rank",
+        type=_positive,
+        metavar="R",
+        help="largest rank of a LoRA (default: as many as hold the update exactly)",
+    )
+    command.set_defaults(func=_export)
 
     command = add("list", "list methods, presets, backbones and data sets")
     command.add_argument("what", nargs="?", metavar="|".join(LISTS), help="default: everything")
@@ -269,14 +317,31 @@ def _conclude(outcomes: Sequence[Outcome], quiet: bool) -> int:
     return code
 
 
-def _quickstart(args: argparse.Namespace) -> int:
-    from dualcl.benchmark.environment import usable_cpus
+#: preset, folder, methods (None: the preset's own) and settings of each part of the quickstart
+QUICKSTART: tuple[tuple[str, str, str | None, tuple[str, ...]], ...] = (
+    ("glyphs", "classification", None, ()),
+    ("glyph-concepts-quick", "customization", None, ()),
+)
 
-    args.preset, args.methods, args.seeds, args.sets = "glyphs", None, "0", []
-    args.format, args.allow_mixed = None, False
-    # the model is too small for several threads to pay: one process per core, with one thread each
-    args.jobs = args.jobs or min(usable_cpus(), 4)
-    return _compare(args)
+
+def _quickstart(args: argparse.Namespace) -> int:
+    from dualcl.benchmark.compare import default_methods, execute, parse_names, plan_comparison
+    from dualcl.benchmark.environment import usable_cpus
+    from dualcl.results.report import terminal_table
+
+    args.place = args.out
+    plan = []
+    for preset, folder, methods, sets in QUICKSTART:
+        names = default_methods(preset) if methods is None else parse_names(methods, "methods")
+        plan += plan_comparison(preset, names, [0], sets, args.out / folder)
+    # the models are too small for several threads to pay: one process per core, with one thread each
+    outcomes = execute(plan, jobs=args.jobs or min(usable_cpus(), 4), quiet=args.quiet)
+    code = _conclude(outcomes, args.quiet)
+    if any(o.code == 0 for o in outcomes):
+        dirs = [p.out for p in plan if (p.out / "record.json").is_file()]
+        print(terminal_table(dirs).rstrip("\n"))
+        _write_report(dirs, args.out / "report", REPORT_FORMATS, False)
+    return code
 
 
 def _report(args: argparse.Namespace) -> int:
@@ -316,6 +381,42 @@ def _sweep(args: argparse.Namespace) -> int:
     written = s.write_sweep(sweep, scores, out / args.method)
     _say(f"sweep: {', '.join(map(str, written))}")
     return _conclude(outcomes, args.quiet)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    if args.scheduler is not None and args.scheduler not in SCHEDULERS:
+        raise UserError(f"unknown --scheduler {args.scheduler!r}; {nearest(args.scheduler, SCHEDULERS, 'schedulers')}")
+    args.place = args.out or args.run_dir / "generated"
+    from dualcl.benchmark.generate import generate, open_model
+
+    model = open_model(args.run_dir, args.device, base=args.base, after=args.after, say=_say)
+    paths = generate(
+        model,
+        args.prompts,
+        args.place,
+        n=args.n,
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        scheduler=args.scheduler,
+        negative_prompt=args.negative,
+        batch_size=args.batch_size,
+        say=_say,
+    )
+    print("\n".join(map(str, paths)))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    if args.kind not in EXPORT_FORMATS:
+        raise UserError(f"unknown --to {args.kind!r}; {nearest(args.kind, EXPORT_FORMATS, 'formats')}")
+    args.place = args.out
+    from dualcl.benchmark.export import describe, export
+
+    for line in describe(export(args.run_dir, args.kind, args.out, args.rank), args.out):
+        _say(line)
+    print(args.out)
+    return 0
 
 
 def _bundled_backbones() -> dict[str, str]:

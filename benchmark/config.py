@@ -38,7 +38,10 @@ class GeneralConfig:
     """Top-level keys."""
 
     seed: int = field(default=0, metadata={"help": "initialisation, batch order, augmentation"})
-    precision: Literal["fp32", "bf16"] = field(default="fp32", metadata={"help": "bf16: autocast"})
+    label: str | None = field(default=None, metadata={"help": "what tables call the run; default: the method"})
+    precision: Literal["fp32", "bf16", "fp16"] = field(
+        default="fp32", metadata={"help": "bf16, fp16: autocast; fp16 with loss scaling"}
+    )
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps", **VOLATILE})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; default: all cores", **VOLATILE})
 
@@ -52,6 +55,9 @@ class TrainConfig:
     """The training budget: one for all methods of a comparison."""
 
     epochs: int = field(default=5, metadata={"help": "passes over each task's training data"})
+    steps: int | None = field(
+        default=None, metadata={"help": "optimiser steps per task (customization), with train.epochs=1"}
+    )
     batch_size: int = 32
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     schedule: Literal["cosine", "constant", "coda"] = field(
@@ -64,6 +70,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         positive("train.epochs", self.epochs)
+        positive("train.steps", self.steps)
         positive("train.batch_size", self.batch_size)
         positive("train.log_every", self.log_every)
         positive("train.checkpoint_seconds", self.checkpoint_seconds, 0)
@@ -223,6 +230,8 @@ class Preset:
     values: dict[str, tuple[Any, str]]
     #: methods that `dualcl compare` runs when it is given none
     compare: tuple[str, ...] = ()
+    #: the preset in whose table its runs appear: its own, or that of which it is an ablation
+    table: str = ""
 
 
 @functools.lru_cache(maxsize=1)
@@ -254,7 +263,7 @@ def load_preset(name_or_path: str, _chain: tuple[str, ...] = ()) -> Preset:
         raise UserError(f"preset {path} must be a mapping of sections")
     base: dict[str, tuple[Any, str]] = {}
     domain, summary = tree.pop("domain", None), tree.pop("summary", "")
-    compare = tree.pop("compare", None)
+    compare, table = tree.pop("compare", None), tree.pop("table", None) or label
     if parent_name := tree.pop("extends", None):
         parent = load_preset(str(parent_name), (*_chain, str(path)))
         base, domain = dict(parent.values), domain or parent.domain
@@ -264,7 +273,7 @@ def load_preset(name_or_path: str, _chain: tuple[str, ...] = ()) -> Preset:
     base.update({key: (value, f"preset {label}") for key, value in flatten(tree).items()})
     if not isinstance(compare, (list, type(None))) or not all(isinstance(m, str) for m in compare or ()):
         raise UserError(f"preset {path}: compare must be a list of method names, got {compare!r}")
-    return Preset(label, str(domain), str(summary), base, tuple(compare or ()))
+    return Preset(label, str(domain), str(summary), base, tuple(compare or ()), str(table))
 
 
 @dataclass(frozen=True)
@@ -277,6 +286,8 @@ class Resolved:
     sections: dict[str, Any]
     sources: dict[str, str]
     volatile: frozenset[str]
+    #: the preset in whose table the run appears
+    table: str = ""
 
     def section(self, name: str, cls: type[C]) -> C:
         """The section `name`, checked to be a `cls`."""
@@ -440,6 +451,7 @@ def resolve(
         method=method,
         sections=sections,
         sources={},
+        table=loaded.table,
         volatile=frozenset(k for k, (_, f) in known_keys.items() if f.metadata.get("volatile")),
     )
     resolved.sources.update({key: sources.get(key, "default") for key in flatten(resolved.tree())})

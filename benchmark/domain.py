@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -69,10 +70,14 @@ class Domain(ABC):
     name: ClassVar[str]
     #: what a method may ask for in `requires`
     capabilities: ClassVar[tuple[str, ...]] = ()
+    #: what the recorded matrix holds (`dualcl.results.metrics.KINDS`)
+    matrix_kind: ClassVar[str] = "accuracy"
 
     model: nn.Module
     tasks: list[Task]
     device: torch.device
+    #: the run's folder, where a domain may leave pictures; None outside a run
+    folder: Path | None = None
 
     @abstractmethod
     def sites(self) -> dict[str, Site]:
@@ -100,6 +105,10 @@ class Domain(ABC):
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
         """The task loss of a batch, a scalar."""
+
+    @abstractmethod
+    def samples(self, batch: Any) -> Iterator[Any]:
+        """The samples of a batch, each a batch of one whose `loss` is its own; for gradients of single samples."""
 
     @abstractmethod
     def evaluate(self, seen: Sequence[int]) -> dict[str, Any]:
@@ -157,3 +166,37 @@ class FeatureDomain(Protocol):
 
     def set_output_rows(self, task: int, weight: Tensor, bias: Tensor) -> None:
         """Sets the task's read-out: weight (n_outputs, D), bias (n_outputs,)."""
+
+
+class NetworkDomain(Protocol):
+    """Capability `network`: the whole network, not only its adapted projections, may be trained."""
+
+    def network_parameters(self) -> dict[str, nn.Parameter]:
+        """All weights of the network that the sites belong to, by name."""
+
+
+class PriorDomain(Protocol):
+    """Capability `prior`: images of the pretrained model keep its idea of the concepts' classes."""
+
+    def use_prior(self, weight: float) -> None:
+        """From now on every training batch also holds prior images; the loss adds `weight` times their error."""
+
+
+class ReplayDomain(Protocol):
+    """Capability `replay`: the model can make training data of tasks that it has learnt."""
+
+    def replay(self, tasks: Sequence[int], per_task: int) -> None:
+        """Adds `per_task` samples of each of `tasks`, made by the model as it stands now, to the begun task's data.
+
+        The next `begin_task` drops them.
+        """
+
+
+class ConceptInputsDomain(Protocol):
+    """Capability `concept_inputs`: what reaches the sites is known without images, and the same for all of them."""
+
+    def concept_inputs(self, task: int) -> Tensor:
+        """Inputs (n, d_in) of the sites' Linears for the words of the task's prompt, float32, without gradient."""
+
+    def common_inputs(self, n: int) -> Tensor:
+        """Inputs (m, d_in) of the sites' Linears for `n` ordinary captions, float32, without gradient."""

@@ -27,6 +27,7 @@ import dualcl.benchmark.compat  # noqa: F401 - before timm
 import timm
 
 from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.pretrain_diffusion import GlyphDiffusionRecipe, make_glyph_diffusion
 from dualcl.benchmark.seeding import derive_seed, numpy_generator, torch_generator
 from dualcl.datasets.glyph_drawing import (
     PRETRAINING_GLYPHS,
@@ -301,7 +302,15 @@ def _model_card(card: dict[str, Any], chosen: dict[str, int]) -> str:
     return "\n".join(parts)
 
 
-Maker = Callable[[Path, int, GlyphViTRecipe, dict[str, Any]], dict[str, Any]]
+def _make_diffusion(folder: Path, seed: int, recipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Trains the tiny Stable Diffusion on captioned glyphs and writes the folder glyph_diffusion."""
+    return make_glyph_diffusion(folder, seed, recipe, _command("glyph-diffusion", seed, settings), _say)
+
+
+Maker = Callable[[Path, int, Any, dict[str, Any]], dict[str, Any]]
 
 #: name -> (settings with their defaults, what trains and writes)
-RECIPES: dict[str, tuple[type[GlyphViTRecipe], Maker]] = {"glyph-vit": (GlyphViTRecipe, _make_glyph_vit)}
+RECIPES: dict[str, tuple[type[Any], Maker]] = {
+    "glyph-vit": (GlyphViTRecipe, _make_glyph_vit),
+    "glyph-diffusion": (GlyphDiffusionRecipe, _make_diffusion),
+}

@@ -51,15 +51,15 @@ Say = Callable[[str], None]
 class GlyphDiffusionRecipe:
     """How `glyph-diffusion` is trained. `classes`: the first so many pretraining glyphs, 0 for all."""
 
-    classes: int = 0
-    per_class: int = 450
-    vae_steps: int = 800
-    unet_steps: int = 9000
+    classes: int = 64
+    per_class: int = 500
+    vae_steps: int = 600
+    unet_steps: int = 6400
     reader_epochs: int = 4
     vae_batch: int = 64
     unet_batch: int = 32
     vae_lr: float = 2e-3
-    lr: float = 8e-4
+    lr: float = 1e-3
     caption_dropout: float = 0.1
     ema: float = 0.999
     image_size: int = 32
@@ -278,7 +278,9 @@ def _train_unet(
         generator = torch_generator(seed, "glyph-diffusion", "unet-noise", step)
         clean = mean[index] + std[index] * torch.randn(mean[index].shape, generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
-        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(index),), generator=generator)
+        # most of them in the middle, where shapes are decided (logit-normal, as Stable Diffusion 3)
+        share = torch.randn(len(index), generator=generator).sigmoid()
+        timesteps = (share * scheduler.config.num_train_timesteps).long()
         dropped = torch.rand(len(index), 1, generator=generator) < recipe.caption_dropout
         noisy = scheduler.add_noise(clean, noise, timesteps)
         target = scheduler.get_velocity(clean, noise, timesteps)

@@ -204,7 +204,7 @@ class RunFolder:
             shutil.rmtree(gone, ignore_errors=True)
 
 
-def new_record(run: Mapping[str, Any], config: Mapping[str, Any], **parts: Any) -> dict[str, Any]:
+def new_record(run: Mapping[str, Any], config: Mapping[str, Any], kind: str = "accuracy", **parts: Any) -> dict[str, Any]:
     """An empty record of the current version."""
     return {
         "format": "dualcl-record",
@@ -215,7 +215,7 @@ def new_record(run: Mapping[str, Any], config: Mapping[str, Any], **parts: Any) 
         "config": dict(config),
         **parts,
         "tasks": [],
-        "matrix": {"kind": "accuracy", "rows": []},
+        "matrix": {"kind": kind, "rows": []},
         "measured": {"tasks": [], "wall_seconds": 0.0},
         "created": now(),
         "finished": None,

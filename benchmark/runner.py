@@ -113,14 +113,21 @@ class Run:
         self.joint = cls.joint
         torch.manual_seed(derive_seed(general.seed, "build"))
         self.domain: Domain = domain or domain_class(resolved.domain)(resolved, self.device)  # type: ignore[call-arg]
+        self.domain.folder = folder.path
         self.n_tasks = len(self.domain.tasks)
         self.method: Method = cls(resolved.sections["method"], self.domain, self.n_tasks, general.seed)
         self.method.to(self.device)
         self.precision = general.precision
+        self.scaler = self.fresh_scaler()
+
+    def fresh_scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss, for small gradients vanish in float16; one for each task, so that a resumed run has the same."""
+        return torch.amp.GradScaler(self.device.type, init_scale=2.0**12, enabled=self.precision == "fp16")
 
     def autocast(self) -> torch.autocast:
         """The precision of forward passes."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "fp32")
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -155,10 +162,12 @@ class Run:
             for group in optimizer.param_groups:
                 group["lr"] = group["base_lr"] * factor
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            self.scaler.scale(loss).backward()
             if self.train.grad_clip is not None:
+                self.scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], self.train.grad_clip)
-            optimizer.step()
+            self.scaler.step(optimizer)
+            self.scaler.update()
         return value, penalty
 
     def _diverged(self, what: str) -> NonFiniteLoss:
@@ -219,6 +228,8 @@ class Run:
         reset_peak(self.device)
         started = time.perf_counter()
         shared = self.begin(task)
+        with self.autocast():
+            self.method.prepare(task)
         own = [p for g in self.method.trained() for p in g.params]
         trained = sum(p.numel() for p in {id(p): p for p in [*own, *shared]}.values())
         steps, fit = 0, {"final_loss": None, "seconds": 0.0}
@@ -287,12 +298,15 @@ class Run:
         for p in params:
             p.grad = None
         optimizer = make_optimizer(self.train, groups, self.device) if params else None
+        self.scaler = self.fresh_scaler()
         start, loss_sum, loss_count, seconds = 0, 0.0, 0, 0.0
         if partial is not None:
             tensors, state = partial
             self.restore(tensors, task)
             if optimizer is not None:
                 load_optimizer(optimizer, tensors)
+            if state.get("scaler"):
+                self.scaler.load_state_dict(state["scaler"])
             start, loss_sum, loss_count = state["step"], state["loss_sum"], state["loss_count"]
             seconds = state["seconds"]
         per_epoch = steps // self.train.epochs
@@ -325,6 +339,7 @@ class Run:
                         "step": step + 1,
                         "loss_sum": loss_sum,
                         "loss_count": loss_count,
+                        "scaler": self.scaler.state_dict(),
                         "seconds": seconds + time.perf_counter() - began,
                     },
                 )
@@ -383,12 +398,14 @@ def run(resolved: Resolved, out: str | Path, reporter: Reporter | None = None) -
                 "preset": resolved.preset,
                 "domain": resolved.domain,
                 "method": resolved.method,
-                "label": resolved.method,
+                "label": general.label or resolved.method,
+                "table": resolved.table,
                 "seed": general.seed,
                 "n_tasks": work.n_tasks,
                 "joint": work.joint,
             },
             resolved.tree(),
+            work.domain.matrix_kind,
             config_hash=resolved.hash(),
             sources=resolved.sources,
             identity=as_json(

@@ -16,14 +16,17 @@ from pathlib import Path
 from typing import Any
 
 from dualcl.benchmark.compare import Outcome, Planned, align, check_seed_given_once
-from dualcl.benchmark.config import parse_assignment, resolve
+from dualcl.benchmark.config import load_preset, parse_assignment, resolve
+from dualcl.benchmark.domains import domain_class
 from dualcl.benchmark.errors import UserError, nearest
 from dualcl.benchmark.record import atomic_write, write_json
-from dualcl.results.metrics import COST, METRICS
+from dualcl.results.metrics import COST, KINDS, METRICS
 from dualcl.results.records import load_record
 
 #: fraction of the training images on which a sweep chooses
 HOLDOUT = 0.2
+#: concepts of a sweep, where a data set can leave out those that are reported on
+SWEEP_CONCEPTS = 5
 
 
 @dataclass(frozen=True)
@@ -113,14 +116,17 @@ def plan_sweep(
     sets: Sequence[str],
     out: Path,
     *,
-    select: str = "A_last",
+    select: str | None = None,
     on_test: bool = False,
 ) -> Sweep:
     """Checks the whole grid. Each point's runs go to `<out>/<method>/<key=value,...>/seed<k>`.
 
-    Hyper-parameters must not be chosen on test images: where the data set can hold out training images and the user
-    says nothing else, `data.holdout` is set. Raises UserError for the first thing that is wrong, before anything runs.
+    Hyper-parameters must not be chosen on what is reported: where the data set can hold out training images and the user
+    says nothing else, `data.holdout` is set; where it can leave out its first concepts, a sweep runs on the
+    `SWEEP_CONCEPTS` after them. No `select`: the domain's own measure of quality. Raises UserError for the first thing that is wrong, before anything runs.
     """
+    if select is None:
+        select = KINDS[domain_class(load_preset(preset).domain).matrix_kind].quality
     if select not in METRICS:
         raise UserError(f"unknown metric --select {select!r}; {nearest(select, METRICS, 'metrics')}")
     axes = [parse_axis(text) for text in over]
@@ -145,6 +151,10 @@ def plan_sweep(
         sets.append("data.holdout=0")
     elif holdout_source == "default":
         sets.append(f"data.holdout={HOLDOUT}")
+    other_concepts = first.sources.get("data.skip") == "default" and not on_test
+    if other_concepts:
+        reported = first.flat()["data.concepts"]
+        sets += [f"data.skip={reported}", f"data.concepts={SWEEP_CONCEPTS}"]
     points: list[Point] = []
     seen: dict[str, str] = {}
     for settings in grid:
@@ -165,10 +175,12 @@ def plan_sweep(
         measured_on = "as data.holdout says"
     elif held:
         measured_on = f"validation images (data.holdout={held}: that part of the training images)"
+    elif other_concepts:
+        measured_on = f"{SWEEP_CONCEPTS} other concepts (data.skip={reported})"
     elif can_hold_out:
         measured_on = "TEST images, as asked for"
     else:
-        measured_on = "TEST images: this data set cannot hold out training images (no data.holdout)"
+        measured_on = "what is reported: this data set holds nothing out (no data.holdout, no data.skip)"
     return Sweep(first.preset, method, select, measured_on, tuple(points))
 
 

@@ -59,6 +59,17 @@ class _Subset:
 
 
 @dataclass(frozen=True)
+class ArrayImages:
+    """Images held in memory, uint8 (N, H, W, 3)."""
+
+    pixels: np.ndarray
+
+    def __call__(self, i: int) -> Image.Image:
+        """Image i, RGB."""
+        return Image.fromarray(self.pixels[i])
+
+
+@dataclass(frozen=True)
 class ClassData:
     """A classification data set before it is cut into tasks. Labels are 0..C-1 in natural order."""
 
@@ -105,11 +116,12 @@ def split_hash(
     return digest.hexdigest()[:16]
 
 
-def make_class_order(n_classes: int, order: str | Sequence[int], seed: int) -> tuple[int, ...]:
+def make_class_order(n_classes: int, order: str | Sequence[int], seed: int, *, item: str = "class") -> tuple[int, ...]:
     """The order in which classes are learnt.
 
     `order`: "natural"; "shuffle" (a permutation from `seed`); "coda" (CODA-Prompt: natural for seed 0, else
-    `random.seed(seed); random.shuffle`); or an explicit permutation of all classes. Raises UserError for anything else.
+    `random.seed(seed); random.shuffle`); or an explicit permutation of all classes. Raises UserError for anything else;
+    `item` is its word for what is ordered.
     """
     if isinstance(order, str):
         classes = list(range(n_classes))
@@ -124,10 +136,10 @@ def make_class_order(n_classes: int, order: str | Sequence[int], seed: int) -> t
     given = [int(c) for c in order]
     twice = sorted({c for c in given if given.count(c) > 1})
     if twice:
-        raise UserError(f"stream.class_order names {twice[0]} twice; it must name every class 0..{n_classes - 1} once")
+        raise UserError(f"stream.class_order names {twice[0]} twice; it must name every {item} 0..{n_classes - 1} once")
     if sorted(given) != list(range(n_classes)):
         wrong = sorted(set(given) ^ set(range(n_classes)))
-        raise UserError(f"stream.class_order must name every class 0..{n_classes - 1} once; look at {wrong[:5]}")
+        raise UserError(f"stream.class_order must name every {item} 0..{n_classes - 1} once; look at {wrong[:5]}")
     return tuple(given)
 
 

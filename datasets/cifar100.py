@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
 from dualcl.benchmark.errors import UserError
-from dualcl.datasets.base import ClassData, ImageSet
+from dualcl.datasets.base import ArrayImages, ClassData, ImageSet
 from dualcl.datasets.download import Checksum, download, extract_tar
 from dualcl.datasets.registry import register_dataset
 from dualcl.datasets.split import SelectConfig, select
@@ -19,17 +18,6 @@ from dualcl.datasets.split import SelectConfig, select
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE = Checksum("md5", "eb9058c3a382ffc7106e4002c42a8d85")
 FOLDER = "cifar-100-python"
-
-
-@dataclass(frozen=True)
-class ArrayImages:
-    """Images held in memory, uint8 (N, H, W, 3)."""
-
-    pixels: np.ndarray
-
-    def __call__(self, i: int) -> Image.Image:
-        """Image i, RGB."""
-        return Image.fromarray(self.pixels[i])
 
 
 @register_dataset(

@@ -51,16 +51,17 @@ class _Interrupted(Exception):
 
 
 def download(
-    url: str, path: Path, checksum: Checksum, *, retries: int = 5, timeout: float = 30.0, pause: float = 1.0
+    url: str, path: Path, checksum: Checksum | None, *, retries: int = 5, timeout: float = 30.0, pause: float = 1.0
 ) -> Path:
     """Fetches `url` to `path` unless it is there, and returns `path`.
 
     An interrupted download goes on where it stopped (`path`.part), also in a later call; after `retries` tries in a row
     that bring nothing new, waiting `pause`, 2 `pause`, ... seconds, it gives up. Raises UserError when the host cannot
-    be reached, the file is not there, the checksum is wrong (the download is removed), or the disk is full.
+    be reached, the file is not there, the checksum is wrong (the download is removed), or the disk is full. Without a
+    `checksum` (the source publishes none, or makes its archives anew) any complete file will do.
     """
     if path.exists():
-        if checksum.matches(path):
+        if checksum is None or checksum.matches(path):
             return path
         raise UserError(
             f"{path} is not the expected file ({checksum.algorithm} {checksum.of(path)}, expected {checksum.digest}); "
@@ -70,8 +71,7 @@ def download(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _fetch(url, path, part, retries, timeout, pause)
-        found = checksum.of(part)
-        if found != checksum.digest:
+        if checksum is not None and (found := checksum.of(part)) != checksum.digest:
             part.unlink()
             raise UserError(
                 f"{url} has the wrong {checksum.algorithm} ({found}, expected {checksum.digest}), and was removed; "

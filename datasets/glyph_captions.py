@@ -11,7 +11,7 @@ from dualcl.datasets.glyph_drawing import COLOURS, PRETRAINING_GLYPHS, Colour, L
 
 #: rendition -> the word for it in a caption; solid goes without saying
 RENDITION_WORDS = {"solid": "", "outline": "outlined", "hatched": "striped", "dotted": "dotted"}
-_RENDITION_SHARES = (0.7, 0.1, 0.1, 0.1)
+_RENDITION_SHARES = (0.82, 0.06, 0.06, 0.06)
 #: the noun that stands for any glyph
 CLASS_NOUN = "symbol"
 KINDS = ("drawing", "picture", "photo")
@@ -69,10 +69,10 @@ def near(colour: Colour, rng: np.random.Generator, by: int = 12) -> Colour:
 def pose(rng: np.random.Generator) -> dict[str, float | tuple[float, float]]:
     """Fields of a `Look`: a mild turn, scale and shift."""
     return {
-        "angle": float(rng.normal(0, 6)),
-        "scale": float(rng.uniform(0.74, 0.94)),
-        "stretch": float(np.exp(rng.normal(0, 0.04))),
-        "shift": (float(rng.uniform(-0.04, 0.04)), float(rng.uniform(-0.04, 0.04))),
+        "angle": float(rng.normal(0, 3)),
+        "scale": float(rng.uniform(0.82, 0.92)),
+        "stretch": float(np.exp(rng.normal(0, 0.02))),
+        "shift": (float(rng.uniform(-0.02, 0.02)), float(rng.uniform(-0.02, 0.02))),
     }
 
 
@@ -103,8 +103,9 @@ def sample_look(scene: Scene, rng: np.random.Generator) -> Look:
 def sample_caption(scene: Scene, rng: np.random.Generator) -> str:
     """A true caption that may leave things unsaid: the ink, the paper, or which glyph it is ("a photo of a symbol")."""
     kind = KINDS[rng.choice(3, p=(0.5, 0.2, 0.3))]
-    noun = CLASS_NOUN if rng.uniform() < 0.06 else scene.name
-    ink = "" if rng.uniform() < 0.15 else scene.ink
+    noun = CLASS_NOUN if rng.uniform() < 0.08 else scene.name
+    said = rng.uniform()
+    ink = "" if said < 0.18 else scene.ink
     words = " ".join(w for w in (RENDITION_WORDS[scene.rendition], ink, noun) if w)
-    paper = "" if rng.uniform() < 0.2 else f" on {scene.paper}"
+    paper = "" if said < 0.12 or said > 0.93 else f" on {scene.paper}"
     return f"a {kind} of a {words}{paper}"

@@ -8,24 +8,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from dualcl.benchmark.config import positive
 from dualcl.benchmark.seeding import numpy_generator
-from dualcl.datasets.base import ClassData, ImageSet
+from dualcl.datasets.base import ArrayImages, ClassData, ImageSet
 from dualcl.datasets.glyph_drawing import STREAM_GLYPHS, draw_images
 from dualcl.datasets.registry import register_dataset
 from dualcl.datasets.split import SelectConfig, select
-
-
-@dataclass(frozen=True)
-class _Pixels:
-    """Picklable access to images (N, H, W, 3) in memory."""
-
-    images: NDArray[np.uint8]
-
-    def __call__(self, i: int) -> Image.Image:
-        return Image.fromarray(self.images[i])
 
 
 @functools.lru_cache(maxsize=256)
@@ -85,6 +74,6 @@ def _image_set(names: tuple[str, ...], part: str, count: int, config: Glyphs.Con
     return ImageSet(
         ids=tuple(f"{prefix}/{name}/{part}/{i}" for name in names for i in range(count)),
         labels=np.repeat(np.arange(len(names), dtype=np.int64), count),
-        load=_Pixels(images),
+        load=ArrayImages(images),
         fingerprint=hashlib.sha256(images.tobytes()).hexdigest(),
     )

@@ -44,6 +44,22 @@ def unreadable(path: Path, reason: str) -> UserError:
     return UserError(f"cannot read the image {path} ({reason}); replace or remove it, or set data.on_bad_image=skip")
 
 
+def bad_images(root: Path, names: Sequence[str], on_bad_image: OnBadImage) -> dict[str, str]:
+    """Decodes all `names` below `root`; {name: reason} of those that cannot be read, a UserError under "stop"."""
+    bad = verify_images(root, names)
+    if bad and on_bad_image == "stop":
+        first = next(iter(bad))
+        error = unreadable(root / first, bad[first])
+        raise UserError(f"{error} ({len(bad) - 1} more such file(s))") if len(bad) > 1 else error
+    return bad
+
+
+def check_on_bad_image(value: str) -> None:
+    """UserError unless `value` is stop or skip."""
+    if value not in get_args(OnBadImage):
+        raise UserError(f"unknown data.on_bad_image {value!r}; {nearest(str(value), get_args(OnBadImage))}")
+
+
 def folder_set(root: Path, names: Sequence[str], labels: Sequence[int] | np.ndarray) -> ImageSet:
     """An ImageSet over files below `root`; its fingerprint covers names, sizes and times of change."""
     digest = hashlib.sha256()
@@ -99,9 +115,7 @@ class ImageFolder:
             super().__post_init__()
             if not 0 < self.val_fraction < 1:
                 raise UserError(f"data.val_fraction must be between 0 and 1, got {self.val_fraction}")
-            if self.on_bad_image not in get_args(OnBadImage):
-                known = nearest(str(self.on_bad_image), get_args(OnBadImage))
-                raise UserError(f"unknown data.on_bad_image {self.on_bad_image!r}; {known}")
+            check_on_bad_image(self.on_bad_image)
 
     @classmethod
     def load(cls, config: Config) -> ClassData:
@@ -121,14 +135,9 @@ class ImageFolder:
         if test_part is not None:
             _same_classes(root, train_part, test_part, folders)
             parts.append(_scan(root, test_part, folders))
-        skipped: list[str] = []
+        bad: dict[str, str] = {}
         if config.verify:
-            bad = verify_images(root, [name for part, _ in parts for name in part])
-            if bad and config.on_bad_image == "stop":
-                first = next(iter(bad))
-                error = unreadable(root / first, bad[first])
-                raise UserError(f"{error} ({len(bad) - 1} more such file(s))") if len(bad) > 1 else error
-            skipped = sorted(bad)
+            bad = bad_images(root, [name for part, _ in parts for name in part], config.on_bad_image)
             parts = [_without(root, part, part_labels, bad, folders) for part, part_labels in parts]
         train = folder_set(root, *parts[0])
         if test_part is not None:
@@ -140,7 +149,7 @@ class ImageFolder:
             apart = hash_split(inner, train.labels, folders, config.val_fraction, "val", config.split_seed)
             train, test = train.subset(np.flatnonzero(~apart)), train.subset(np.flatnonzero(apart))
             split_name = f"folder:hash-{percent(config.val_fraction)}-seed{config.split_seed}"
-        return select(cls.name, _readable(root, folders), train, test, split_name, config, skipped)
+        return select(cls.name, _readable(root, folders), train, test, split_name, config, sorted(bad))
 
 
 def _parts(root: Path) -> tuple[str, str | None]:

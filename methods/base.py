@@ -27,7 +27,7 @@ class MethodConfig:
 
     lr: float = field(default=1e-3, metadata={"help": "learning rate of the method's own parameters"})
     head_lr: float = field(
-        default=1e-3, metadata={"help": "learning rate of what every method learns (classifier rows)"}
+        default=1e-3, metadata={"help": "learning rate of what every method learns (classifier rows; token rows)"}
     )
     weight_decay: float = field(default=0.0, metadata={"help": "of the method's own parameters (decoupled with adamw)"})
 
@@ -50,9 +50,10 @@ class ParamGroup:
 class Method(nn.Module):
     """What to train for a task, which loss terms to add, and what to keep afterwards.
 
-    Life of a method: `__init__` (attach to the domain), then for each task `begin_task` -> `trained` -> steps, each
-    `domain.loss(batch) + penalty()` -> `end_task`. All state that outlives a step must be in `state_dict` (parameters
-    and buffers) or in `domain.state_dict`; `begin_task` runs before a mid-task `load_state_dict`, so shapes match.
+    Life of a method: `__init__` (attach to the domain), then for each task `begin_task` -> `prepare` -> `trained` ->
+    steps, each `domain.loss(batch) + penalty()` -> `end_task`. All state that outlives a step must be in `state_dict`
+    (parameters and buffers) or in `domain.state_dict`; `begin_task` runs before a mid-task `load_state_dict`, so shapes
+    match.
     A method never asks which domain it serves: it uses `domain.sites()`, `domain.full_parameters()` or a capability
     that it lists in `requires`, and domains without that capability refuse it before any model is loaded.
     """
@@ -84,8 +85,15 @@ class Method(nn.Module):
     def begin_task(self, task: int) -> None:
         """Prepares for task `task` (0, 1, ...): new prompts, fresh adapters. Called once per task, in order."""
 
+    def prepare(self, task: int) -> None:
+        """Called after `begin_task` when a task really starts, with the model as the last task left it.
+
+        Also when a killed run goes on in the middle of the task, then before its state is restored; not when finished
+        tasks are begun again. For what the method makes with the model and does not keep, e.g. replayed images.
+        """
+
     def trained(self) -> list[ParamGroup]:
-        """The method's own parameters for the current task; the domain's (classifier rows) come on top."""
+        """The method's own parameters for the current task; the domain's (classifier rows; token rows) come on top."""
         return []
 
     def penalty(self) -> Tensor | None:

@@ -69,7 +69,7 @@ class CLoRA(LoRA):
 
     def penalty(self) -> Tensor | None:
         """lambda * sum over sites of || |S_{t-1}| (.) (A_t B_t) ||_F^2, once per optimiser step."""
-        if self.finished == 0 or self.config.lambda_ == 0:
+        if self.finished == 0 or self.config.lambda_ == 0 or self.config.one_adapter:
             return None
         # float32 also under autocast: squares of small numbers would vanish in bfloat16
         with torch.autocast(next(iter(self.updates.values())).A.device.type, enabled=False):

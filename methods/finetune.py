@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import nn
@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 class FinetuneConfig(MethodConfig):
     """Hyper-parameters of full fine-tuning; the reference code uses lr 5e-5 for it (protocols.md)."""
 
-    lr: float = 5e-5
-    head_lr: float = 1e-3
+    lr: float = field(default=5e-5, metadata={"help": "learning rate of the weights"})
 
 
 @register_method(
@@ -28,7 +27,11 @@ class FinetuneConfig(MethodConfig):
     source="arXiv 2211.13218 (baseline FT)",
 )
 class Finetune(Method):
-    """Trains the domain's full parameters, one task after another."""
+    """Trains the domain's full parameters, one task after another.
+
+    In classification these are all weights of the backbone; in customization K and V of the cross-attention, which is
+    Custom Diffusion (arXiv 2212.04488) in sequence without prior images.
+    """
 
     Config = FinetuneConfig
     output_scope: ClassVar[Literal["task", "seen"]] = "seen"

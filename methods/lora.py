@@ -21,6 +21,9 @@ class LoRAConfig(MethodConfig):
     """Hyper-parameters of LoRA."""
 
     rank: int = field(default=16, metadata={"help": "r, rank of each task's update"})
+    one_adapter: bool = field(
+        default=False, metadata={"help": "one pair of factors, trained on through all tasks (an ablation of C-LoRA)"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,7 +37,10 @@ class LoRAConfig(MethodConfig):
     source="arXiv 2106.09685",
 )
 class LoRA(Method):
-    """Low-rank updates A_t B_t on all sites of the domain, one fresh pair per task (no scaling factor: alpha = r)."""
+    """Low-rank updates A_t B_t on all sites of the domain, one fresh pair per task (no scaling factor: alpha = r).
+
+    With `one_adapter` the same pair is trained on instead, as one would with a stock trainer.
+    """
 
     Config = LoRAConfig
 
@@ -51,6 +57,10 @@ class LoRA(Method):
 
     def begin_task(self, task: int) -> None:
         """Starts fresh factors at every site."""
+        if self.config.one_adapter and task > 0:
+            for update in self.updates.values():
+                update.go_on()
+            return
         for name, update in self.updates.items():
             # "lora" for subclasses too: C-LoRA with lambda 0 is then LoRA bit for bit
             update.start(torch_generator(self.seed, "lora", "init", task, name))
@@ -65,19 +75,26 @@ class LoRA(Method):
         squares = [(u.A.detach() @ u.B.detach()).square().sum() for u in self.updates.values()]
         self.norms.append(float(sum(s.double() for s in squares)) ** 0.5)
         for update in self.updates.values():
-            update.fold()
+            if self.config.one_adapter:
+                update.pause()
+            else:
+                update.fold()
         self.finished = task + 1
 
     def restored(self, finished: int) -> None:
         """Brings the folded weights in line with the restored sums."""
         self.finished = finished
         for update in self.updates.values():
+            if self.config.one_adapter:
+                # between tasks the sum holds A B; in the middle of one it is zero
+                update.active = not bool(update.summed.any())
             update.refold()
 
     def stored_parameters(self) -> int:
         """One delta per site or the factors of all finished tasks, whichever is smaller."""
+        pairs = 1 if self.config.one_adapter else max(self.finished, 1)
         return sum(
-            min(u.site.d_out * u.site.d_in, u.rank * max(self.finished, 1) * (u.site.d_out + u.site.d_in))
+            min(u.site.d_out * u.site.d_in, u.rank * pairs * (u.site.d_out + u.site.d_in))
             for u in self.updates.values()
         )
 

@@ -60,6 +60,24 @@ class LowRankUpdate(nn.Module):
         self.refold()
 
     @torch.no_grad()
+    def pause(self) -> None:
+        """The weight holds W_init + A B, the factors are kept for `go_on`: for one adapter that is trained on."""
+        self.summed.copy_(self.A @ self.B)
+        self.A.requires_grad_(False)
+        self.B.requires_grad_(False)
+        self.active = False
+        self.refold()
+
+    @torch.no_grad()
+    def go_on(self) -> None:
+        """Undoes `pause`: the weight is W_init, the factors are trained on."""
+        self.summed.zero_()
+        self.A.requires_grad_(True)
+        self.B.requires_grad_(True)
+        self.active = True
+        self.refold()
+
+    @torch.no_grad()
     def refold(self) -> None:
         """Sets the frozen weight to W_init + S."""
         self.site.weight.copy_(self.w_init + self.summed)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import statistics
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, isfinite, nan
 from pathlib import Path
@@ -18,9 +18,10 @@ from typing import Any
 import matplotlib
 import matplotlib.ticker
 from matplotlib.figure import Figure
+from matplotlib.patches import Ellipse
 
 from dualcl.results.files import write_bytes
-from dualcl.results.metrics import METRICS
+from dualcl.results.metrics import METRICS, Curve, Metric
 from dualcl.results.records import Record
 
 #: Okabe and Ito's palette without black (joint training, text) and with yellow last, for it is faint on white
@@ -103,82 +104,125 @@ def _joint_lines(axes: Any, records: Sequence[Record], metric: str) -> list[Any]
     return handles
 
 
-def accuracy_curves(records: Sequence[Record]) -> Figure | None:
-    """Mean of the matrix row after every task (of A_avg's terms), with a band of one standard deviation over seeds.
+def _row_means(record: Record, curve: Curve) -> list[float | None]:
+    """The mean of every row of the curve's cells; None for a row that is missing, empty or not whole."""
+    means: list[float | None] = []
+    for row in curve.cells(record.data["matrix"], record.n_tasks):
+        known = [value for value in row or [] if value is not None]
+        means.append(statistics.fmean(known) if known and len(known) == len(row or []) else None)
+    return means
 
-    Joint training is a horizontal line. The legend is in the order of the last values.
+
+def _draw_lines(
+    axes: Any, series: Mapping[str, Sequence[Sequence[float | None]]], look: Mapping[str, Style]
+) -> list[Any]:
+    """A line per label over tasks 1, 2, ..., band: standard deviation over seeds; handles, the highest end first.
+
+    `series[label][seed][task]`; a task is drawn where some seed has a value.
     """
-    look, curves = styles(records), {}
-    for label, group in _by_label(records).items():
-        cells = [r.cells() for r in group if not r.joint]
-        n = min((r.n_tasks for r in group), default=0)
-        points = []
-        for i in range(n):
-            values = [statistics.fmean(row) for c in cells if (row := c[i])]
-            if values:
-                points.append((i + 1, *_moments(values)))
-        if points:
-            curves[label] = points
-    if not curves:
+    lines = {}
+    for label, seeds in series.items():
+        columns = [[v for v in column if v is not None] for column in zip(*seeds, strict=False)]
+        if points := [(i + 1, *_moments(column)) for i, column in enumerate(columns) if column]:
+            lines[label] = points
+    handles = []
+    for label in sorted(lines, key=lambda name: -lines[name][-1][1]):
+        x, mean, std = (list(column) for column in zip(*lines[label], strict=True))
+        style = look[label]
+        (line,) = axes.plot(
+            x, mean, color=style.colour, marker=style.marker, ls=style.line, ms=6, lw=1.6, mec="white", mew=0.4,
+            label=_shown(label),
+        )  # fmt: skip
+        low, high = [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)]
+        axes.fill_between(x, low, high, color=style.colour, alpha=0.13, lw=0)
+        handles.append(line)
+    if lines:
+        tasks = max(point[0] for points in lines.values() for point in points)
+        axes.set_xticks(range(1, tasks + 1, ceil(tasks / 20)))
+    return handles
+
+
+def _curves(records: Sequence[Record], curve: Curve) -> Figure | None:
+    series = {
+        label: [_row_means(r, curve) for r in group]
+        for label, group in _by_label([r for r in records if not r.joint]).items()
+    }
+    if not any(value is not None for seeds in series.values() for means in seeds for value in means):
         return None
     kind = records[0].kind
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(7.6, 4.4), layout="constrained")
         axes = figure.subplots()
-        handles = _joint_lines(axes, records, kind.quality)
-        order = sorted(curves, key=lambda label: -curves[label][-1][1])
-        for label in order:
-            x, mean, std = (list(column) for column in zip(*curves[label], strict=True))
-            style = look[label]
-            (line,) = axes.plot(
-                x, mean, color=style.colour, marker=style.marker, ls=style.line, ms=6, lw=1.6, mec="white", mew=0.4,
-                label=_shown(label),
-            )  # fmt: skip
-            low, high = [m - s for m, s in zip(mean, std, strict=True)], [m + s for m, s in zip(mean, std, strict=True)]
-            axes.fill_between(x, low, high, color=style.colour, alpha=0.13, lw=0)
-            handles.append(line)
-        tasks = max(point[0] for points in curves.values() for point in points)
-        axes.set_xticks(range(1, tasks + 1, ceil(tasks / 20)))
-        axes.set(xlabel="tasks learnt", ylabel=f"{kind.cell_title}, mean over tasks so far")
-        axes.set_title(_title(records, "after every task"), loc="left")
+        handles = _joint_lines(axes, records, curve.metric)
+        handles += _draw_lines(axes, series, styles(records))
+        axes.set(xlabel=f"{kind.item}s learnt", ylabel=f"{curve.title}, mean over {kind.item}s so far")
+        axes.set_title(_title(records, f"after every {kind.item}"), loc="left")
         figure.legend(handles=handles, loc="outside right upper", handlelength=3.2)
     return figure
 
 
-def _mean_cells(group: Sequence[Record]) -> list[list[float] | None]:
-    """The matrix averaged over seeds; a row that some seed lacks is averaged over the others."""
-    out: list[list[float] | None] = []
+def quality_curves(records: Sequence[Record]) -> Figure | None:
+    """Mean of the matrix row after every task (accuracy, or MMD to the real images), with a band over seeds.
+
+    Joint training is a horizontal line. The legend is in the order of the last values. A row in which some concept was
+    not evaluated is left out.
+    """
+    return _curves(records, records[0].kind.curves[0])
+
+
+def drift_curves(records: Sequence[Record]) -> Figure | None:
+    """How far earlier tasks' results have moved since they were learnt, after every task; kinds that record it apart.
+
+    Mean over the concepts before the last one learnt; its last point is F_mmd.
+    """
+    curves = records[0].kind.curves
+    return _curves(records, curves[1]) if len(curves) > 1 else None
+
+
+def _mean_cells(group: Sequence[Record]) -> list[list[float | None] | None]:
+    """The matrix averaged over seeds; what some seed lacks is averaged over the others."""
+    out: list[list[float | None] | None] = []
     matrices = [r.cells() for r in group]
     for i in range(min(r.n_tasks for r in group)):
         rows = [row for m in matrices if (row := m[i]) is not None]
-        out.append([statistics.fmean(column) for column in zip(*rows, strict=True)] if rows else None)
+        columns = [[v for v in column if v is not None] for column in zip(*rows, strict=True)]
+        out.append([statistics.fmean(column) if column else None for column in columns] if rows else None)
     return out
 
 
 def heat_maps(records: Sequence[Record]) -> Figure | None:
-    """One task x task map per method, mean over seeds: down, the task learnt last; across, the task tested."""
+    """One task x task map per method, mean over seeds: down, the task learnt last; across, the task tested.
+
+    Bright is better; what was not evaluated stays blank.
+    """
     groups = {k: g for k, g in _by_label(records).items() if not g[0].joint and any(r.cells()[0] for r in g)}
     if not groups:
         return None
     kind = records[0].kind
-    low, high = kind.cell_range
+    maps = {label: _mean_cells(group) for label, group in groups.items()}
+    values = [value for cells in maps.values() for row in cells for value in row or [] if value is not None]
+    low, high = kind.cell_range or (min(0.0, *values), max(values))
+    high = high if high > low else low + 1.0  # all cells equal
+    size = max(abs(low), high)
+    decimals = 0 if kind.cell_range or size >= 100 else 1 if size >= 10 else 2
     columns = min(3, len(groups))
     rows = ceil(len(groups) / columns)
     with matplotlib.rc_context(_RC), matplotlib.rc_context({"axes.grid": False}):
         figure = Figure(figsize=(3.1 * columns + 0.9, 2.95 * rows + 0.5), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
-        shades = matplotlib.colormaps["cividis"]
-        for axes, (label, group) in zip(grid.flat, groups.items(), strict=False):
-            cells = _mean_cells(group)
+        shades = matplotlib.colormaps["cividis" if kind.higher_is_better else "cividis_r"]
+        for axes, (label, cells) in zip(grid.flat, maps.items(), strict=False):
             n = len(cells)
-            table = [[*(row or []), *([float("nan")] * (n - len(row or [])))] for row in cells]
+            table = [[nan if v is None else v for v in [*(row or []), *[None] * (n - len(row or []))]] for row in cells]
             image = axes.pcolormesh(table, cmap=shades, vmin=low, vmax=high, edgecolors="white", linewidth=0.4)
             if n <= 12:
                 for i, row in enumerate(cells):
                     for j, value in enumerate(row or []):
-                        dark = (value - low) / (high - low) < 0.48
+                        if value is None:
+                            continue
+                        dark = ((value - low) / (high - low) < 0.48) == kind.higher_is_better
                         axes.text(
-                            j + 0.5, i + 0.5, f"{value:.0f}", ha="center", va="center",
+                            j + 0.5, i + 0.5, f"{value:.{decimals}f}", ha="center", va="center",
                             fontsize=9 if n <= 6 else 6.5, color="white" if dark else "black",
                         )  # fmt: skip
             step = ceil(n / 10)
@@ -192,11 +236,24 @@ def heat_maps(records: Sequence[Record]) -> Figure | None:
             axes.set_title(_shown(label, 36), loc="left", fontsize=9.5)
         for axes in grid.flat[len(groups) :]:
             axes.set_visible(False)
-        figure.supxlabel("task tested", fontsize=9)
-        figure.supylabel("after task", fontsize=9)
+        figure.supxlabel(f"{kind.item} tested", fontsize=9)
+        figure.supylabel(f"after {kind.item}", fontsize=9)
         figure.suptitle(_title(records, kind.cell_title), fontsize=10, x=0.01, ha="left")
         figure.colorbar(image, ax=grid, shrink=min(1.0, 0.75 if rows > 1 else 0.9), aspect=30, label=kind.cell_title)
     return figure
+
+
+def _mark_better(axes: Any, across: Metric, up: Metric) -> None:
+    """A pale wedge in the corner where both metrics are best."""
+    x, y = float(across.higher_is_better), float(up.higher_is_better)
+    box = axes.get_window_extent()
+    wedge = Ellipse((x, y), 0.24 * box.height / box.width, 0.24, transform=axes.transAxes, zorder=0.5)
+    wedge.set(facecolor="#009E73", alpha=0.16, linewidth=0)
+    axes.add_patch(wedge)
+    axes.annotate(
+        "better", (x, y), xytext=(6 - 12 * x, 6 - 12 * y), xycoords="axes fraction", textcoords="offset points",
+        ha="right" if x else "left", va="top" if y else "bottom", fontsize=8, color="#006B4E", zorder=0.6,
+    )  # fmt: skip
 
 
 def _scatter(records: Sequence[Record], across: str, *, log: bool) -> Figure | None:
@@ -235,7 +292,6 @@ def _scatter(records: Sequence[Record], across: str, *, log: bool) -> Figure | N
         if log:
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-            axes.margins(x=0.12)
             # a narrow range has no power of ten in it
             if max(p[0] for p in points.values()) < 10 * min(p[0] for p in points.values()):
                 axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}")
@@ -245,6 +301,8 @@ def _scatter(records: Sequence[Record], across: str, *, log: bool) -> Figure | N
             ylabel=f"{two.title} [{two.unit}] ({'higher' if two.higher_is_better else 'lower'} is better)",
         )
         axes.set_title(_title(records, f"{two.title} against {one.title}"), loc="left")
+        axes.margins(0.13)  # the corner that is marked stays free
+        _mark_better(axes, one, two)
         if hidden:
             axes.set_xlabel(axes.get_xlabel() + f"\nnothing stored, not shown: {_shown(', '.join(hidden), 70)}")
         figure.legend(handles=handles, loc="outside right upper")
@@ -252,7 +310,7 @@ def _scatter(records: Sequence[Record], across: str, *, log: bool) -> Figure | N
 
 
 def quality_forgetting(records: Sequence[Record]) -> Figure | None:
-    """The kind's quality metric against its forgetting metric (A_last against F_max), error bars over seeds."""
+    """The kind's quality against its forgetting (A_last and F_max; A_mmd and F_mmd), error bars over seeds."""
     return _scatter(records, records[0].kind.forgetting, log=False)
 
 
@@ -311,9 +369,39 @@ def loss_curves(records: Sequence[Record]) -> Figure | None:
             grid.flat[0].set_yscale("log")
         for axes in grid.flat[len(groups) :]:
             axes.set_visible(False)
-        figure.supxlabel("optimiser step (dotted: next task)", fontsize=9)
+        figure.supxlabel(f"optimiser step (dotted: next {records[0].kind.item})", fontsize=9)
         figure.supylabel("training loss", fontsize=9)
         figure.suptitle(_title(records, "training loss"), fontsize=10, x=0.01, ha="left")
+    return figure
+
+
+def _norms(record: Record, key: str) -> list[float | None]:
+    values = [(task.get("diagnostics") or {}).get(key) for task in record.data["tasks"]]
+    return [v if isinstance(v, (int, float)) and isfinite(v) else None for v in values]
+
+
+def update_norms(records: Sequence[Record]) -> Figure | None:
+    """Frobenius norm of every task's weight update, and of the sum of all updates so far, where methods record it."""
+    panels = {"update_norm": "of the {}'s update", "summed_norm": "of the sum of all updates"}
+    groups = _by_label([r for r in records if not r.joint])
+    series = {key: {label: [_norms(r, key) for r in group] for label, group in groups.items()} for key in panels}
+    if not any(
+        norm for by_label in series.values() for seeds in by_label.values() for norms in seeds for norm in norms
+    ):
+        return None
+    look, item = styles(records), records[0].kind.item
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(7.6, 3.2), layout="constrained")
+        handles: list[Any] = []
+        for axes, (key, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
+            drawn = _draw_lines(axes, series[key], look)
+            handles = handles or drawn
+            axes.set_ylim(bottom=0)
+            axes.set(xlabel=item)
+            axes.set_title(title.format(item), loc="left", fontsize=9.5)
+        figure.supylabel("Frobenius norm", fontsize=9)
+        figure.suptitle(_title(records, "size of the weight updates"), fontsize=10, x=0.01, ha="left")
+        figure.legend(handles=handles, loc="outside right upper", handlelength=3.2)
     return figure
 
 
@@ -329,9 +417,15 @@ class Plot:
 
 PLOTS: dict[str, Plot] = {
     "curve": Plot(
-        accuracy_curves,
+        quality_curves,
         "After every task",
         "Line plot: mean over the tasks learnt so far after every task, one line per method, band: standard deviation.",
+    ),
+    "drift": Plot(
+        drift_curves,
+        "Drift since learning",
+        "Line plot: how far what is generated for earlier concepts has moved since they were learnt, mean over them, "
+        "after every concept; lower is better.",
     ),
     "matrix": Plot(
         heat_maps,
@@ -341,17 +435,22 @@ PLOTS: dict[str, Plot] = {
     "forgetting": Plot(
         quality_forgetting,
         "Quality against forgetting",
-        "Scatter plot, one point per method with error bars over seeds; up and left is better.",
+        "Scatter plot, one point per method with error bars over seeds; the shaded corner is better.",
     ),
     "storage": Plot(
         quality_storage,
         "Quality against storage",
-        "Scatter plot, one point per method, parameters stored on a logarithmic axis; up and left is better.",
+        "Scatter plot, one point per method, parameters stored on a logarithmic axis; the shaded corner is better.",
     ),
     "loss": Plot(
         loss_curves,
         "Training loss",
         "Line plots of the training loss against optimiser steps, one panel per method, one line per seed.",
+    ),
+    "updates": Plot(
+        update_norms,
+        "Size of the weight updates",
+        "Two line plots: Frobenius norm of every task's weight update, and of the sum of all updates so far.",
     ),
 }
 

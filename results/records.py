@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualcl.benchmark.errors import UserError
-from dualcl.results.metrics import KINDS, MatrixKind, run_metrics
+from dualcl.results.metrics import KINDS, Grid, MatrixKind, run_metrics
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,6 +38,9 @@ _RUN_FIELDS: dict[str, type] = {
     "joint": bool,
     "label": str,
 }
+
+#: identity of what generated images are measured with (customization)
+_MEASURES = ("features", "features_sha256", "kernel", "estimator", "steps")
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,8 @@ class Record:
         """All metrics by key, None where undefined."""
         return run_metrics(self.data)
 
-    def cells(self) -> list[list[float] | None]:
-        """The matrix in the unit of its kind: row i lists tasks 0..i after task i; None for a missing row."""
+    def cells(self) -> Grid:
+        """The matrix in the unit of its kind: row i lists tasks 0..i after task i (None: not evaluated) or is None."""
         return self.kind.cells(self.data["matrix"], self.n_tasks)
 
     def log(self) -> list[dict[str, Any]]:
@@ -145,11 +148,20 @@ def _check(path: Path, data: dict[str, Any]) -> None:
     try:
         rows = [int(row["after_task"]) for row in matrix["rows"]]
         whole = all(len(row[f]) == row["after_task"] + 1 for row in matrix["rows"] for f in kind.row_fields)
-        whole = whole and all(isfinite(x) for row in matrix["rows"] for f in kind.row_fields for x in row[f])
+        whole = whole and all(
+            (x is None and f in kind.nullable) or isfinite(x)
+            for row in matrix["rows"]
+            for f in kind.row_fields
+            for x in row[f]
+        )
+        whole = whole and len(set(rows)) == len(rows) and all(0 <= i < run["n_tasks"] for i in rows)
+        problems = [p for row in matrix["rows"] if whole and (p := kind.problem(row, run["n_tasks"], run["joint"]))]
     except (KeyError, TypeError, ValueError) as error:
         raise _broken(path, f"a row of the matrix is damaged: {error}") from None
-    if not whole or len(set(rows)) < len(rows) or not all(0 <= i < run["n_tasks"] for i in rows):
+    if not whole:
         raise _broken(path, "the rows of the matrix do not fit run.n_tasks")
+    if problems:
+        raise _broken(path, f"in the matrix, {problems[0]}")
 
 
 def load_record(path: str | os.PathLike[str]) -> Record:
@@ -235,6 +247,7 @@ def run_row(record: Record) -> dict[str, Any]:
     """One run as flat values: what it was, how it ended, every metric, and where it comes from."""
     data = record.data
     environment, identity = data.get("environment") or {}, data["identity"]
+    measuring = identity["eval"] if isinstance(identity.get("eval"), Mapping) else {}
     return {
         "preset": record.preset,
         "domain": data["run"]["domain"],
@@ -251,7 +264,10 @@ def run_row(record: Record) -> dict[str, Any]:
         "split_name": identity.get("split_name"),
         "split_hash": identity.get("split_hash"),
         "backbone": identity.get("backbone"),
+        "weights": identity.get("weights"),
         "weights_sha256": identity.get("weights_sha256"),
+        **{key: identity[key] for key in _MEASURES if key in identity},
+        **{f"eval_{key}": value for key, value in measuring.items()},
         "config_hash": data.get("config_hash"),
         "dualcl": environment.get("dualcl"),
         "commit": environment.get("commit"),

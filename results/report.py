@@ -6,7 +6,6 @@ import base64
 import html
 import json
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -14,24 +13,30 @@ import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dualcl.benchmark.errors import UserError, nearest
-from dualcl.results.files import write_text
-from dualcl.results.metrics import METRICS
+from dualcl.results.files import slugs, write_bytes, write_text
+from dualcl.results.metrics import COST, METRICS, MatrixKind
 from dualcl.results.records import Record
 from dualcl.results.tables import (
     Summary,
     Table,
     arrow,
     cell,
+    markdown_text,
     render,
     row_name,
     runs_csv,
+    sections,
     seeds_note,
     summarise,
     unit,
 )
+
+if TYPE_CHECKING:
+    from dualcl.results.plots import Plot
+    from dualcl.results.samples import Sheet
 
 REPORT_FORMATS = ("md", "csv", "tex", "html", "png")
 
@@ -44,21 +49,14 @@ class ReportFiles:
     tables: list[Path] = field(default_factory=list)
     runs: Path | None = None
     plots: list[Path] = field(default_factory=list)
+    samples: list[Path] = field(default_factory=list)
     html: Path | None = None
     warnings: list[str] = field(default_factory=list)
 
 
-def _slug(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.") or "stream"
-
-
-def _slugs(tables: Sequence[Table]) -> list[str]:
-    """A file name per table; names that would collide (or differ in case only) are numbered."""
-    out: list[str] = []
-    for table in tables:
-        slug, taken = _slug(table.preset), {s.lower() for s in out}
-        out.append(next(s for i in range(len(tables) + 1) if (s := f"{slug}-{i}" if i else slug).lower() not in taken))
-    return out
+def _prefixes(summary: Summary) -> list[str]:
+    """What the file names of a table's plots and samples begin with."""
+    return slugs([table.preset for table in summary.tables])
 
 
 def _draw(
@@ -69,7 +67,7 @@ def _draw(
 
     paths: list[Path] = []
     pictures: dict[tuple[int, str], bytes] = {}
-    for index, (table, slug) in enumerate(zip(summary.tables, _slugs(summary.tables), strict=True)):
+    for index, (table, slug) in enumerate(zip(summary.tables, _prefixes(summary), strict=True)):
         for name, plot in PLOTS.items():
             figure = plot.draw(table.records) if table.records else None
             if figure is None:
@@ -79,6 +77,50 @@ def _draw(
                 paths.append(save_figure(figure, folder / f"{slug}-{name}{suffix}"))
             pictures[index, name] = paths[-1].read_bytes()
     return paths, pictures
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """The pictures of one table, their places relative to the report where they are files, and what lacks."""
+
+    sheets: list[Sheet]
+    links: list[str]
+    notes: list[str]
+
+
+def _draw_samples(summary: Summary, out: Path | None) -> list[_Samples]:
+    """Contact sheets and strips per table, written into `out`/samples unless that is None; empty without samples."""
+    found = []
+    for table, prefix in zip(summary.tables, _prefixes(summary), strict=True):
+        if "generated" not in table.kind.row_fields:
+            found.append(_Samples([], [], []))
+            continue
+        from dualcl.results.samples import draw_samples
+
+        sheets, notes = draw_samples(table.records, prefix)
+        links = []
+        for sheet in sheets if out is not None else []:
+            assert out is not None
+            (out / "samples").mkdir(exist_ok=True)
+            links.append(write_bytes(out / "samples" / f"{sheet.name}.png", sheet.png()).relative_to(out).as_posix())
+        found.append(_Samples(sheets, links, notes))
+    return found
+
+
+def _samples_markdown(summary: Summary, found: Sequence[_Samples]) -> str:
+    """Links to the written sheets, and the notes on images that lack; "" without any."""
+    lines = []
+    for table, samples in zip(summary.tables, found, strict=True):
+        if not samples.sheets and not samples.notes:
+            continue
+        lines += [f"### Images: {markdown_text(table.preset)}", ""]
+        lines += [
+            f"- [{markdown_text(sheet.title)}]({link})"
+            for sheet, link in zip(samples.sheets, samples.links, strict=True)
+        ]
+        lines += [f"- {markdown_text(note)}" for note in samples.notes]
+        lines.append("")
+    return "\n".join(lines)
 
 
 def command(record: Record) -> str:
@@ -125,9 +167,17 @@ tr > :first-child { text-align: left; position: sticky; left: 0; background: var
 td.best { font-weight: 700; color: var(--mark) }
 tr.joint td { font-style: italic; color: var(--dim) }
 ul.warn { background: var(--warn); padding: .6rem .6rem .6rem 1.8rem; border-radius: .4rem; overflow-wrap: anywhere }
+h4 { font-size: .95rem; margin: 1.1rem 0 .25rem }
+section { border-top: 3px solid var(--line); margin-top: 2rem }
+section h2 { margin-top: .75rem }
 figure { margin: 1rem 0; overflow-x: auto }
+figcaption { color: var(--dim); font-size: .875rem }
 figure img { display: block; width: 100%; min-width: 36rem; max-width: 56rem; height: auto; background: #fff;
   border-radius: .4rem; padding: .4rem }
+figure.sheet { margin: .5rem 0 }
+figure.sheet img { width: auto; min-width: 0; max-width: none; padding: 0 }
+.strips { display: flex; flex-wrap: wrap; gap: 0 1.5rem; align-items: flex-start }
+.strips figure { max-width: 100% }
 details { border: 1px solid var(--line); border-radius: .4rem; margin: .4rem 0; padding: .4rem .7rem }
 summary { cursor: pointer }
 pre { background: var(--soft); padding: .6rem; border-radius: .4rem; overflow-x: auto; font-size: .8rem }
@@ -185,7 +235,10 @@ def _html_run(record: Record) -> str:
         ("finished", data.get("finished")),
         *environment.items(),
         *((k, json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v) for k, v in shown.items()),
-        ("class order", " ".join(map(str, data["identity"].get("class_order") or []))),
+        (
+            f"{'class' if record.kind.item == 'task' else record.kind.item} order",
+            " ".join(map(str, data["identity"].get("class_order") or [])),
+        ),
     ]
     config = json.dumps(data["config"], indent=2, ensure_ascii=False, default=str)
     return (
@@ -195,9 +248,80 @@ def _html_run(record: Record) -> str:
     )
 
 
-def _html(summary: Summary, pictures: Mapping[tuple[int, str], bytes]) -> str:
+def _html_sheet(sheet: Sheet, link: str | None, caption: bool = True) -> str:
+    kind, data = sheet.for_page()
+    title = f'<a href="{_e(link)}">{_e(sheet.title)}</a>' if link else _e(sheet.title)
+    return (
+        f"<figure class=sheet>{f'<figcaption>{title}</figcaption>' if caption else ''}"
+        f'<img alt="{_e(sheet.description)}" src="data:{kind};base64,{base64.b64encode(data).decode()}"></figure>'
+    )
+
+
+def _html_samples(samples: _Samples) -> list[str]:
+    """The images of one table: a concept through the stream, methods side by side, a contact sheet per method."""
+    links: list[str | None] = [*samples.links] if samples.links else [None] * len(samples.sheets)
+    pairs = list(zip(samples.sheets, links, strict=True))
+    parts = []
+    if pairs or samples.notes:
+        parts.append("<h4>Generated images</h4>")
+    if samples.notes:
+        parts.append(_items(samples.notes, " class=warn"))
+    if not pairs:
+        return parts
+    parts.append("<p>Prompts and seeds are the same before and after: only the weights differ.</p>")
+    parts += [_html_sheet(sheet, link) for sheet, link in pairs if sheet.kind == "stages"]
+    strips = [_html_sheet(sheet, link) for sheet, link in pairs if sheet.kind == "strip" and sheet.shown]
+    parts.append(f'<div class="strips">{"".join(strips)}</div>')
+    parts.append("<h4>Contact sheets</h4>")
+    opened = " open"
+    for sheet, link in pairs:
+        if sheet.kind == "contact" and sheet.shown:
+            file = f'<p><a href="{_e(link)}">{_e(link)}</a></p>' if link else ""
+            shown = file + _html_sheet(sheet, link, False)
+            parts.append(f"<details{opened}><summary>{_e(sheet.title)}</summary>{shown}</details>")
+            opened = ""
+    more = [f'<a href="{_e(link)}">{_e(sheet.title)}</a>' for sheet, link in pairs if not sheet.shown and link]
+    if more:
+        parts.append(f"<p>More: {', '.join(more)}</p>")
+    return parts
+
+
+def _html_definitions(kind: MatrixKind, tables: Sequence[Table]) -> list[str]:
+    extra = [key for table in tables for record in table.records for key in record.metrics]
+    keys = [key for key in dict.fromkeys([*kind.columns, *extra]) if key not in COST]
+    pairs = [(f"{METRICS[k].title} {arrow(METRICS[k])}", METRICS[k].definition) for k in keys]
+    return [f"<h3>What the columns mean</h3><p>{_e(kind.notation)}</p>", _pairs(pairs)]
+
+
+def _html_table_part(
+    table: Table, pictures: Mapping[str, bytes], samples: _Samples, plots: Mapping[str, Plot]
+) -> list[str]:
+    """All about one data stream but its runs."""
+    parts = [f'<h3>{_e(table.preset)}</h3><p class="dim">{_e(table.subtitle)}. {_e(seeds_note(table))}</p>']
+    if table.measured:
+        parts.append(f'<p class="dim">{_e(table.measured)}.</p>')
+    if table.warnings:
+        parts.append(_items(table.warnings, " class=warn"))
+    if table.rows:
+        parts.append(_html_table(table))
+    if table.unfinished:
+        parts.append("<h4>Without a result</h4>" + _items(table.unfinished))
+    parts += _html_samples(samples)
+    for name, plot in plots.items():
+        if name in pictures:
+            # an img isolates the ids of one SVG from those of the next, and runs no script
+            source = base64.b64encode(pictures[name]).decode()
+            parts.append(
+                f"<h4>{_e(plot.title)}</h4><figure>"
+                f'<img alt="{_e(plot.description)}" src="data:image/svg+xml;base64,{source}"></figure>'
+            )
+    return parts
+
+
+def _html(summary: Summary, pictures: Mapping[tuple[int, str], bytes], found: Sequence[_Samples]) -> str:
     from dualcl.results.plots import PLOTS
 
+    by_kind = sections(summary)
     parts = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -206,38 +330,25 @@ def _html(summary: Summary, pictures: Mapping[tuple[int, str], bytes]) -> str:
         f'<p class="dim">{len(summary.records)} runs, '
         f"{sum(r.finished for r in summary.records)} finished. Arrows point to the better direction.</p>",
     ]
+    if len(by_kind) > 1:
+        links = [f'<a href="#{_e(kind.heading.lower())}">{_e(kind.heading)}</a>' for kind, _ in by_kind]
+        parts.append(f"<nav>{' · '.join(links)}</nav>")
     if summary.problems:
         parts.append(_items(summary.problems, " class=warn"))
-    for index, table in enumerate(summary.tables):
-        parts.append(f'<h2>{_e(table.preset)}</h2><p class="dim">{_e(table.subtitle)}. {_e(seeds_note(table))}</p>')
-        if table.warnings:
-            parts.append(_items(table.warnings, " class=warn"))
-        if table.rows:
-            parts.append(_html_table(table))
-        if table.unfinished:
-            parts.append("<h3>Without a result</h3>" + _items(table.unfinished))
-        for name, plot in PLOTS.items():
-            if (picture := pictures.get((index, name))) is not None:
-                # an img isolates the ids of one SVG from those of the next, and runs no script
-                source = base64.b64encode(picture).decode()
-                parts.append(
-                    f"<h3>{_e(plot.title)}</h3><figure>"
-                    f'<img alt="{_e(plot.description)}" src="data:image/svg+xml;base64,{source}"></figure>'
-                )
-    shown = dict.fromkeys(m.key for table in summary.tables for m in table.metrics)
-    extra = dict.fromkeys(key for record in summary.records for key in record.metrics)
-    parts.append("<h2>What the columns mean</h2>")
-    parts.append(
-        "<p>R[i][j] is the result on task j after learning task i, with all classes seen so far as candidates and no "
-        "task id given; N is the number of tasks. A dash means undefined (forgetting needs two tasks; joint training "
-        "has no tasks to forget).</p>"
-    )
-    parts.append(_pairs((f"{METRICS[k].title} {arrow(METRICS[k])}", METRICS[k].definition) for k in {**shown, **extra}))
-    parts.append("<h2>Where every number comes from</h2>")
+    for kind, tables in by_kind:
+        parts.append(f'<section id="{_e(kind.heading.lower())}"><h2>{_e(kind.heading)}</h2>')
+        for table in tables:
+            index = summary.tables.index(table)
+            own = {name: picture for (at, name), picture in pictures.items() if at == index}
+            parts += _html_table_part(table, own, found[index], PLOTS)
+        parts += [*_html_definitions(kind, tables), "</section>"]
+    parts.append("<section><h2>Costs</h2>")
+    parts.append(_pairs((f"{METRICS[k].title} {arrow(METRICS[k])}", METRICS[k].definition) for k in COST))
+    parts.append("</section><section><h2>Where every number comes from</h2>")
     for table in summary.tables:
         parts.append(f"<h3>{_e(table.preset)}</h3>")
-        parts += [_html_run(r) for r in summary.records if r.preset == table.preset]
-    return "\n".join([*parts, "</body></html>", ""])
+        parts += [_html_run(r) for r in summary.records if r.preset == table.preset and r.kind is table.kind]
+    return "\n".join([*parts, "</section></body></html>", ""])
 
 
 def build_report(
@@ -246,10 +357,11 @@ def build_report(
     formats: Sequence[str] = REPORT_FORMATS,
     allow_mixed: bool = False,
 ) -> ReportFiles:
-    """Writes table.md/.csv/.tex, runs.csv, plots/*.png and *.svg, report.html into `out`, as far as `formats` asks.
+    """Writes table.md/.csv/.tex, runs.csv, plots/*.png and *.svg, samples/*.png, report.html, as far as `formats` asks.
 
-    runs.csv comes with csv, the SVG files with png. Raises UserError when there is nothing to report, when runs may
-    not share a table (see `make_table`), for an unknown format, and when `out` cannot be written.
+    All into `out`. runs.csv comes with csv; SVG files and samples (contact sheets of generated images) with png.
+    Raises UserError when there is nothing to report, when runs may not share a table (see `make_table`), for an
+    unknown format, and when `out` cannot be written.
     """
     for name in formats:
         if name not in REPORT_FORMATS:
@@ -259,9 +371,17 @@ def build_report(
     files = ReportFiles(out, warnings=summary.warnings)
     try:
         out.mkdir(parents=True, exist_ok=True)
+        found = [_Samples([], [], [])] * len(summary.tables)
+        if "png" in formats or "html" in formats:
+            found = _draw_samples(summary, out if "png" in formats else None)
+            files.samples = [out / link for samples in found for link in samples.links]
+            files.warnings += [note for samples in found for note in samples.notes]
         for form in ("md", "csv", "tex"):
             if form in formats:
-                files.tables.append(write_text(out / f"table.{form}", render(summary, form)))
+                text = render(summary, form)
+                if form == "md" and files.samples:
+                    text += "\n" + _samples_markdown(summary, found)
+                files.tables.append(write_text(out / f"table.{form}", text))
         if "csv" in formats:
             files.runs = write_text(out / "runs.csv", runs_csv(summary.records))
         pictures: dict[tuple[int, str], bytes] = {}
@@ -271,7 +391,7 @@ def build_report(
             with tempfile.TemporaryDirectory() as folder:
                 _, pictures = _draw(summary, Path(folder), [".svg"])
         if "html" in formats:
-            files.html = write_text(out / "report.html", _html(summary, pictures))
+            files.html = write_text(out / "report.html", _html(summary, pictures, found))
     except OSError as error:
         raise UserError(f"cannot write the report to {out}: {error.strerror}; choose another --out") from None
     return files
@@ -291,7 +411,7 @@ def terminal_table(
     pipe). Raises as `summarise` does.
     """
     if ascii_only is None:
-        ascii_only = not _can_print("±↑↓–")
+        ascii_only = not _can_print("±↑↓–×³")
     if width is None and sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
     return render(summarise(dirs, allow_mixed=allow_mixed), form, ascii_only=ascii_only, width=width)

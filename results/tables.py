@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dualcl.benchmark.errors import UserError, nearest
-from dualcl.results.metrics import COST, METRICS, MatrixKind, Metric
+from dualcl.results.metrics import COST, KINDS, METRICS, MatrixKind, Metric
 from dualcl.results.records import Record, comparable, run_row, scan_records
 
 FORMATS = ("text", "md", "csv", "tex")
@@ -59,6 +59,8 @@ class Table:
 
     preset: str
     subtitle: str
+    #: how generated images were measured, "" where nothing is generated
+    measured: str
     kind: MatrixKind
     rows: list[Row]
     #: metric -> labels of the rows that share the best displayed mean
@@ -221,9 +223,42 @@ def _warnings(records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
 
 def _subtitle(record: Record) -> str:
     identity = record.data["identity"]
-    parts = [f"{record.n_tasks} tasks"]
+    parts = [_count(record.n_tasks, record.kind.item)]
     parts += [f"{k.split('_')[0]} {identity[k]}" for k in ("data", "split_name", "backbone") if identity.get(k)]
     return ", ".join(parts)
+
+
+def _count(n: int, item: str) -> str:
+    return f"{n} {item}{'' if n == 1 else 's'}"
+
+
+#: formulas of kernels, on features a and b
+_KERNELS = {"poly2": "(a·b + 1)²"}
+
+
+def _measured(records: Sequence[Record]) -> str:
+    """Kernel, estimator, features, counts and sampling of records with generated images, in one line."""
+    identity = records[0].data["identity"]
+    sampling = identity.get("eval") if isinstance(identity.get("eval"), Mapping) else None
+    parts = []
+    if identity.get("kernel"):
+        estimator = f", {identity['estimator']} estimator" if identity.get("estimator") else ""
+        formula = f" {_KERNELS[str(identity['kernel'])]}" if str(identity["kernel"]) in _KERNELS else ""
+        parts.append(f"squared MMD with kernel {identity['kernel']}{formula}{estimator}")
+    if identity.get("features"):
+        digest = f" (sha256 {str(identity['features_sha256'])[:12]})" if identity.get("features_sha256") else ""
+        parts.append(f"features of {identity['features']}{digest}")
+    if sampling and sampling.get("n"):
+        how = [f"{sampling['steps']} steps" if sampling.get("steps") else "", str(sampling.get("scheduler") or "")]
+        how += [f"guidance {sampling['guidance']:g}" if isinstance(sampling.get("guidance"), (int, float)) else ""]
+        shown = ", ".join(part for part in how if part)
+        parts.append(f"{sampling['n']} generated images per concept" + f" ({shown})" * bool(shown))
+        counts = [t["n_train"] for r in records for t in r.data["tasks"] if isinstance(t.get("n_train"), int)]
+        if counts:
+            span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
+            parts.append(f"{span} real ones")
+    text = "; ".join(parts)
+    return text[:1].upper() + text[1:]
 
 
 def make_table(records: Sequence[Record], *, allow_mixed: bool = False) -> Table:
@@ -255,7 +290,7 @@ def make_table(records: Sequence[Record], *, allow_mixed: bool = False) -> Table
         for label, group in groups.items()
     ]
     unfinished = [
-        f"{_name(r)}: {r.status}, {len(r.data['matrix']['rows'])} of {r.n_tasks} tasks evaluated"
+        f"{_name(r)}: {r.status}, {len(r.data['matrix']['rows'])} of {_count(r.n_tasks, r.kind.item)} evaluated"
         + (f" ({r.data['error']})" if r.data.get("error") else "")
         for r in records
         if not r.finished
@@ -263,6 +298,7 @@ def make_table(records: Sequence[Record], *, allow_mixed: bool = False) -> Table
     return Table(
         preset,
         _subtitle((finished or list(records))[0]),
+        _measured(finished or list(records)),
         kind,
         rows,
         {key: _best(rows, METRICS[key]) for key in keys},
@@ -282,12 +318,19 @@ def summarise(dirs: Iterable[str | os.PathLike[str]], *, allow_mixed: bool = Fal
     if not records:
         why = f"; {problems[0]}" if problems else "; give the directory that `dualcl run` or `compare` wrote"
         raise UserError(f"nothing to report: no record.json below {', '.join(places) or 'no directory'}{why}")
-    streams: dict[str, list[Record]] = {}
+    streams: dict[tuple[int, str], list[Record]] = {}
     for record in records:
-        streams.setdefault(record.preset, []).append(record)
-    streams = {preset: tell_apart(streams[preset]) for preset in sorted(streams)}
-    tables = [make_table(stream, allow_mixed=allow_mixed) for stream in streams.values()]
-    return Summary(tables, [r for stream in streams.values() for r in stream], [f"left out: {p}" for p in problems])
+        place = list(KINDS).index(record.data["matrix"]["kind"])
+        streams.setdefault((place, record.preset), []).append(record)
+    ordered = [tell_apart(streams[key]) for key in sorted(streams)]
+    tables = [make_table(stream, allow_mixed=allow_mixed) for stream in ordered]
+    return Summary(tables, [r for stream in ordered for r in stream], [f"left out: {p}" for p in problems])
+
+
+def sections(summary: Summary) -> list[tuple[MatrixKind, list[Table]]]:
+    """The tables by kind: what a report with both domains keeps apart."""
+    kinds = [(kind, [t for t in summary.tables if t.kind is kind]) for kind in KINDS.values()]
+    return [(kind, tables) for kind, tables in kinds if tables]
 
 
 def arrow(metric: Metric) -> str:
@@ -328,7 +371,8 @@ def seeds_note(table: Table) -> str:
     return f"Mean ± standard deviation (ddof = 1) over {span} seeds."
 
 
-def _markdown_text(text: str) -> str:
+def markdown_text(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
     out = text.replace("\\", "\\\\")
     for mark in "|*_<>`[]":
         out = out.replace(mark, "\\" + mark)
@@ -337,9 +381,11 @@ def _markdown_text(text: str) -> str:
 
 def to_markdown(table: Table) -> str:
     """A GitHub table, best values bold."""
-    lines = [f"### {_markdown_text(table.preset)}", "", _markdown_text(table.subtitle) + ". " + seeds_note(table), ""]
+    lines = [f"### {markdown_text(table.preset)}", "", markdown_text(table.subtitle) + ". " + seeds_note(table), ""]
+    if table.measured:
+        lines += [markdown_text(table.measured) + ".", ""]
     if table.rows:
-        heads = [f"{_markdown_text(m.title)} {arrow(m)} ({unit(table, m)})" for m in table.metrics]
+        heads = [f"{markdown_text(m.title)} {arrow(m)} ({unit(table, m)})" for m in table.metrics]
         lines += [
             "| " + " | ".join(["method", "seeds", *heads]) + " |",
             "| " + " | ".join(["---", *["---:"] * (len(heads) + 1)]) + " |",
@@ -349,12 +395,12 @@ def to_markdown(table: Table) -> str:
             cells = [
                 f"**{c}**" if row.label in table.best[m.key] else c for c, m in zip(cells, table.metrics, strict=True)
             ]
-            lines.append("| " + " | ".join([_markdown_text(row_name(row)), str(len(row.seeds)), *cells]) + " |")
+            lines.append("| " + " | ".join([markdown_text(row_name(row)), str(len(row.seeds)), *cells]) + " |")
         lines.append("")
     if table.unfinished:
-        lines += ["Without a result:", "", *(f"- {_markdown_text(line)}" for line in table.unfinished), ""]
+        lines += ["Without a result:", "", *(f"- {markdown_text(line)}" for line in table.unfinished), ""]
     if table.warnings:
-        lines += ["Mind:", "", *(f"- {_markdown_text(line)}" for line in table.warnings), ""]
+        lines += ["Mind:", "", *(f"- {markdown_text(line)}" for line in table.warnings), ""]
     return "\n".join(lines)
 
 
@@ -364,6 +410,10 @@ _TEX = {
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",
+    "×": r"$\times$",
+    "·": r"$\cdot$",
+    "²": r"\textsuperscript{2}",
+    "³": r"\textsuperscript{3}",
     **{mark: "\\" + mark for mark in "&%$#_{}"},
 }
 
@@ -383,6 +433,7 @@ def to_latex(table: Table) -> str:
         r"\centering",
         rf"\caption{{{_tex_text(table.preset)}: {_tex_text(table.subtitle)}. "
         + _tex_text(seeds_note(table)).replace("±", r"$\pm$")
+        + (f" {_tex_text(table.measured)}." if table.measured else "")
         + "}",
         rf"\begin{{tabular}}{{lr{'r' * len(heads)}}}",
         r"\toprule",
@@ -400,7 +451,7 @@ def to_latex(table: Table) -> str:
     return "\n".join([*lines, ""])
 
 
-_ASCII = {"±": "+-", "↑": "^", "↓": "v", DASH: "-"}
+_ASCII = {"±": "+-", "↑": "^", "↓": "v", "×": "x", "·": ".", "²": "^2", "³": "^3", DASH: "-"}
 
 
 def _blocks(widths: Sequence[int], width: int | None) -> list[list[int]]:
@@ -433,7 +484,7 @@ def to_text(table: Table, *, ascii_only: bool = False, width: int | None = None)
         cells = [cell(table, row, m) + ("*" if row.label in table.best[m.key] else " ") for m in table.metrics]
         grid.append([row_name(row), str(len(row.seeds)), *cells])
     grid = [[plain(text) for text in line] for line in grid]
-    lines = [f"{table.preset}: {table.subtitle}", ""]
+    lines = [f"{table.preset}: {table.subtitle}", *([table.measured] if table.measured else []), ""]
     widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
     for block in _blocks(widths, width) if table.rows else []:
         for row_cells in [*grid[:2], ["-" * w for w in widths], *grid[2:]]:
@@ -484,5 +535,11 @@ def render(summary: Summary, form: str = "text", *, ascii_only: bool = False, wi
     if form == "text":
         return "\n".join(to_text(table, ascii_only=ascii_only, width=width) for table in summary.tables)
     if form in ("md", "tex"):
-        return "\n".join((to_markdown if form == "md" else to_latex)(table) for table in summary.tables)
+        write, parts = to_markdown if form == "md" else to_latex, sections(summary)
+        heading = "## {}\n\n" if form == "md" and len(parts) > 1 else ""
+        return "\n".join(
+            heading.format(kind.heading) * (index == 0) + write(table)
+            for kind, tables in parts
+            for index, table in enumerate(tables)
+        )
     raise UserError(f"unknown table format {form!r}; {nearest(form, FORMATS, 'formats')}")

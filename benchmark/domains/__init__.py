@@ -12,7 +12,10 @@ from dualcl.benchmark.errors import UserError, nearest
 if TYPE_CHECKING:
     from dualcl.benchmark.domain import Domain
 
-DOMAINS = {"classification": "dualcl.benchmark.domains.classification"}
+DOMAINS = {
+    "classification": "dualcl.benchmark.domains.classification",
+    "customization": "dualcl.benchmark.domains.customization",
+}
 
 
 def domain_class(name: str) -> type[Domain]:

@@ -220,6 +220,8 @@ class Classification(Domain):
     def steps_per_epoch(self, task: int | None) -> int:
         """Batches in a pass over the task's training images."""
         train = self.resolved.train
+        if train.steps is not None:
+            raise UserError("train.steps counts steps per concept (customization); classes are counted by train.epochs")
         size, batch = len(self._train_images(task)), train.batch_size
         steps = size // batch if train.drop_last else math.ceil(size / batch)
         if steps == 0:
@@ -250,6 +252,12 @@ class Classification(Domain):
         outputs = self.stream.tasks[self._current].outputs
         logits = self.heads[self._current](features).float()
         return F.cross_entropy(logits, labels - outputs.start)
+
+    def samples(self, batch: Batch) -> Iterator[Batch]:
+        """The images of a batch one by one."""
+        for i in range(len(batch.labels)):
+            one = slice(i, i + 1)
+            yield Batch(batch.images[one], batch.labels[one], batch.indices[one], batch.flipped[one])
 
     def _logits(self, features: Tensor) -> Tensor:
         weight = torch.cat([h.weight for h in self.heads])  # type: ignore[misc]

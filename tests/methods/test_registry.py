@@ -19,6 +19,7 @@ from dualcl.methods import available_methods, method_class, method_info
 from dualcl.methods.base import Method, MethodConfig
 
 CLASSIFICATION = sorted(n for n, i in available_methods().items() if "classification" in i.domains)
+CUSTOMIZATION = sorted(n for n, i in available_methods().items() if "customization" in i.domains)
 #: what is the same for all methods of a comparison, and so never a method's
 NOT_A_METHODS = {
     *("backbone", "weights", "data", "dataset", "root", "tasks", "classes", "class_order", "order", "order_seed"),
@@ -35,10 +36,15 @@ class WatchedRun(Run):
         self.undeclared: list[str] = []
         self.moved: list[int] = []
         self.changed_old_rows: list[str] = []
+        self.needless_gradients: list[str] = []
+
+    def domain_parts(self):
+        """The domain's modules beside the model; the first holds what it adds for each task."""
+        return {"heads": self.domain.heads}
 
     def everything(self):
-        """Every floating-point tensor of model, heads and method by name, each once."""
-        parts = {"model": self.domain.model, "heads": self.domain.heads, "method": self.method}
+        """Every floating-point tensor of the domain's parts and the method by name, each once."""
+        parts = {"model": self.domain.model, "method": self.method, **self.domain_parts()}
         named = {f"{k}.{n}": t for k, m in parts.items() for n, t in (*m.named_parameters(), *m.named_buffers())}
         return {n: t for n, t in {id(t): (n, t) for n, t in named.items()}.values() if t.is_floating_point()}
 
@@ -49,12 +55,34 @@ class WatchedRun(Run):
         changed = {n for n, (t, old) in before.items() if not torch.equal(t, old)}
         self.undeclared += [n for n in changed if id(before[n][0]) not in declared]
         self.moved.append(len(changed))
+        # a gradient in front of frozen weights is computed for nothing
+        held = [n for n, (t, _) in before.items() if t.is_leaf and t.grad is not None]
+        self.needless_gradients += [n for n in held if id(before[n][0]) not in declared]
         return result
 
     def _stage(self, record, task, stages, partial):
-        old = {n: (p, p.detach().clone()) for n, p in self.domain.heads.named_parameters()}
+        rows = next(iter(self.domain_parts().values()))
+        old = {n: (p, p.detach().clone()) for n, p in rows.named_parameters()}
         super()._stage(record, task, stages, partial)
         self.changed_old_rows += [n for n, (p, before) in old.items() if not torch.equal(p, before)]
+
+
+class WatchedConcepts(WatchedRun):
+    """The same in the domain customization."""
+
+    def domain_parts(self):
+        diffusion = self.domain.diffusion
+        return {"tokens": self.domain.tokens.rows, "text": diffusion.text_encoder, "vae": diffusion.vae}
+
+
+class KilledRun(Run):
+    """Is interrupted in its second step of the last stage, after a checkpoint of the first."""
+
+    def step(self, batch, optimizer, factor, where):
+        last = 1 if self.joint else self.n_tasks
+        if where == f"task {last}, step 1":
+            raise KeyboardInterrupt
+        return super().step(batch, optimizer, factor, where)
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +128,7 @@ def test_runs_a_stream_of_uneven_tasks(name, finished):
 def test_steps_change_declared_parameters_only(name, finished):
     work, _ = finished(name)
     assert work.undeclared == []
+    assert work.needless_gradients == []
     assert all(n > 0 for n in work.moved)
     assert bool(work.moved) == work.method.takes_steps
 
@@ -171,6 +200,90 @@ def test_state_round_trip_through_safetensors_gives_equal_logits(name, finished,
     assert again.method.stored_parameters() == work.method.stored_parameters()
 
 
+# --- the domain customization -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def taught(concepts, empty_record, tmp_path_factory):
+    """taught(method) -> (its finished run on two concepts, its record), run once."""
+    runs = {}
+
+    def get(name):
+        if name not in runs:
+            work = concepts(name, tmp_path_factory.mktemp(name), kind=WatchedConcepts)
+            runs[name] = work, work.execute(empty_record())
+        return runs[name]
+
+    return get
+
+
+def test_there_are_concept_methods_to_test():
+    assert {"clora", "lora", "textual_inversion", "dreambooth", "custom_diffusion", "ewc", "l2"} <= set(CUSTOMIZATION)
+
+
+@pytest.mark.parametrize("name", CUSTOMIZATION)
+def test_runs_a_stream_of_concepts(name, taught):
+    work, record = taught(name)
+    assert record["status"] == "finished"
+    rows = record["matrix"]["rows"]
+    assert [r["after_task"] for r in rows] == ([1] if work.joint else [0, 1])
+    assert [len(r["mmd"]) for r in rows] == ([2] if work.joint else [1, 2])
+    assert all(v > 0 for r in rows for v in r["mmd"])
+    assert [t["steps"] for t in record["tasks"]] == ([4] if work.joint else [2, 2])
+    assert all(t["parameters_stored"] >= t["parameters_trained"] > 0 for t in record["tasks"])
+
+
+@pytest.mark.parametrize("name", CUSTOMIZATION)
+def test_concept_steps_change_declared_parameters_only(name, taught):
+    work, _ = taught(name)
+    assert work.undeclared == []
+    assert work.needless_gradients == []
+    assert len(work.moved) == (1 if work.joint else 2)
+    assert all(n > 0 for n in work.moved)
+
+
+@pytest.mark.parametrize("name", CUSTOMIZATION)
+def test_token_table_old_token_rows_and_frozen_parts_stay_bit_equal(name, taught, small_diffusion):
+    work, _ = taught(name)
+    assert work.changed_old_rows == []
+    work.domain.check_tokens()
+    fresh = small_diffusion.text_encoder.get_input_embeddings().weight
+    assert torch.equal(work.domain.tokens.base.weight, fresh)
+    weights = dict(work.domain.diffusion.vae.named_parameters())
+    assert all(torch.equal(weights[n], p) for n, p in small_diffusion.vae.named_parameters())
+    may_move = {id(p) for p in work.domain.full_parameters().values()}
+    if "network" in work.method.requires:
+        return
+    ours = dict(work.domain.network_parameters())
+    frozen = [n for n, p in small_diffusion.unet.named_parameters() if id(ours[n]) not in may_move]
+    assert len(frozen) > 50
+    before = dict(small_diffusion.unet.named_parameters())
+    assert [n for n in frozen if not torch.equal(before[n], ours[n])] == []
+
+
+@pytest.mark.parametrize("name", CUSTOMIZATION)
+def test_an_interrupted_run_ends_as_an_undisturbed_one(name, taught, concepts, empty_record, tmp_path):
+    work, record = taught(name)
+    killed = concepts(name, tmp_path, kind=KilledRun)
+    with pytest.raises(KeyboardInterrupt):
+        killed.execute(empty_record())
+    again = concepts(name, tmp_path)
+    after = again.execute(empty_record())
+    assert after["matrix"] == record["matrix"]
+    assert after["tasks"] == record["tasks"]
+    wanted = work.tensors()
+    assert again.tensors().keys() == wanted.keys()
+    assert [n for n, t in again.tensors().items() if not torch.equal(t, wanted[n])] == []
+    images = [
+        {p.relative_to(f).as_posix(): p.read_bytes() for p in f.rglob("*.png")} for f in (work.folder.path, tmp_path)
+    ]
+    assert images[0]
+    assert images[0] == images[1]
+
+
+# --- every method -----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", sorted(available_methods()))
 def test_config_holds_hyper_parameters_of_the_method_only(name):
     cls = method_class(name)
@@ -189,7 +302,7 @@ def test_index_and_class_agree(name):
     assert info.domains
 
 
-@pytest.mark.parametrize("name", CLASSIFICATION)
+@pytest.mark.parametrize("name", sorted(available_methods()))
 def test_a_negative_rate_is_refused(name):
     for key in ("lr", "head_lr", "weight_decay"):
         with pytest.raises(UserError, match=rf"method\.{key} must not be negative, got -1"):

@@ -13,9 +13,9 @@ import pytest
 from dualcl.benchmark.errors import UserError
 from dualcl.results.plots import (
     PLOTS,
-    accuracy_curves,
     heat_maps,
     loss_curves,
+    quality_curves,
     quality_forgetting,
     quality_storage,
     styles,
@@ -135,7 +135,7 @@ def test_the_command_to_repeat_quotes_what_was_set(write_run: WriteRun) -> None:
 
 def test_plots_show_the_recorded_numbers(runs: Path) -> None:
     records = find_records([runs])
-    curve = accuracy_curves(records)
+    curve = quality_curves(records)
     assert curve is not None
     lines = {line.get_label(): line for line in curve.axes[0].lines}
     assert list(lines["lora"].get_ydata()) == pytest.approx([90, 60, 40])
@@ -165,7 +165,7 @@ def test_plots_with_nothing_to_draw_are_left_out(write_run: WriteRun, tmp_path: 
     assert loss_curves(records) is None  # no log
     assert heat_maps(records) is not None
     write_run([None, [80, 80]], label="joint", joint=True, preset="other")
-    assert accuracy_curves([r for r in find_records([tmp_path]) if r.joint]) is None
+    assert quality_curves([r for r in find_records([tmp_path]) if r.joint]) is None
 
 
 def test_sixteen_methods_are_told_apart_without_colour(write_run: WriteRun, tmp_path: Path) -> None:

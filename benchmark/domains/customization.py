@@ -1,0 +1,535 @@
+"""Continual Diffusion: a text-to-image model (Stable Diffusion) learns one concept after another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from dualcl.benchmark.concept_evaluation import ConceptEvaluator, EvalConfig
+from dualcl.benchmark.config import Resolved, positive
+from dualcl.benchmark.diffusion import BaseConfig, Diffusion, cross_attention_sites, load_diffusion
+from dualcl.benchmark.domain import Domain, Site, Task
+from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.prior import PriorConfig, prior_images
+from dualcl.benchmark.sampling import sample
+from dualcl.benchmark.seeding import torch_generator
+from dualcl.benchmark.tokens import ConceptTokens
+from dualcl.datasets import dataset_class
+from dualcl.datasets.concepts import ConceptData, ConceptStream, make_concept_stream
+
+
+@dataclass(frozen=True)
+class ConceptStreamConfig:
+    """Which concepts are learnt, in which order."""
+
+    tasks: int | None = field(default=None, metadata={"help": "the first so many concepts of the order; default: all"})
+    class_order: str | list[int] = field(
+        default="shuffle", metadata={"help": "order of the concepts: shuffle, natural, or a list of all concepts"}
+    )
+    order_seed: int | None = field(default=None, metadata={"help": "seed of the order; default: the run's seed"})
+
+    def __post_init__(self) -> None:
+        positive("stream.tasks", self.tasks)
+        positive("stream.order_seed", self.order_seed, 0)
+
+
+@dataclass(frozen=True)
+class ConceptConfig:
+    """How a concept becomes words."""
+
+    n_tokens: int = field(default=1, metadata={"help": "new tokens per concept"})
+    init: Literal["random", "word"] = field(
+        default="random", metadata={"help": "start of a new token; word: the embedding of the concept's class noun"}
+    )
+    class_noun: bool = field(
+        default=False, metadata={"help": 'keep the class noun in prompts: "a photo of <c1> dog"; C-LoRA leaves it out'}
+    )
+    prompt: str = field(default="a photo of {token}", metadata={"help": "training prompt; {token} is the concept"})
+    placeholder: str = field(default="<c{number}>", metadata={"help": "name of the tokens; {number} counts from 1"})
+
+    def __post_init__(self) -> None:
+        positive("concept.n_tokens", self.n_tokens)
+        if "{token}" not in self.prompt:
+            raise UserError(f"concept.prompt must hold {{token}}, got {self.prompt!r}")
+        if "{number}" not in self.placeholder or any(c.isspace() for c in self.placeholder):
+            raise UserError(f"concept.placeholder must hold {{number}} and no space, got {self.placeholder!r}")
+
+
+@dataclass(frozen=True)
+class ConceptInputConfig:
+    """How photographs become latents."""
+
+    augment: Literal["none", "flip"] = field(
+        default="none", metadata={"help": "flip: each image also mirrored, encoded once as an entry of its own"}
+    )
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+
+
+@dataclass
+class Entries:
+    """Encoded training images: latent mean and deviation (n, C, h, w), and the prompts of each."""
+
+    mean: Tensor
+    std: Tensor
+    prompts: list[tuple[str, ...]]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __add__(self, other: Entries) -> Entries:
+        return Entries(
+            torch.cat([self.mean, other.mean]), torch.cat([self.std, other.std]), self.prompts + other.prompts
+        )
+
+
+@dataclass
+class ConceptBatch:
+    """Noised latents and what to predict: latents and targets (B, C, h, w), timesteps (B,), prompts, weights (B,)."""
+
+    noisy: Tensor
+    target: Tensor
+    timesteps: Tensor
+    prompts: list[str]
+    #: of each sample's error in the loss
+    weights: Tensor
+
+
+class Customization(Domain):
+    """A frozen Stable Diffusion, a stream of concepts with new tokens, the denoising error, and generated images.
+
+    The adapted network is the U-Net; sites are K and V of its cross-attentions (C-LoRA, arXiv 2304.06027). No part ever
+    runs in training mode: there is no dropout to speak of, and an image must not depend on its batch.
+    """
+
+    name = "customization"
+    capabilities = ("network", "prior", "replay", "concept_inputs")
+    matrix_kind = "mmd"
+    sections_config: ClassVar[dict[str, type]] = {
+        "stream": ConceptStreamConfig,
+        "base": BaseConfig,
+        "concept": ConceptConfig,
+        "input": ConceptInputConfig,
+        "prior": PriorConfig,
+        "eval": EvalConfig,
+    }
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        device: torch.device,
+        data: ConceptData | None = None,
+        diffusion: Diffusion | None = None,
+    ) -> None:
+        self.resolved = resolved
+        self.device = device
+        self.seed = resolved.general.seed
+        self.concept_config = resolved.section("concept", ConceptConfig)
+        stream_config = resolved.section("stream", ConceptStreamConfig)
+        self.order_seed = self.seed if stream_config.order_seed is None else stream_config.order_seed
+        if data is None:
+            data = dataset_class(resolved.data_name, self.name).load(resolved.sections["data"])
+        self.stream: ConceptStream = make_concept_stream(
+            data, stream_config.tasks, stream_config.class_order, self.order_seed
+        )
+        base = resolved.section("base", BaseConfig)
+        if base.weights_dtype != "fp32" and resolved.general.precision == "fp32":
+            raise UserError(
+                f"base.weights_dtype={base.weights_dtype} needs mixed precision; set precision={base.weights_dtype}"
+            )
+        self.diffusion = diffusion or load_diffusion(base, device)
+        self.model: nn.Module = self.diffusion.unet
+        self._sites = cross_attention_sites(self.model)
+        if not self._sites:
+            raise UserError(f"base.model={base.model} has no cross-attention (attn2.to_k, attn2.to_v) to adapt")
+        # the projections as loaded: methods may put other modules in their place
+        self._projections = {f"{name}.weight": site.module.weight for name, site in self._sites.items()}
+        self._network = dict(self.model.named_parameters())
+        self._network_size = sum(p.numel() for p in self._network.values())
+        self.tokens = ConceptTokens(self.diffusion.text_encoder, self.diffusion.tokenizer, self.concept_config.n_tokens)
+        self.tokens.to(device)
+        self.tasks = [
+            Task(
+                index=i,
+                name=concept.name,
+                size=len(concept.images),
+                facts={"concept": concept.name, "noun": concept.noun, "n_train": len(concept.images)},
+            )
+            for i, concept in enumerate(self.stream.concepts)
+        ]
+        self.evaluator = ConceptEvaluator(self, resolved.section("eval", EvalConfig))
+        self._current: int | None = None
+        self._begun = 0
+        self._older: dict[int, Tensor] = {}
+        self._pixels: dict[int, Tensor] = {}
+        self._entries: tuple[int | None, Entries] | None = None
+        self._replayed: list[tuple[int, Tensor]] = []
+        self._prior_weight = 0.0
+        self._prior: dict[str, Entries] = {}
+        self._prior_hashes: dict[str, str] = {}
+        self._check_prompts()
+
+    # --- what is learnt ---------------------------------------------------------------------------------------------
+
+    def sites(self) -> dict[str, Site]:
+        """K and V of every cross-attention."""
+        return dict(self._sites)
+
+    def full_parameters(self) -> dict[str, nn.Parameter]:
+        """K and V of every cross-attention in full: what Custom Diffusion trains."""
+        return dict(self._projections)
+
+    def network_parameters(self) -> dict[str, nn.Parameter]:
+        """The whole U-Net."""
+        return dict(self._network)
+
+    def adapted_parameters(self) -> int:
+        """Size of the U-Net as loaded."""
+        return self._network_size
+
+    def begin_task(self, task: int | None, scope: Literal["task", "seen"] = "task") -> list[nn.Parameter]:
+        """Adds the concept's token rows and returns them. `scope` changes nothing: there are no shared outputs."""
+        new = []
+        for index in range(len(self.tasks)) if task is None else [task]:
+            if index != self._begun:
+                raise RuntimeError(f"concept {index} begun when {self._begun} concepts were there")
+            concept = self.stream.concepts[index]
+            config = self.concept_config
+            rows = self.tokens.add(
+                config.placeholder.replace("{number}", str(index + 1)),
+                config.init,
+                concept.noun,
+                torch_generator(self.seed, "token", index),
+                rename=config.placeholder == ConceptConfig.placeholder,
+            )
+            self._begun += 1
+            new.append(rows)
+        if task is not None:
+            for rows in self.tokens.rows:
+                rows.requires_grad_(False)
+                rows.grad = None
+            new[-1].requires_grad_(True)
+        self._current = task
+        self._replayed = []
+        self._entries = None
+        self._remember_older()
+        return new
+
+    def _remember_older(self) -> None:
+        """Keeps the bits of all earlier concepts' rows, for `check_tokens`."""
+        if self._current is not None:
+            self._older = {j: r.detach().clone() for j, r in enumerate(self.tokens.rows) if j != self._current}
+
+    def check_tokens(self) -> None:
+        """Raises RuntimeError unless the pretrained table and all earlier concepts' rows are as they were, bit for bit."""
+        self.tokens.check_table()
+        for j, kept in self._older.items():
+            if not torch.equal(kept, self.tokens.rows[j]):
+                raise RuntimeError(f"the token of concept {j + 1} has changed while another one was learnt")
+
+    def stored_parameters(self) -> int:
+        """Token rows of all concepts begun."""
+        return sum(r.numel() for r in self.tokens.rows)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Token rows by concept."""
+        return self.tokens.rows_state()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restores the token rows of concepts that were begun."""
+        self.tokens.load_rows(state)
+        self._remember_older()
+
+    # --- prompts ----------------------------------------------------------------------------------------------------
+
+    def placeholder(self, task: int) -> str:
+        """The word that stands for a concept, `<c1>` for the first."""
+        return self.tokens.placeholders[task]
+
+    def fill(self, template: str, task: int) -> str:
+        """A prompt template with the concept's placeholder, and the class noun after it when that is asked for."""
+        concept = self.stream.concepts[task]
+        word = self.placeholder(task)
+        if "{noun}" in template:
+            return template.replace("{token}", word).replace("{noun}", concept.noun).strip()
+        if self.concept_config.class_noun:
+            word = f"{word} {concept.noun}".strip()
+        return template.replace("{token}", word)
+
+    def training_prompts(self, task: int) -> tuple[str, ...]:
+        """The prompts a concept's images are paired with, tokens expanded."""
+        templates = self.stream.concepts[task].prompts or (self.concept_config.prompt,)
+        return tuple(self.tokens.expand(self.fill(t, task)) for t in templates)
+
+    def _check_prompts(self) -> None:
+        for concept in self.stream.concepts:
+            for template in (*concept.prompts, *concept.eval_prompts):
+                if "{token}" not in template:
+                    raise UserError(f"a prompt of concept {concept.name!r} lacks {{token}}: {template!r}")
+            if not concept.noun and (self.concept_config.class_noun or self.concept_config.init == "word"):
+                key = "concept.class_noun=true" if self.concept_config.class_noun else "concept.init=word"
+                raise UserError(f"{key} needs a class noun, concept {concept.name!r} has none; name it in the prompts file")
+
+    # --- training data ----------------------------------------------------------------------------------------------
+
+    def pixels(self, task: int) -> Tensor:
+        """The concept's photographs, cropped to the centre square, at the model's size: uint8 (n, S, S, 3)."""
+        if task not in self._pixels:
+            images = self.stream.concepts[task].images
+            config = self.resolved.section("input", ConceptInputConfig)
+            size = self.diffusion.info.image_size
+            self._pixels[task] = torch.stack(
+                [square(images.load(i), size, config.interpolation) for i in range(len(images))]
+            )
+        return self._pixels[task]
+
+    def _encode(self, pixels: Tensor, prompts: tuple[str, ...], augment: bool) -> Entries:
+        """Latents of uint8 images (n, S, S, 3); mirrored copies are entries of their own."""
+        inputs = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+        if augment and self.resolved.section("input", ConceptInputConfig).augment == "flip":
+            inputs = torch.cat([inputs, inputs.flip(3)])
+        parts = [self.diffusion.encode_images(chunk) for chunk in inputs.split(8)]
+        return Entries(torch.cat([m for m, _ in parts]), torch.cat([s for _, s in parts]), [prompts] * len(inputs))
+
+    def _training_entries(self, task: int | None) -> Entries:
+        """The task's encoded images, made once per task, and what is replayed in it."""
+        if self._entries is None or self._entries[0] != task:
+            concepts = range(len(self.tasks)) if task is None else [task]
+            parts = [self._encode(self.pixels(j), self.training_prompts(j), True) for j in concepts]
+            parts += [self._encode(images, self.training_prompts(j), False) for j, images in self._replayed]
+            entries = parts[0]
+            for part in parts[1:]:
+                entries = entries + part
+            self._entries = (task, entries)
+        return self._entries[1]
+
+    def _size(self, task: int | None) -> int:
+        concepts = self.tasks if task is None else [self.tasks[task]]
+        copies = 2 if self.resolved.section("input", ConceptInputConfig).augment == "flip" else 1
+        return copies * sum(t.size for t in concepts)
+
+    def steps_per_epoch(self, task: int | None) -> int:
+        """`train.steps` for each concept, or else the batches in a pass over its images."""
+        train = self.resolved.train
+        if train.steps is not None:
+            if train.epochs != 1:
+                raise UserError(f"train.steps={train.steps} counts steps: set train.epochs=1, got {train.epochs}")
+            return train.steps * (len(self.tasks) if task is None else 1)
+        return math.ceil(self._size(task) / train.batch_size)
+
+    def batches(self, task: int | None, start_step: int) -> Iterator[ConceptBatch]:
+        """Training batches from optimiser step `start_step` on; noise and timesteps are a function of (seed, task, step)."""
+        steps = self.steps_per_epoch(task) * self.resolved.train.epochs
+        entries = self._training_entries(task)
+        number = -1 if task is None else task
+        for step in range(start_step, steps):
+            generator = torch_generator(self.seed, "batch", number, step)
+            chosen = self._chosen(entries, number, step, self.resolved.train.batch_size, "order")
+            parts = [(chosen, torch.ones(len(chosen)))]
+            if self._prior_weight:
+                parts.append(self._prior_part(task, number, step))
+            yield self._noised(parts, generator)
+
+    def _chosen(self, entries: Entries, number: int, step: int, batch: int, purpose: str) -> Entries:
+        """The step's entries: shuffled passes one after another, batches run across their borders."""
+        size, at = len(entries), []
+        for position in range(step * batch, (step + 1) * batch):
+            turn, place = divmod(position, size)
+            order = torch.randperm(size, generator=torch_generator(self.seed, purpose, number, turn))
+            at.append(int(order[place]))
+        generator = torch_generator(self.seed, purpose, "prompt", number, step)
+        prompts = []
+        for i in at:
+            options = entries.prompts[i]
+            prompts.append((options[int(torch.randint(len(options), (1,), generator=generator))],))
+        return Entries(entries.mean[at], entries.std[at], prompts)
+
+    def _noised(self, parts: list[tuple[Entries, Tensor]], generator: torch.Generator) -> ConceptBatch:
+        entries = parts[0][0]
+        for part, _ in parts[1:]:
+            entries = entries + part
+        mean, std = entries.mean, entries.std
+        clean = mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
+        noise = torch.randn(mean.shape, generator=generator).to(mean.device)
+        scheduler = self.diffusion.scheduler
+        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(entries),), generator=generator)
+        timesteps = timesteps.to(mean.device)
+        velocity = self.diffusion.info.prediction_type == "v_prediction"
+        return ConceptBatch(
+            noisy=scheduler.add_noise(clean, noise, timesteps),
+            target=scheduler.get_velocity(clean, noise, timesteps) if velocity else noise,
+            timesteps=timesteps,
+            prompts=[options[0] for options in entries.prompts],
+            # every part is a mean of its own: a part's weight does not depend on its size
+            weights=torch.cat([w / len(w) for _, w in parts]).to(mean.device),
+        )
+
+    def loss(self, batch: ConceptBatch) -> Tensor:
+        """Denoising error: mean squared error of the predicted noise or velocity; prior images by their weight."""
+        unique = list(dict.fromkeys(batch.prompts))
+        context = self.diffusion.encode_text(self.diffusion.token_ids(unique))
+        index = torch.tensor([unique.index(p) for p in batch.prompts], device=self.device)
+        predicted = self.model(batch.noisy, batch.timesteps, encoder_hidden_states=context[index]).sample
+        error = F.mse_loss(predicted.float(), batch.target.float(), reduction="none").mean(dim=(1, 2, 3))
+        return (error * batch.weights).sum()
+
+    def samples(self, batch: ConceptBatch) -> Iterator[ConceptBatch]:
+        """The noised images of a batch one by one, prior images with their weight."""
+        for i in range(len(batch.prompts)):
+            one = slice(i, i + 1)
+            # a batch's weights are those of a mean over `train.batch_size` images
+            weight = batch.weights[one] * self.resolved.train.batch_size
+            yield ConceptBatch(batch.noisy[one], batch.target[one], batch.timesteps[one], batch.prompts[one], weight)
+
+    # --- capability: prior ------------------------------------------------------------------------------------------
+
+    def use_prior(self, weight: float) -> None:
+        """Every later batch also holds images of the class nouns; their error counts `weight` times.
+
+        They are a folder of the user's, or were generated by the frozen model once (`prior.*`), cached and hashed.
+        """
+        self._prior_weight = weight
+        if weight == 0:
+            return
+        config = self.resolved.section("prior", PriorConfig)
+        for noun in sorted({c.noun for c in self.stream.concepts}):
+            prompt = config.text(noun)
+            if noun not in self._prior:
+                images, digest = prior_images(self.diffusion, config, noun)
+                self._prior[noun] = self._encode(images, (prompt,), False)
+                self._prior_hashes[prompt] = digest
+
+    def _prior_part(self, task: int | None, number: int, step: int) -> tuple[Entries, Tensor]:
+        concept = self.stream.concepts[step % len(self.tasks) if task is None else task]
+        batch = self.resolved.train.batch_size
+        chosen = self._chosen(self._prior[concept.noun], number, step, batch, "prior")
+        return chosen, torch.full((len(chosen),), self._prior_weight)
+
+    # --- capability: replay -----------------------------------------------------------------------------------------
+
+    def replay(self, tasks: Sequence[int], per_task: int) -> None:
+        """Generates images of earlier concepts with the model as it stands; they join the begun task's training set."""
+        self._entries = None
+        for j in tasks:
+            prompts = self.training_prompts(j)
+            generators = [torch_generator(self.seed, "replay", self._begun, j, k) for k in range(per_task)]
+            self._replayed.append((j, self.sample([prompts[k % len(prompts)] for k in range(per_task)], generators)))
+
+    # --- capability: concept inputs ---------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def concept_inputs(self, task: int) -> Tensor:
+        """Text features (n, D) float32 of the concept's first training prompt: what K and V get, start token left out."""
+        ids = self.diffusion.token_ids(self.training_prompts(task)[:1])
+        return self._features(ids)
+
+    @torch.no_grad()
+    def common_inputs(self, n: int) -> Tensor:
+        """Text features (m, D) float32 of "a photo of a WORD" for the n commonest whole words of the vocabulary."""
+        vocabulary = sorted(self.diffusion.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        words = [w.removesuffix("</w>") for w, i in vocabulary if w.endswith("</w>") and i < self.tokens.base_size]
+        words = [w for w in words if len(w) > 2 and w.isascii() and w.isalpha()][:n]
+        ids = self.diffusion.token_ids([f"a photo of a {w}" for w in words])
+        return torch.cat([self._features(chunk) for chunk in ids.split(64)])
+
+    def _features(self, ids: Tensor) -> Tensor:
+        """Features of all tokens between start and end, of all rows together."""
+        tokenizer = self.diffusion.tokenizer
+        # the end token may also be the padding token: everything from the first one on is left out
+        ended = (ids == tokenizer.eos_token_id).cumsum(1) > 0
+        kept = ~ended
+        kept[:, 0] = False
+        return self.diffusion.encode_text(ids)[kept].float()
+
+    # --- images -----------------------------------------------------------------------------------------------------
+
+    def sample(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Tensor:
+        """Images uint8 (N, S, S, 3) of prompts with expanded tokens, by the settings of `eval.*`."""
+        config = self.resolved.section("eval", EvalConfig)
+        return sample(
+            self.diffusion,
+            prompts,
+            generators,
+            scheduler=config.scheduler,
+            steps=config.steps,
+            guidance=config.guidance,
+            batch_size=config.batch_size,
+            negative_prompt=config.negative_prompt,
+        )
+
+    def evaluate(self, seen: Sequence[int]) -> dict[str, Any]:
+        """Generates images of the concepts so far and compares them with the photographs; checks all older tokens."""
+        self.check_tokens()
+        return self.evaluator.evaluate(seen, joint=self._current is None)
+
+    # --- provenance -------------------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, Any]:
+        """Data, order, base model, evaluation."""
+        data = self.stream.data
+        info = self.diffusion.info
+        order = json.dumps(self.stream.order)
+        return {
+            "data": data.name,
+            "split_name": data.split_name,
+            "split_hash": data.split_hash,
+            "class_order": list(self.stream.order),
+            "class_order_hash": hashlib.sha256(order.encode()).hexdigest()[:16],
+            "order_seed": self.order_seed,
+            "backbone": info.name,
+            "weights": info.weights,
+            "weights_sha256": info.weights_sha256,
+            "preprocess": {
+                "size": info.image_size,
+                "crop": "centre square",
+                "interpolation": self.resolved.section("input", ConceptInputConfig).interpolation,
+            },
+            "steps": self.resolved.train.steps,
+            **self.evaluator.identity(),
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What a reader of the record may want to know beyond the identity."""
+        data = self.stream.data
+        info = self.diffusion.info
+        return {
+            "skipped_images": list(data.skipped),
+            "concepts": [c.name for c in self.stream.concepts],
+            "nouns": [c.noun for c in self.stream.concepts],
+            "prompts": [list(c.prompts) for c in self.stream.concepts],
+            "parts_sha256": info.parts,
+            "prediction_type": info.prediction_type,
+            "token_table_sha256": self.tokens.base_hash,
+            "prior": {"weight": self._prior_weight, "images_sha256": dict(self._prior_hashes)},
+            **data.facts,
+        }
+
+    def summary(self, row: Mapping[str, Any]) -> str:
+        """Mean distance to the photographs and drift of the concepts so far."""
+        near = [v for v in row["mmd"] if v is not None]
+        drift = [v for v in row["drift"][:-1] if v is not None]
+        text = f"MMD x 1e3 to the photographs {1e3 * sum(near) / len(near):.1f} over {len(near)}" if near else "no images"
+        return text + (f", drift {1e3 * sum(drift) / len(drift):.1f}" if drift else "")
+
+
+def square(image: Image.Image, size: int, interpolation: str = "bicubic") -> Tensor:
+    """The centre square of an RGB image at `size` pixels, uint8 (size, size, 3)."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    method = Image.Resampling.BICUBIC if interpolation == "bicubic" else Image.Resampling.BILINEAR
+    cropped = image.crop((left, top, left + side, top + side))
+    if side != size:
+        cropped = cropped.resize((size, size), method)
+    return torch.from_numpy(np.array(cropped, dtype=np.uint8))
+
+
+DOMAIN = Customization

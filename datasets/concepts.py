@@ -1,0 +1,104 @@
+"""What a customization data set hands to the benchmark: concepts with a few photos each, and a stream of them."""
+
+from __future__ import annotations
+
+import hashlib
+import string
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dualcl.benchmark.errors import UserError
+from dualcl.datasets.base import ImageSet, make_class_order
+
+#: what a prompt template may hold: the concept's token(s), and its class noun
+TOKEN, NOUN = "{token}", "{noun}"
+
+
+@dataclass(frozen=True)
+class Concept:
+    """One thing to be taught from a few images.
+
+    `noun` is its class noun ("dog"), "" when unknown. Templates hold "{token}" and may hold "{noun}"; without any, the
+    domain's `concept.prompt` and `eval.prompt` are used. Labels of `images` are all 0.
+    """
+
+    name: str
+    noun: str
+    images: ImageSet
+    prompts: tuple[str, ...] = ()
+    eval_prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ConceptData:
+    """A customization data set, concepts in natural order.
+
+    Raises UserError when there is no concept, two have one name, one has no image, or a template is wrong.
+    """
+
+    name: str
+    concepts: tuple[Concept, ...]
+    split_name: str
+    split_hash: str
+    #: ids of images left out because they could not be read (data.on_bad_image=skip)
+    skipped: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.concepts:
+            raise UserError(f"{self.name} has no concepts; give at least one")
+        names = [concept.name for concept in self.concepts]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"{self.name} has two concepts called {name!r}; rename one")
+        for concept in self.concepts:
+            if len(concept.images) == 0:
+                raise UserError(f"concept {concept.name!r} of {self.name} has no images; give at least one")
+            for template in (*concept.prompts, *concept.eval_prompts):
+                check_template(template, f"concept {concept.name!r}")
+
+
+@dataclass(frozen=True)
+class ConceptStream:
+    """Concepts in the order in which they are learnt, one a task; `order` are their positions in `data.concepts`."""
+
+    data: ConceptData
+    order: tuple[int, ...]
+    concepts: tuple[Concept, ...]
+
+
+def check_template(template: str, where: str) -> None:
+    """UserError naming `where` unless the template holds "{token}" and no other placeholder but "{noun}"."""
+    try:
+        fields = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+    except ValueError as error:
+        raise UserError(f"{where}: the prompt {template!r} is no template ({error}); write it with {TOKEN}") from None
+    if "token" not in fields:
+        raise UserError(f"{where}: the prompt {template!r} lacks {TOKEN}, which stands for the concept")
+    unknown = sorted(set(fields) - {"token", "noun"})
+    if unknown:
+        raise UserError(f"{where}: the prompt {template!r} has {{{unknown[0]}}}; only {TOKEN} and {NOUN} are known")
+
+
+def concepts_hash(concepts: Iterable[Concept]) -> str:
+    """sha256 (16 hex digits) over the sorted (concept, image id) pairs."""
+    digest = hashlib.sha256()
+    for name, image in sorted((concept.name, image) for concept in concepts for image in concept.images.ids):
+        digest.update(f"{name}\t{image}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def make_concept_stream(
+    data: ConceptData, tasks: int | None, order: str | Sequence[int] = "shuffle", seed: int = 0
+) -> ConceptStream:
+    """The first `tasks` concepts (None: all) in the asked order; see `make_class_order` for `order` and `seed`."""
+    n_concepts = len(data.concepts)
+    if tasks is not None and tasks < 1:
+        raise UserError(f"stream.tasks must be at least 1, got {tasks}")
+    if tasks is not None and tasks > n_concepts:
+        raise UserError(
+            f"stream.tasks is {tasks} but {data.name} has only {n_concepts} concepts; give at most {n_concepts}"
+        )
+    chosen = make_class_order(n_concepts, order, seed, item="concept")[:tasks]
+    return ConceptStream(data, chosen, tuple(data.concepts[i] for i in chosen))

@@ -1,0 +1,116 @@
+"""The public subjects of DreamBooth (Ruiz et al., 2023): 30 objects and pets, 4 to 6 photographs each."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+from dualcl.benchmark.errors import UserError
+from dualcl.datasets.concept_folder import (
+    CLASSES_FILE,
+    PhotosConfig,
+    Words,
+    chosen_folders,
+    folder_files,
+    photo_concepts,
+    read_classes,
+)
+from dualcl.datasets.concepts import ConceptData
+from dualcl.datasets.download import download, extract_tar
+from dualcl.datasets.image_folder import class_folders
+from dualcl.datasets.registry import register_dataset
+
+#: made anew for every request, so it has no checksum: `prepare` counts and decodes what it holds
+URL = "https://codeload.github.com/google/dreambooth/tar.gz/refs/heads/main"
+ARCHIVE = "dreambooth.tar.gz"
+N_SUBJECTS = 30
+MIN_IMAGES = 4
+
+
+@register_dataset(
+    "dreambooth",
+    domain="customization",
+    summary="the 30 public DreamBooth subjects, 4 to 6 photographs each",
+    needs_prepare=True,
+)
+class DreamBoothSubjects:
+    """The subjects by name, with the class nouns of the set's own list. The photographs carry several licences:
+    see references_and_licenses.txt beside them.
+    """
+
+    name: ClassVar[str]
+
+    @dataclass(frozen=True)
+    class Config(PhotosConfig):
+        """Keys below `data.`."""
+
+        root: str = field(
+            default="data/dreambooth", metadata={"help": "the folder with the subjects' folders", "volatile": True}
+        )
+        subjects: list[str] | None = field(
+            default=None, metadata={"help": "only these subjects, in this order; default: all, by name"}
+        )
+        scenes: bool = field(
+            default=False, metadata={"help": "evaluate on the set's 25 scenes per subject, not on eval.prompt"}
+        )
+
+    @classmethod
+    def load(cls, config: Config) -> ConceptData:
+        """Finds and decodes the photographs; UserError when subjects or images are missing."""
+        root = Path(config.root).expanduser()
+        words = _listed(root, config.scenes)
+        there = [folder for folder in class_folders(root) if folder in words]
+        if config.subjects is None and len(there) != len(words):
+            missing = next(iter(sorted(set(words) - set(there))))
+            raise UserError(
+                f"data.root={root} lacks {len(words) - len(there)} of {len(words)} subjects ({missing}); {_mend(root)}"
+            )
+        chosen = chosen_folders("data.subjects", config.subjects, there, root)
+        split_name = f"dreambooth:{len(chosen)}"
+        return photo_concepts(cls.name, root, folder_files(root, chosen), words, config, split_name)
+
+    @classmethod
+    def prepare(cls, config: Config) -> None:
+        """Downloads the official archive, unpacks its data set to `data.root`, and counts and decodes the images."""
+        root = Path(config.root).expanduser().resolve()
+        if not _complete(root):
+            archive = download(URL, root.parent / ARCHIVE, None)
+            unpacked = root.with_name(root.name + ".unpacked")
+            shutil.rmtree(unpacked, ignore_errors=True)
+            extract_tar(archive, unpacked, max_bytes=2 * 2**30, max_files=10_000)
+            found = sorted(unpacked.glob("*/dataset"))
+            if not found:
+                raise UserError(
+                    f"{archive} is not the DreamBooth archive (it has no folder dataset); remove it and run again"
+                )
+            root.mkdir(parents=True, exist_ok=True)
+            for entry in sorted(found[0].iterdir()):
+                # a folder of an earlier, unfinished unpacking
+                if (root / entry.name).is_dir():
+                    shutil.rmtree(root / entry.name)
+                entry.replace(root / entry.name)
+            shutil.rmtree(unpacked)
+        subjects = _listed(root)
+        if len(subjects) != N_SUBJECTS:
+            raise UserError(f"{root / CLASSES_FILE} lists {len(subjects)} subjects, not {N_SUBJECTS}; {_mend(root)}")
+        files = folder_files(root, sorted(subjects))
+        few = [subject for subject, images in files.items() if len(images) < MIN_IMAGES]
+        if few:
+            raise UserError(f"{root / few[0]} has {len(files[few[0]])} images, not {MIN_IMAGES} or more; {_mend(root)}")
+        cls.load(config)
+
+
+def _mend(root: Path) -> str:
+    return f"remove {root.parent / ARCHIVE} if it is there, and run: dualcl prepare dreambooth --root {root}"
+
+
+def _listed(root: Path, scenes: bool = False) -> dict[str, Words]:
+    if not (root / CLASSES_FILE).is_file():
+        raise UserError(f"the DreamBooth subjects are not at {root}; run: dualcl prepare dreambooth --root {root}")
+    return read_classes(root / CLASSES_FILE, scenes)
+
+
+def _complete(root: Path) -> bool:
+    return (root / CLASSES_FILE).is_file() and all((root / subject).is_dir() for subject in _listed(root))

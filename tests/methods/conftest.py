@@ -1,0 +1,83 @@
+"""A small text-to-image model in memory, a preset of three concepts, and runs on them without loading anything again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+CONCEPTS = """
+domain: customization
+data: {name: glyph-concepts, concepts: 3, per_concept: 3}
+stream: {tasks: 2}
+train: {epochs: 1, steps: 2, batch_size: 2, checkpoint_seconds: 0, log_every: 1}
+eval: {n: 1, steps: 1, guidance: 1.0, features: glyph-vit}
+prior: {n: 2, steps: 1, guidance: 1.0}
+threads: 1
+methods:
+  lora: {rank: 2}
+  clora: {rank: 2}
+  ewc: {fisher_batches: 1}
+  custom_diffusion_merge: {captions: 60}
+  generative_replay: {per_concept: 2}
+"""
+
+
+@pytest.fixture(scope="session")
+def small_diffusion() -> Any:
+    """The bundled model with a random U-Net of 4 narrow cross-attention layers: its text encoder is a trained one."""
+    from dualcl.benchmark.diffusion import BaseConfig, Diffusion, load_diffusion
+
+    # isort: split
+    from diffusers import UNet2DConditionModel
+
+    whole = load_diffusion(BaseConfig())
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=whole.info.latent_size,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 24),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=2,
+        cross_attention_dim=whole.text_encoder.config.hidden_size,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    return Diffusion(whole.tokenizer, whole.text_encoder, unet, whole.vae, whole.scheduler, "small", "random")
+
+
+@pytest.fixture(scope="session")
+def concepts_preset(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two of three concepts, two steps each."""
+    file = tmp_path_factory.mktemp("concepts") / "concepts.yaml"
+    file.write_text(CONCEPTS)
+    return str(file)
+
+
+@pytest.fixture(scope="session")
+def concepts(concepts_preset: str, small_diffusion: Any) -> Callable[..., Any]:
+    """concepts(method, folder, *assignments, kind=Run) -> a run on a fresh copy of the small model, not yet executed."""
+    from dualcl.benchmark.config import resolve
+    from dualcl.benchmark.domains.customization import Customization
+    from dualcl.benchmark.progress import Reporter
+    from dualcl.benchmark.record import RunFolder
+    from dualcl.benchmark.runner import Run
+
+    def make(name: str, folder: Path, *sets: str, kind: type[Run] = Run) -> Run:
+        resolved = resolve(concepts_preset, name, sets)
+        domain = Customization(resolved, torch.device("cpu"), diffusion=copy.deepcopy(small_diffusion))
+        return kind(resolved, RunFolder(folder), Reporter(quiet=True), domain)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def empty_record() -> Callable[[], dict[str, Any]]:
+    """empty_record() -> what `Run.execute` fills."""
+    return lambda: {"tasks": [], "matrix": {"rows": []}, "measured": {"tasks": []}}
