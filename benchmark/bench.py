@@ -10,10 +10,10 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dualcl.benchmark.compare import align, parse_names
 from dualcl.benchmark.config import load_preset, parse_assignment, resolve
@@ -26,6 +26,8 @@ METHODS = "clora,lora,coda_prompt,dualprompt,l2p"
 PLANNED_TASKS = 10
 MAY_SET = ("methods.", "method.", "backbone.kwargs.", "train.optimizer", "train.grad_clip")
 SETUP = ("backbone", "image_size", "batch", "precision", "repeats", "device", "threads", "torch", "timm", "dualcl")
+
+J = TypeVar("J")
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,16 @@ class Job:
     grow: bool
 
 
-def _positive(text: str) -> int:
+def positive_count(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
     if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"wants a whole number from 1 on, got {text!r}")
     return int(text)
 
 
-def _counts(text: str) -> list[int]:
-    counts = [_positive(part.strip()) for part in text.split(",")]
+def ascending_counts(text: str) -> list[int]:
+    """Ascending whole numbers from 1 on such as 2,10,50, for argparse."""
+    counts = [positive_count(part.strip()) for part in text.split(",")]
     if sorted(set(counts)) != counts:
         raise argparse.ArgumentTypeError(f"wants ascending task numbers such as 2,10,50, got {text!r}")
     return counts
@@ -65,18 +69,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backbone", default="vit_base_patch16_224", metavar="NAME", help="a ViT of timm; default %(default)s"
     )
-    parser.add_argument("--image-size", type=_positive, default=224, metavar="PX", help="default %(default)s")
-    parser.add_argument("--batch", type=_positive, default=16, metavar="N", help="images per step; default %(default)s")
+    parser.add_argument("--image-size", type=positive_count, default=224, metavar="PX", help="default %(default)s")
+    parser.add_argument(
+        "--batch", type=positive_count, default=16, metavar="N", help="images per step; default %(default)s"
+    )
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default %(default)s")
-    parser.add_argument("--repeats", type=_positive, default=7, metavar="N", help="timed pairs; default %(default)s")
+    parser.add_argument(
+        "--repeats", type=positive_count, default=7, metavar="N", help="timed pairs; default %(default)s"
+    )
     when = parser.add_mutually_exclusive_group()
     when.add_argument(
-        "--task", type=_positive, default=2, metavar="N", help="measure in task N, from 1 on; default %(default)s"
+        "--task", type=positive_count, default=2, metavar="N", help="measure in task N, from 1 on; default %(default)s"
     )
     when.add_argument(
-        "--grow", type=_counts, metavar="N,N,...", help="instead: step time, memory and tensors at these tasks of a run"
+        "--grow",
+        type=ascending_counts,
+        metavar="N,N,...",
+        help="instead: step time, memory and tensors at these tasks of a run",
     )
-    parser.add_argument("--threads", type=_positive, metavar="N", help="CPU threads; default: torch's")
+    add_shared(parser, "methods.clora.rank=16 or backbone.kwargs.depth=6")
+
+
+def add_shared(parser: argparse.ArgumentParser, example: str) -> None:
+    """Adds the arguments of every kind of measurement; `example` of what --set takes."""
+    parser.add_argument("--threads", type=positive_count, metavar="N", help="CPU threads; default: torch's")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default %(default)s")
     parser.add_argument(
         "--set",
@@ -84,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="other settings, such as methods.clora.rank=16 or backbone.kwargs.depth=6",
+        help=f"other settings, such as {example}",
     )
     parser.add_argument("--format", choices=("text", "md", "csv", "json"), default="text", help="default %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the output to this file too")
@@ -95,28 +111,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main_step(args: argparse.Namespace) -> int:
-    """Measures, prints the table and writes `--out`; returns the exit code.
+    """Measures, prints the table and writes `--out`; returns the exit code."""
+    return measure_all(args, [(job.method or "backbone", job) for job in plan(args)], measure, render)
+
+
+def measure_all(
+    args: argparse.Namespace,
+    jobs: Sequence[tuple[str, J]],
+    work: Callable[[J], dict[str, Any]],
+    show: Callable[[argparse.Namespace, Sequence[tuple[str, dict[str, Any]]]], str],
+) -> int:
+    """Does the named jobs one after another, prints what `show` makes of the results and writes `--out`; returns 0.
 
     A method that cannot be measured does not stop the others: its error (UserError or RunFailed) is raised after the
     table of the rest. Mistakes that show before the first measurement are raised at once.
     """
     from dualcl.results.files import write_text
 
-    jobs = plan(args)
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise UserError(f"--out {args.out}: the folder {args.out.parent} does not exist; make it first")
     results: list[tuple[str, dict[str, Any]]] = []
     errors: list[Exception] = []
-    for number, job in enumerate(jobs, start=1):
-        name = job.method or "backbone"
+    for number, (name, job) in enumerate(jobs, start=1):
         _say(f"[{number}/{len(jobs)}] {name}")
         try:
-            results.append((name, measure(job)))
+            results.append((name, work(job)))
         except (UserError, RunFailed) as error:
             _say(f"{name}: {error}")
             errors.append(error)
     if results:
-        text = render(args, results)
+        text = show(args, results)
         print(text, end="")
         if args.out is not None:
             write_text(args.out, text)
@@ -168,10 +192,14 @@ def plan(args: argparse.Namespace) -> list[Job]:
 
 def measure(job: Job) -> dict[str, Any]:
     """Does `job` in a fresh process, so that no method's memory hides another's; raises UserError or RunFailed."""
-    name = job.method or "backbone"
+    return in_process("dualcl.benchmark.bench_step", job.method or "backbone", asdict(job))
+
+
+def in_process(module: str, name: str, job: dict[str, Any]) -> dict[str, Any]:
+    """The result of `module` run as a process with `job` on its stdin; raises UserError or RunFailed, naming `name`."""
     done = subprocess.run(
-        [sys.executable, "-m", "dualcl.benchmark.bench_step"],
-        input=json.dumps(asdict(job)),
+        [sys.executable, "-m", module],
+        input=json.dumps(job),
         stdout=subprocess.PIPE,
         text=True,
         encoding="utf-8",
@@ -281,7 +309,8 @@ def render(args: argparse.Namespace, results: Sequence[tuple[str, dict[str, Any]
     return "\n".join([*align(table, range(1, len(table[0]))), "", about, *notes]) + "\n"
 
 
-def _number(value: float | None, digits: int) -> str:
+def fixed(value: float | None, digits: int) -> str:
+    """A cell with so many digits after the point; "-" for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
@@ -297,11 +326,11 @@ def _step_table(rows: Sequence[dict[str, Any]], cuda: bool) -> list[list[str]]:
     for row in rows:
         cells = [row["method"]]
         for part in parts:
-            cells += [_number(row[f"{part}_images_per_s"], 1), _spread(row, part) if row["task"] else "1"]
+            cells += [fixed(row[f"{part}_images_per_s"], 1), _spread(row, part) if row["task"] else "1"]
         if not row["task"]:
             cells[-1] = "-"
-        cells += [_number(row["peak_cuda_mib"], 0)] if cuda else []
-        table.append([*cells, _number(row["peak_process_mib"], 0)])
+        cells += [fixed(row["peak_cuda_mib"], 0)] if cuda else []
+        table.append([*cells, fixed(row["peak_process_mib"], 0)])
     return table
 
 
@@ -334,7 +363,7 @@ def _grow_table(rows: Sequence[dict[str, Any]], cuda: bool) -> list[list[str]]:
         cells = [row["method"], str(row["task"])]
         for _, key, factor, digits in columns:
             value = row[key]
-            cells += [_number(None if value is None else value * factor, digits), _number(row[f"{key}_to_first"], 3)]
+            cells += [fixed(None if value is None else value * factor, digits), fixed(row[f"{key}_to_first"], 3)]
         table.append(cells)
     return table
 

@@ -38,13 +38,14 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class _Noise:
+class Noise:
     """Image i of a part: random pixels, a function of (part, i), made when asked for."""
 
     part: str
     size: int
 
     def __call__(self, i: int) -> Image.Image:
+        """Image i."""
         rng = numpy_generator(0, "bench", self.part, i)
         return Image.fromarray(rng.integers(0, 256, (self.size, self.size, 3), dtype=np.uint8))
 
@@ -55,7 +56,7 @@ def noise(tasks: int, train: int, test: int, size: int) -> ClassData:
     def part(name: str, count: int) -> ImageSet:
         labels = np.concatenate([CLASSES_PER_TASK * t + np.arange(count) % CLASSES_PER_TASK for t in range(tasks)])
         ids = tuple(f"{name}/{i}" for i in range(len(labels)))
-        return ImageSet(ids, labels, _Noise(name, size), "noise")
+        return ImageSet(ids, labels, Noise(name, size), "noise")
 
     names = tuple(f"class {c}" for c in range(CLASSES_PER_TASK * tasks))
     return ClassData("noise", names, part("train", train), part("test", test), "noise", "noise")
@@ -77,12 +78,14 @@ def _synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-def _reset_peaks(device: torch.device) -> None:
+def reset_peaks(device: torch.device) -> None:
+    """Starts new peaks of the process and, on a GPU, of the device."""
     for each in {device, CPU}:
         reset_peak(each)
 
 
-def _peaks(device: torch.device) -> dict[str, float | None]:
+def peaks(device: torch.device) -> dict[str, float | None]:
+    """Peaks since `reset_peaks`, MiB: resident set of the process, tensors allocated on the GPU (None without one)."""
     return {"process": peak_mib(CPU), "cuda": peak_mib(device) if device.type == "cuda" else None}
 
 
@@ -138,7 +141,7 @@ def live_mib() -> float:
     return sum(storages.values()) / 2**20
 
 
-class _Task:
+class TaskSteps:
     """One task of a run, begun: its steps, one at a time."""
 
     def __init__(self, run: Run, index: int) -> None:
@@ -169,10 +172,10 @@ def measure_bare(resolved: Resolved, job: Job) -> dict[str, Any]:
     """The bare backbone: the peak of training, and seconds of training and evaluation per batch."""
     device = pick_device(resolved.general.device)
     bare = Bare(resolved, device)
-    _reset_peaks(device)
+    reset_peaks(device)
     for _ in range(WARM_UP):
         bare.train()
-    point: dict[str, Any] = {"task": None, "peak_mib": _peaks(device)}
+    point: dict[str, Any] = {"task": None, "peak_mib": peaks(device)}
     batch = resolved.train.batch_size
     for name, work in (("train", bare.train), ("first", bare.evaluate)):
         work()
@@ -198,15 +201,15 @@ def measure_method(resolved: Resolved, job: Job) -> dict[str, Any]:
         bare.train()
     points = []
     for index in range(job.tasks[-1]):
-        task = _Task(run, index)
+        task = TaskSteps(run, index)
         if index + 1 not in job.tasks:
             task.step()
             task.end()
             continue
-        _reset_peaks(device)
+        reset_peaks(device)
         for _ in range(WARM_UP):
             task.step()
-        point: dict[str, Any] = {"task": index + 1, "peak_mib": _peaks(device), **task.held(), "live_mib": live_mib()}
+        point: dict[str, Any] = {"task": index + 1, "peak_mib": peaks(device), **task.held(), "live_mib": live_mib()}
         bare = bare or Bare(resolved, device)
         point["train"] = {"images": batch, **paired(device, job.repeats, task.step, bare.train)}
         task.end()
@@ -238,14 +241,22 @@ def _evaluations(run: Run, domain: Classification, index: int, repeats: int, bar
 
 
 def main() -> int:
-    """Does the job on stdin; the last line of stdout is `{"result": ...}`, or `{"error": ...}` for a user's mistake."""
-    given = json.load(sys.stdin)
-    job = Job(**given)
-    try:
+    """Does the job on stdin."""
+    job = Job(**json.load(sys.stdin))
+
+    def work() -> dict[str, Any]:
         resolved = resolve(job.preset, job.method or "linear_probe", job.sets)
         if resolved.general.threads is not None:
             torch.set_num_threads(resolved.general.threads)
-        result = (measure_bare if job.method is None else measure_method)(resolved, job)
+        return (measure_bare if job.method is None else measure_method)(resolved, job)
+
+    return answer(work)
+
+
+def answer(work: Callable[[], dict[str, Any]]) -> int:
+    """Does `work`; the last line of stdout is `{"result": ...}`, or `{"error": ...}` for a UserError. Returns 0."""
+    try:
+        result = work()
     except UserError as error:
         print(json.dumps({"error": str(error)}))
         return 0

@@ -234,11 +234,13 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
 
 
 def _add_bench(command: argparse.ArgumentParser) -> None:
-    from dualcl.benchmark import bench
+    from dualcl.benchmark import bench, bench_concepts
 
     kinds = command.add_subparsers(dest="kind", required=True, metavar="WHAT")
-    step = kinds.add_parser("step", help="time and memory of one training step per method")
+    step = kinds.add_parser("step", help="time and memory of one training step per method (classification)")
     bench.add_arguments(step)
+    concepts = kinds.add_parser("concepts", help="the same for customization: at full size, or as concepts are added")
+    bench_concepts.add_arguments(concepts)
 
 
 # --- sub-commands -----------------------------------------------------------------------------------------------------
@@ -542,8 +544,9 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 def _bench(args: argparse.Namespace) -> int:
     from dualcl.benchmark.bench import main_step
+    from dualcl.benchmark.bench_concepts import main_concepts
 
-    return int(main_step(args))
+    return int({"step": main_step, "concepts": main_concepts}[args.kind](args))
 
 
 def _doctor(args: argparse.Namespace) -> int:

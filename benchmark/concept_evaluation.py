@@ -128,7 +128,8 @@ class ConceptEvaluator:
     @functools.cached_property
     def features(self) -> ImageFeatures:
         """The feature model, loaded when it is first needed."""
-        return load_features(self.config.features, self.domain.device, self.domain.diffusion.info.name)
+        with torch.random.fork_rng(devices=[]):  # a model draws random weights before it loads its own
+            return load_features(self.config.features, self.domain.device, self.domain.diffusion.info.name)
 
     @torch.no_grad()
     def evaluate(self, seen: Sequence[int], joint: bool = False) -> dict[str, list[float | int | None]]:

@@ -94,9 +94,14 @@ class Diffusion:
             prediction_type=scheduler.config.prediction_type,
         )
 
+    @property
+    def text_length(self) -> int:
+        """L, tokens of a prompt with start and end."""
+        return int(min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings))
+
     def token_ids(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (N, L) of the prompts, padded; UserError when a prompt does not fit the text encoder."""
-        length = min(self.tokenizer.model_max_length, self.text_encoder.config.max_position_embeddings)
+        length = self.text_length
         rows = self.tokenizer(list(prompts), padding="max_length", truncation=False, max_length=length).input_ids
         for prompt, row in zip(prompts, rows, strict=True):
             if len(row) > length:
@@ -110,7 +115,7 @@ class Diffusion:
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the scaled latents (N, C, h, w), float32, of pixels (N, 3, S, S) in [-1, 1]."""
+        """Mean and deviation of the scaled latents (N, C, h, w), float32, of pixels (N, 3, S, S) in [-1, 1]."""
         scale = self.vae.config.scaling_factor
         posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
         return posterior.mean.float() * scale, posterior.std.float() * scale
@@ -125,7 +130,9 @@ class Diffusion:
 
 def offline() -> bool:
     """Whether the hub must not be asked."""
-    return any(os.environ.get(k, "").lower() in ("1", "true", "yes", "on") for k in ("HF_HUB_OFFLINE", "DUALCL_OFFLINE"))
+    return any(
+        os.environ.get(k, "").lower() in ("1", "true", "yes", "on") for k in ("HF_HUB_OFFLINE", "DUALCL_OFFLINE")
+    )
 
 
 def load_diffusion(config: BaseConfig, device: torch.device | str = "cpu") -> Diffusion:
@@ -156,13 +163,17 @@ def load_diffusion(config: BaseConfig, device: torch.device | str = "cpu") -> Di
         extra: dict[str, Any] = {}
         if part in ("text_encoder", "unet", "vae"):
             # the name of the argument changed between versions of the libraries, converting afterwards works in all
-            extra = {"use_safetensors": True, "variant": config.variant}
+            extra = {"use_safetensors": True, "variant": config.variant, "output_loading_info": True}
         try:
-            parts[part] = cls.from_pretrained(source, subfolder=part, **common, **extra)
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, EnvironmentError) as error:
+            loaded = cls.from_pretrained(source, subfolder=part, **common, **extra)
+        except Exception as error:  # each of the libraries raises kinds of its own
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            mend = "" if isinstance(source, Path) else "; give base.model a local directory, or allow the hub"
-            raise UserError(f"cannot load {part} of the model {config.model}: {first[:200]}{mend}") from None
+            raise _unusable(part, config.model, source, first[:200]) from None
+        parts[part] = loaded[0] if extra else loaded
+        # such weights would be random ones, and nobody told
+        if lacking := sorted(loaded[1]["missing_keys"]) if extra else []:
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            raise _unusable(part, config.model, source, f"its file lacks {lacking[0]}{more}")
     for part in ("text_encoder", "unet", "vae"):
         parts[part] = parts[part].to(dtype)
     _check_fit(parts, config.model)
@@ -171,6 +182,15 @@ def load_diffusion(config: BaseConfig, device: torch.device | str = "cpu") -> Di
     if config.gradient_checkpointing:
         parts["unet"].enable_gradient_checkpointing()
     return Diffusion(**parts, name=name, weights=weights, device=device)
+
+
+def _unusable(part: str, model: str, source: Path | str, reason: str) -> UserError:
+    """What is wrong with a part of a model, and the mend."""
+    mend = "save or download the model again"
+    if isinstance(source, str):
+        unset = ", or unset HF_HUB_OFFLINE and DUALCL_OFFLINE" if offline() else ""
+        mend = f"check the id, give base.model a local directory{unset}"
+    return UserError(f"cannot load {part} of the model {model}: {reason.rstrip('.')}; {mend}")
 
 
 def _locate(model: str, bundled: dict[str, Path]) -> tuple[Path | str, str, str]:
@@ -184,8 +204,8 @@ def _locate(model: str, bundled: dict[str, Path]) -> tuple[Path | str, str, str]
         raise UserError(f"base.model={model} is a file; give a directory in diffusers layout")
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise UserError(
-            f"base.model={model} is no directory; {nearest(model, bundled, 'bundled models')}, or give a hub id such as "
-            "CompVis/stable-diffusion-v1-4"
+            f"base.model={model} is no directory; {nearest(model, bundled, 'bundled models')}, or give a hub id such "
+            "as CompVis/stable-diffusion-v1-4"
         )
     return model, model, f"hub: {model}"
 
@@ -198,12 +218,15 @@ def _check_layout(source: Path | str, given: str) -> None:
     try:
         index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
     except ValueError:
-        raise UserError(f"{source / 'model_index.json'} is not valid JSON; save or download the model again") from None
-    missing = [p for p in PARTS if not (source / p).is_dir()]
-    if missing:
-        raise UserError(f"{given} lacks {', '.join(missing)}/; a Stable Diffusion directory has {', '.join(PARTS)}")
+        index = None
+    if not isinstance(index, dict):
+        raise UserError(f"{source / 'model_index.json'} is not valid JSON; save or download the model again")
     if "text_encoder_2" in index or "transformer" in index:
         raise UserError(f"{given} is a {index.get('_class_name')}; only Stable Diffusion 1.x and 2.x are supported")
+    missing = [p for p in PARTS if not (source / p).is_dir()]
+    if missing:
+        lacking = ", ".join(f"{p}/" for p in missing)
+        raise UserError(f"{given} lacks {lacking}; a Stable Diffusion directory has {', '.join(PARTS)}")
 
 
 def _check_fit(parts: dict[str, Any], given: str) -> None:
@@ -218,6 +241,8 @@ def _check_fit(parts: dict[str, Any], given: str) -> None:
             f"{given}: the U-Net attends to width {unet.cross_attention_dim}, the text encoder has {text.hidden_size}; "
             "the parts are of different models"
         )
+    if not isinstance(unet.sample_size, int):
+        raise UserError(f"{given}: unet/config.json must give sample_size as one number, not {unet.sample_size}")
     kind = parts["scheduler"].config.prediction_type
     if kind not in ("epsilon", "v_prediction"):
         raise UserError(f"{given}: prediction type {kind!r} is not supported; epsilon and v_prediction are")

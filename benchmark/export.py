@@ -323,7 +323,7 @@ def merged_unet(found: Learnt) -> Any:
 def write_merged(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
     """A whole model in diffusers layout: the tokenizer knows the concepts, the U-Net holds the updates."""
     diffusion = found.domain.diffusion
-    StableDiffusionPipeline(
+    pipeline: Any = StableDiffusionPipeline(
         vae=diffusion.vae,
         text_encoder=merged_text_encoder(found.domain),
         tokenizer=diffusion.tokenizer,
@@ -332,7 +332,8 @@ def write_merged(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    ).save_pretrained(out)
+    )
+    pipeline.save_pretrained(out)
 
 
 WRITERS: dict[str, Callable[[Learnt, Path, Mapping[str, Any]], None]] = {

@@ -162,7 +162,8 @@ def _open_export(path: Path, device: str, base: str | None, say: Say) -> Model:
     if kind == "merged":
         if base is not None:
             raise UserError(f"{path} is a whole model; leave out --base")
-        config = BaseConfig(model=str(path), weights_dtype=made_on["weights_dtype"])
+        # float32, for half precision would round the learnt projections
+        config = BaseConfig(model=str(path))
     elif base is not None or made_on["weights"] == "local directory":
         if base is None:
             raise UserError(

@@ -16,7 +16,7 @@ import dualcl.benchmark.compat  # noqa: F401 - before timm and transformers
 
 # isort: split
 import timm
-from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from dualcl.benchmark.backbones import bundled_backbones, bundled_diffusion
@@ -114,11 +114,14 @@ class ClipFeatures(ImageFeatures):
         common: dict[str, Any] = {} if local else {"local_files_only": offline()}
         transformers_logging.set_verbosity_error()
         try:
+            kind = CLIPConfig.get_config_dict(where, **common)[0].get("model_type")
+            if kind != "clip":  # a tower alone, say: the rest would be random
+                raise ValueError(f"its model type is {kind!r}, not 'clip'")
             processor: Any = CLIPImageProcessor.from_pretrained(where, **common)
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(where, **common)
             model: Any
             model, info = CLIPModel.from_pretrained(where, use_safetensors=True, output_loading_info=True, **common)
-            if info["missing_keys"]:  # an image or text model alone: the rest would be random
+            if info["missing_keys"]:
                 raise ValueError(f"its weights lack {min(info['missing_keys'])}")
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,7 @@ from dualcl.benchmark.sampling import sample
 from dualcl.benchmark.seeding import torch_generator
 from dualcl.datasets.image_folder import image_files
 from dualcl.datasets.loader import decode_image
-from dualcl.datasets.verify import cache_dir
+from dualcl.datasets.verify import cache_dir, why_unreadable
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,19 @@ def prior_images(diffusion: Diffusion, config: PriorConfig, noun: str) -> tuple[
     if cached is not None:
         return cached
     generators = [torch_generator(config.seed, "prior", noun, k) for k in range(config.n)]
-    images = sample(
-        diffusion,
-        [config.text(noun)] * config.n,
-        generators,
-        scheduler=config.scheduler,
-        steps=config.steps,
-        guidance=config.guidance,
-        batch_size=32,
-    )
+    dtype = diffusion.unet.conv_in.weight.dtype
+    half = dtype != torch.float32
+    # the precision of the weights, not that of the run that happens to be the first
+    with torch.autocast(diffusion.device.type, dtype=dtype if half else torch.bfloat16, enabled=half):
+        images = sample(
+            diffusion,
+            [config.text(noun)] * config.n,
+            generators,
+            scheduler=config.scheduler,
+            steps=config.steps,
+            guidance=config.guidance,
+            batch_size=32,
+        )
     _write(folder, images, config, noun)
     return images, _digest(images)
 
@@ -90,7 +94,7 @@ def _read(folder: Path) -> tuple[Tensor, str] | None:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         pixels = [np.array(Image.open(folder / f"{k:04d}.png").convert("RGB")) for k in range(manifest["n"])]
         images = torch.from_numpy(np.stack(pixels))
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError):  # Pillow raises the last for broken PNGs
         return None
     return (images, manifest["sha256"]) if _digest(images) == manifest["sha256"] else None
 
@@ -117,4 +121,7 @@ def _from_folder(root: Path, noun: str, size: int) -> Tensor:
     names = image_files(folder)
     if not names:
         raise UserError(f"prior.images: {folder} holds no images; add some, or set prior.images=generated")
+    for name in names:
+        if (reason := why_unreadable(folder / name)) is not None:
+            raise UserError(f"prior.images: {folder / name} cannot be read ({reason}); replace or remove it")
     return torch.stack([square(decode_image(folder / name), size) for name in names])

@@ -121,9 +121,10 @@ def plan_sweep(
 ) -> Sweep:
     """Checks the whole grid. Each point's runs go to `<out>/<method>/<key=value,...>/seed<k>`.
 
-    Hyper-parameters must not be chosen on what is reported: where the data set can hold out training images and the user
-    says nothing else, `data.holdout` is set; where it can leave out its first concepts, a sweep runs on the
-    `SWEEP_CONCEPTS` after them. No `select`: the domain's own measure of quality. Raises UserError for the first thing that is wrong, before anything runs.
+    Hyper-parameters must not be chosen on what is reported: where the data set can hold out training images and the
+    user says nothing else, `data.holdout` is set; where it can leave out its first concepts, a sweep runs on the
+    `SWEEP_CONCEPTS` after them. No `select`: the domain's own measure of quality. Raises UserError for the first
+    thing that is wrong, before anything runs.
     """
     if select is None:
         select = KINDS[domain_class(load_preset(preset).domain).matrix_kind].quality

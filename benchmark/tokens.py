@@ -22,8 +22,8 @@ def table_hash(table: Tensor) -> str:
 class ConceptTokens(nn.Module):
     """Stands in for the token embedding of a CLIP text encoder: the frozen table, then rows of concepts.
 
-    A concept has `n_tokens` rows (n_tokens, D) in float32, a Parameter of its own: no optimiser ever holds the table or an
-    earlier concept's rows, so neither gradients nor weight decay can reach them. With several tokens a placeholder
+    A concept has `n_tokens` rows (n_tokens, D) in float32, a Parameter of its own: no optimiser ever holds the table or
+    an earlier concept's rows, so neither gradients nor weight decay can reach them. With several tokens a placeholder
     `<c1>` stands for `<c1> <c1>_1 <c1>_2`, the convention of diffusers' `load_textual_inversion`.
     """
 
@@ -55,14 +55,16 @@ class ConceptTokens(nn.Module):
         if not len(self.rows):
             return base
         new = ids >= self.base_size
-        rows = torch.cat([r for r in self.rows])
+        rows = torch.cat(list(self.rows))
         learnt = F.embedding((ids - self.base_size).clamp(min=0), rows)
         return torch.where(new[..., None], learnt.to(base.dtype), base)
 
     def words(self, concept: int) -> list[str]:
         """The tokens of a concept, the placeholder first."""
-        name = self.placeholders[concept]
-        return [name, *(f"{name}_{i}" for i in range(1, self.n_tokens))]
+        return self._names(self.placeholders[concept])
+
+    def _names(self, placeholder: str) -> list[str]:
+        return [placeholder, *(f"{placeholder}_{i}" for i in range(1, self.n_tokens))]
 
     def add(
         self,
@@ -76,19 +78,18 @@ class ConceptTokens(nn.Module):
         """Adds a concept's tokens and returns their rows, shape (n_tokens, D).
 
         Random rows are normal with the table's mean and standard deviation, per dimension. A placeholder that the
-        vocabulary has is renamed (`<c1>` to `<c1-2>`), or refused with `rename=False`. Raises UserError also when `word`
-        is not one token.
+        vocabulary has is renamed (`<c1>` to `<c1-2>`), or refused with `rename=False`. Raises UserError also when
+        `word` is not one token.
         """
-        vocabulary = self.tokenizer.get_vocab()
+        if not rename:
+            self.check_free(placeholder)
         name, tried = placeholder, 1
-        while any(w in vocabulary for w in [name, *(f"{name}_{i}" for i in range(1, self.n_tokens))]):
-            if not rename:
-                raise UserError(f"the vocabulary has {name!r} already; choose another concept.placeholder")
+        while self._taken(name):
             tried += 1
             name = re.sub(r">?$", f"-{tried}>" if placeholder.endswith(">") else f"-{tried}", placeholder, count=1)
         table = self.base.weight.detach().float()[: self.base_size]
         if init == "word":
-            start = table[self._word_id(word)].repeat(self.n_tokens, 1)
+            start = table[self.word_id(word)].repeat(self.n_tokens, 1)
         else:
             noise = torch.empty(self.n_tokens, table.shape[1]).normal_(generator=generator).to(table.device)
             start = table.mean(0) + table.std(0) * noise
@@ -100,13 +101,25 @@ class ConceptTokens(nn.Module):
             raise UserError(f"the tokenizer did not take {', '.join(words)}; choose another concept.placeholder")
         return rows
 
-    def _word_id(self, word: str) -> int:
+    def check_free(self, placeholder: str) -> None:
+        """Raises UserError when the vocabulary has the placeholder."""
+        if self._taken(placeholder):
+            raise UserError(f"the vocabulary has {placeholder!r} already; choose another concept.placeholder")
+
+    def _taken(self, placeholder: str) -> bool:
+        vocabulary = self.tokenizer.get_vocab()
+        # a whole word is there in lower case, with its end marked
+        return any(w in vocabulary or f"{w.lower()}</w>" in vocabulary for w in self._names(placeholder))
+
+    def word_id(self, word: str) -> int:
+        """Token id of a word; UserError when it is not one token of the pretrained vocabulary."""
         if not word:
             raise UserError("concept.init=word needs a class noun of every concept; give one, or concept.init=random")
         ids = self.tokenizer(word, add_special_tokens=False).input_ids
-        if len(ids) != 1:
+        if len(ids) != 1 or ids[0] >= self.base_size:
             raise UserError(
-                f"concept.init=word: {word!r} is {len(ids)} tokens of this model, not one; choose another word, or random"
+                f"concept.init=word: {word!r} is {len(ids)} tokens of this model, not one of its words; choose another "
+                "noun, or concept.init=random"
             )
         return int(ids[0])
 
@@ -115,12 +128,18 @@ class ConceptTokens(nn.Module):
         if self.n_tokens == 1:
             return prompt
         for concept, name in enumerate(self.placeholders):
-            prompt = re.sub(re.escape(name) + r"(?!_\d)", " ".join(self.words(concept)), prompt)
+            words = " ".join(self.words(concept))
+            prompt = self._pattern(name).sub(lambda _, words=words: words, prompt)  # type: ignore[misc]
         return prompt
 
     def used(self, prompt: str) -> list[int]:
         """Concepts whose placeholder the prompt holds."""
-        return [i for i, name in enumerate(self.placeholders) if re.search(re.escape(name) + r"(?!\w)", prompt)]
+        return [i for i, name in enumerate(self.placeholders) if self._pattern(name).search(prompt)]
+
+    @staticmethod
+    def _pattern(placeholder: str) -> re.Pattern[str]:
+        """Where a prompt holds the placeholder: not in its further tokens, nor in `sks10` that of `sks1`."""
+        return re.compile(re.escape(placeholder) + (r"(?!\w)" if placeholder[-1].isalnum() else r"(?!_\d)"))
 
     def check_table(self) -> None:
         """Raises RuntimeError when a bit of the pretrained table has changed."""

@@ -108,9 +108,8 @@ class ConceptFolder:
             words = read_words(Path(config.prompts).expanduser(), there, words)
         words = {folder: words.get(folder, Words()) for folder in folders}
         words = {folder: w if w.noun else replace(w, noun=config.noun.strip()) for folder, w in words.items()}
-        return photo_concepts(
-            cls.name, root, folder_files(root, folders), words, config, f"concept-folder:{len(folders)}"
-        )
+        split_name = f"concept-folder:{len(folders)}"
+        return photo_concepts(cls.name, root, folder_files(root, folders), words, config, split_name)
 
 
 def chosen_folders(key: str, chosen: Sequence[str] | None, there: Sequence[str], root: Path) -> list[str]:
@@ -125,6 +124,12 @@ def chosen_folders(key: str, chosen: Sequence[str] | None, there: Sequence[str],
         if list(chosen).count(name) > 1:
             raise UserError(f"{key} names {name!r} twice; name each folder once")
     return list(chosen)
+
+
+def check_numbers(key: str, numbers: Sequence[int] | None) -> None:
+    """UserError unless `numbers` is None or names at least one thing, each once."""
+    if numbers is not None and (not numbers or len(set(numbers)) < len(numbers)):
+        raise UserError(f"{key} must name at least one number and each once, got {list(numbers)}")
 
 
 def folder_files(root: Path, folders: Sequence[str]) -> dict[str, list[str]]:
@@ -143,7 +148,6 @@ def photo_concepts(
     words: Mapping[str, Words],
     config: PhotosConfig,
     split_name: str,
-    facts: Mapping[str, Any] | None = None,
 ) -> ConceptData:
     """ConceptData of {concept: images below `root`}, all of them decoded once; see `PhotosConfig` for what is refused.
 
@@ -187,7 +191,6 @@ def photo_concepts(
             "shortest_side": sides,
             "images_sha256": digest.hexdigest(),
             "warnings": warnings,
-            **(facts or {}),
         },
     )
 
@@ -200,10 +203,10 @@ def _shorter_side(path: Path) -> int:
 def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot read {path} ({getattr(error, 'strerror', None) or error}); give a text file"
-        ) from error
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); give a text file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path} (it is not UTF-8); save it as a text file in UTF-8") from error
 
 
 def read_words(path: Path, concepts: Sequence[str], known: Mapping[str, Words]) -> dict[str, Words]:
@@ -212,29 +215,32 @@ def read_words(path: Path, concepts: Sequence[str], known: Mapping[str, Words]) 
     if not isinstance(content, dict):
         raise UserError(f"{path} must be a mapping such as {{dog: {{noun: dog, prompts: [a photo of {TOKEN}]}}}}")
     out = dict(known)
-    for concept, given in content.items():
+    for key, given in content.items():
+        concept = str(key)
         if concept not in concepts:
-            raise UserError(f"{path}: there is no concept folder {str(concept)!r}; {nearest(str(concept), concepts)}")
+            raise UserError(f"{path}: there is no concept folder {concept!r}; {nearest(concept, concepts)}")
         if not isinstance(given, dict):
             raise UserError(f"{path}: {concept} must have keys such as noun and prompts, got {given!r}")
-        fields: dict[str, Any] = {}
-        for key, value in given.items():
-            if key == "noun" and isinstance(value, str):
-                fields[key] = value.strip()
-            elif key in ("prompts", "eval_prompts"):
-                templates = [value] if isinstance(value, str) else value
-                if not isinstance(templates, list) or not all(isinstance(t, str) for t in templates):
-                    raise UserError(f"{path}: {key} of {concept} must be a list of prompts, got {value!r}")
-                for template in templates:
-                    check_template(template, f"{path}, {key} of {concept}")
-                fields[key] = tuple(templates)
-            elif key == "noun":
-                raise UserError(f"{path}: noun of {concept} must be text, got {value!r}")
-            else:
-                hint = nearest(str(key), ("noun", "prompts", "eval_prompts"), "keys")
-                raise UserError(f"{path}: unknown key {str(key)!r} of {concept}; {hint}")
+        fields: dict[str, Any] = {str(name): _word(path, concept, str(name), value) for name, value in given.items()}
         out[concept] = replace(out.get(concept, Words()), **fields)
     return out
+
+
+def _word(path: Path, concept: str, key: str, value: Any) -> str | tuple[str, ...]:
+    """The value of a key of a concept, checked."""
+    if key == "noun":
+        if not isinstance(value, str):
+            raise UserError(f"{path}: noun of {concept} must be text, got {value!r}")
+        return value.strip()
+    if key not in ("prompts", "eval_prompts"):
+        hint = nearest(key, ("noun", "prompts", "eval_prompts"), "keys")
+        raise UserError(f"{path}: unknown key {key!r} of {concept}; {hint}")
+    templates = [value] if isinstance(value, str) else value
+    if not isinstance(templates, list) or not all(isinstance(t, str) for t in templates):
+        raise UserError(f"{path}: {key} of {concept} must be a list of prompts, got {value!r}")
+    for template in templates:
+        check_template(template, f"{path}, {key} of {concept}")
+    return tuple(templates)
 
 
 def read_classes(path: Path, scenes: bool = False) -> dict[str, Words]:

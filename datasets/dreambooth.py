@@ -82,9 +82,7 @@ class DreamBoothSubjects:
             extract_tar(archive, unpacked, max_bytes=2 * 2**30, max_files=10_000)
             found = sorted(unpacked.glob("*/dataset"))
             if not found:
-                raise UserError(
-                    f"{archive} is not the DreamBooth archive (it has no folder dataset); remove it and run again"
-                )
+                raise UserError(f"{archive} has no folder dataset, so it is not DreamBooth's; remove it and run again")
             root.mkdir(parents=True, exist_ok=True)
             for entry in sorted(found[0].iterdir()):
                 # a folder of an earlier, unfinished unpacking

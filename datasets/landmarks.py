@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 from urllib.error import HTTPError
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from dualcl.benchmark.config import positive
 from dualcl.benchmark.errors import UserError
@@ -29,6 +29,8 @@ ADDRESSES, CATEGORIES, CLEAN = "train.csv", "train_label_to_category.csv", "trai
 #: what `prepare` has chosen and fetched
 CHOICE = "concepts.json"
 FALLS = re.compile(r"\b(water)?falls?\b", re.IGNORECASE)
+#: as images are called; what is not called so must not become a path
+IMAGE_NAME = re.compile(r"[0-9a-z]{3,64}")
 #: landmarks looked at per one that is wanted, as images vanish from the web
 CANDIDATES = 4
 
@@ -107,7 +109,10 @@ class Landmarks:
         for name in (CATEGORIES, CLEAN, ADDRESSES):
             download(f"{METADATA_URL}/{name}", root / name, None)
         categories = {int(row["landmark_id"]): _category(row["category"]) for row in _table(root / CATEGORIES)}
-        clean = {int(row["landmark_id"]): row["images"].split() for row in _table(root / CLEAN)}
+        clean = {
+            int(row["landmark_id"]): [image for image in row["images"].split() if IMAGE_NAME.fullmatch(image)]
+            for row in _table(root / CLEAN)
+        }
         if config.landmarks is None:
             falls = [n for n, c in categories.items() if FALLS.search(c) and len(clean.get(n, ())) >= config.min_images]
             candidates = sorted(falls, key=lambda n: (-len(clean[n]), n))[: CANDIDATES * config.concepts]
@@ -164,11 +169,14 @@ def _category(address: str) -> str:
 def _table(path: Path) -> Iterator[dict[str, str]]:
     """Rows of one of the metadata files; UserError when it is damaged."""
     columns = {ADDRESSES: ("id", "url"), CATEGORIES: ("landmark_id", "category"), CLEAN: ("landmark_id", "images")}
+    csv.field_size_limit(2**24)  # the images of one landmark are one field
     try:
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 if any(row.get(column) is None for column in columns[path.name]):
                     raise ValueError(f"a row lacks {' or '.join(columns[path.name])}")
+                if not row.get("landmark_id", "0").isdigit():
+                    raise ValueError(f"the landmark {row['landmark_id'][:40]!r} is no number")
                 yield row
     except (OSError, ValueError, csv.Error) as error:
         raise UserError(f"{path} is damaged ({error}); remove it and run again") from error
@@ -194,16 +202,17 @@ def _fetch_landmark(
 
 
 def _fetch_image(path: Path, address: str | None) -> bool:
-    """Whether the image is there and can be decoded, now; what cannot be decoded is removed."""
-    if not path.is_file():
-        if address is None:
+    """Fetches the image unless it is there; whether it is now, and can be decoded."""
+    if path.is_file():
+        return why_unreadable(path) is None
+    if address is None or urlsplit(address).scheme not in ("http", "https"):
+        return False
+    try:
+        download(address, path, None)
+    except UserError as error:
+        if isinstance(error.__cause__, HTTPError) and error.__cause__.code in (404, 410):
             return False
-        try:
-            download(address, path, None)
-        except UserError as error:
-            if isinstance(error.__cause__, HTTPError) and error.__cause__.code in (404, 410):
-                return False
-            raise
+        raise
     if why_unreadable(path) is not None:
         path.unlink()
         return False

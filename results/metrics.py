@@ -404,6 +404,8 @@ COST = ("N_train", "N_store", "time_s", "peak_mib")
 class Curve:
     """A quantity that is followed over the tasks: the mean of a row of its cells after every task."""
 
+    heading: str
+    #: of the axis
     title: str
     cells: Callable[[Mapping[str, Any], int], Grid]
     #: the metric that the last point is, where joint training has one to draw as a line
@@ -457,7 +459,7 @@ KINDS: dict[str, MatrixKind] = {
         cell_title="accuracy [%]",
         cell_range=(0.0, 100.0),
         higher_is_better=True,
-        curves=(Curve("accuracy [%]", accuracies, "A_last"),),
+        curves=(Curve("after every task", "accuracy [%], mean over tasks so far", accuracies, "A_last"),),
         row_fields=("correct", "total"),
         compute=_accuracy_metrics,
         cells=accuracies,
@@ -484,8 +486,18 @@ KINDS: dict[str, MatrixKind] = {
         cell_range=None,
         higher_is_better=False,
         curves=(
-            Curve("MMD to the real images × 10³", distances, "A_mmd"),
-            Curve("MMD to the images right after learning × 10³", drifts, "F_mmd"),
+            Curve(
+                "distance to the real images",
+                "MMD to the real images × 10³,\nmean over concepts so far",
+                distances,
+                "A_mmd",
+            ),
+            Curve(
+                "drift since learning",
+                "MMD to the images right after learning × 10³,\nmean over earlier concepts",
+                drifts,
+                "F_mmd",
+            ),
         ),
         row_fields=_MMD_FIELDS,
         compute=_mmd_metrics,

@@ -88,7 +88,7 @@ def _known(group: Sequence[Record], metric: str) -> list[float]:
 def _title(records: Sequence[Record], what: str) -> str:
     counts = sorted({len(group) for group in _by_label(records).values()})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"{_shown(records[0].preset, 60)}: {what} ({seeds} seed{'' if counts == [1] else 's'})"
+    return f"{_shown(records[0].table, 60)}: {what} ({seeds} seed{'' if counts == [1] else 's'})"
 
 
 def _joint_lines(axes: Any, records: Sequence[Record], metric: str) -> list[Any]:
@@ -155,8 +155,8 @@ def _curves(records: Sequence[Record], curve: Curve) -> Figure | None:
         axes = figure.subplots()
         handles = _joint_lines(axes, records, curve.metric)
         handles += _draw_lines(axes, series, styles(records))
-        axes.set(xlabel=f"{kind.item}s learnt", ylabel=f"{curve.title}, mean over {kind.item}s so far")
-        axes.set_title(_title(records, f"after every {kind.item}"), loc="left")
+        axes.set(xlabel=f"{kind.item}s learnt", ylabel=curve.title)
+        axes.set_title(_title(records, curve.heading), loc="left")
         figure.legend(handles=handles, loc="outside right upper", handlelength=3.2)
     return figure
 
@@ -239,7 +239,13 @@ def heat_maps(records: Sequence[Record]) -> Figure | None:
         figure.supxlabel(f"{kind.item} tested", fontsize=9)
         figure.supylabel(f"after {kind.item}", fontsize=9)
         figure.suptitle(_title(records, kind.cell_title), fontsize=10, x=0.01, ha="left")
-        figure.colorbar(image, ax=grid, shrink=min(1.0, 0.75 if rows > 1 else 0.9), aspect=30, label=kind.cell_title)
+        figure.colorbar(
+            image,
+            ax=grid,
+            shrink=min(1.0, 0.75 if rows > 1 else 0.9),
+            aspect=30,
+            label=kind.cell_title + ("" if kind.higher_is_better else " (lower is better)"),
+        )
     return figure
 
 

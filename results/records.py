@@ -71,8 +71,13 @@ class Record:
         return str(self.data["run"]["preset"])
 
     @property
+    def table(self) -> str:
+        """The preset in whose table the run appears: its own, or that of which it is an ablation."""
+        return str(self.data["run"].get("table") or self.preset)
+
+    @property
     def label(self) -> str:
-        """What the run is called in tables: the method, and settings where a sweep varies them."""
+        """What the run is called in tables: the method, an ablation's name, settings where a sweep varies them."""
         return str(self.data["run"]["label"])
 
     @property
@@ -250,6 +255,7 @@ def run_row(record: Record) -> dict[str, Any]:
     measuring = identity["eval"] if isinstance(identity.get("eval"), Mapping) else {}
     return {
         "preset": record.preset,
+        "table": record.table,
         "domain": data["run"]["domain"],
         "method": data["run"]["method"],
         "label": record.label,

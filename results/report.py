@@ -347,7 +347,7 @@ def _html(summary: Summary, pictures: Mapping[tuple[int, str], bytes], found: Se
     parts.append("</section><section><h2>Where every number comes from</h2>")
     for table in summary.tables:
         parts.append(f"<h3>{_e(table.preset)}</h3>")
-        parts += [_html_run(r) for r in summary.records if r.preset == table.preset and r.kind is table.kind]
+        parts += [_html_run(r) for r in summary.records if r.table == table.preset and r.kind is table.kind]
     return "\n".join([*parts, "</section></body></html>", ""])
 
 

@@ -220,7 +220,7 @@ def _lines(text: str, font: Any, width: float, most: int) -> list[str]:
             n = blank
         lines.append(text[:n].rstrip())
         text = text[n:].lstrip()
-    if text:
+    if text and lines:
         last = lines[-1]
         while last and font.getlength(last + "…") > width:
             last = last[:-1]

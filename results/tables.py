@@ -156,7 +156,7 @@ def _without_copies(records: Sequence[Record]) -> tuple[list[Record], list[str]]
             continue
         if comparable(earlier) != comparable(record):
             raise UserError(
-                f"{_name(record)} on {record.preset} is there twice with different results: "
+                f"{_name(record)} on {record.table} is there twice with different results: "
                 f"{earlier.directory} and {record.directory}; report only one of the two directories"
             )
         warnings.append(f"{_name(record)} is there twice, with equal results; {record.directory} is left out")
@@ -262,11 +262,11 @@ def _measured(records: Sequence[Record]) -> str:
 
 
 def make_table(records: Sequence[Record], *, allow_mixed: bool = False) -> Table:
-    """The table of one data stream (records of one preset, at least one; see `tell_apart` for sweeps).
+    """The table of one data stream (records of one preset and its ablations, at least one; see `tell_apart`).
 
     Raises UserError when finished runs differ in what must agree, unless `allow_mixed`.
     """
-    preset = records[0].preset
+    preset = records[0].table
     finished, warnings = _without_copies([r for r in records if r.finished])
     conflicts = _identity_conflicts(finished)
     if conflicts and not allow_mixed:
@@ -321,7 +321,7 @@ def summarise(dirs: Iterable[str | os.PathLike[str]], *, allow_mixed: bool = Fal
     streams: dict[tuple[int, str], list[Record]] = {}
     for record in records:
         place = list(KINDS).index(record.data["matrix"]["kind"])
-        streams.setdefault((place, record.preset), []).append(record)
+        streams.setdefault((place, record.table), []).append(record)
     ordered = [tell_apart(streams[key]) for key in sorted(streams)]
     tables = [make_table(stream, allow_mixed=allow_mixed) for stream in ordered]
     return Summary(tables, [r for stream in ordered for r in stream], [f"left out: {p}" for p in problems])

@@ -25,7 +25,7 @@ from dualcl.benchmark.sampling import sample
 from dualcl.benchmark.seeding import torch_generator
 from dualcl.benchmark.tokens import ConceptTokens
 from dualcl.datasets import dataset_class
-from dualcl.datasets.concepts import ConceptData, ConceptStream, make_concept_stream
+from dualcl.datasets.concepts import Concept, ConceptData, ConceptStream, check_template, make_concept_stream
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,7 @@ class ConceptConfig:
 
     def __post_init__(self) -> None:
         positive("concept.n_tokens", self.n_tokens)
-        if "{token}" not in self.prompt:
-            raise UserError(f"concept.prompt must hold {{token}}, got {self.prompt!r}")
+        check_template(self.prompt, "concept.prompt")
         if "{number}" not in self.placeholder or any(c.isspace() for c in self.placeholder):
             raise UserError(f"concept.placeholder must hold {{number}} and no space, got {self.placeholder!r}")
 
@@ -205,11 +204,11 @@ class Customization(Domain):
             concept = self.stream.concepts[index]
             config = self.concept_config
             rows = self.tokens.add(
-                config.placeholder.replace("{number}", str(index + 1)),
+                self._wanted_placeholder(index),
                 config.init,
                 concept.noun,
                 torch_generator(self.seed, "token", index),
-                rename=config.placeholder == ConceptConfig.placeholder,
+                rename=self._renames,
             )
             self._begun += 1
             new.append(rows)
@@ -230,7 +229,7 @@ class Customization(Domain):
             self._older = {j: r.detach().clone() for j, r in enumerate(self.tokens.rows) if j != self._current}
 
     def check_tokens(self) -> None:
-        """Raises RuntimeError unless the pretrained table and all earlier concepts' rows are as they were, bit for bit."""
+        """Raises RuntimeError unless the pretrained table and earlier concepts' rows are as they were, bit for bit."""
         self.tokens.check_table()
         for j, kept in self._older.items():
             if not torch.equal(kept, self.tokens.rows[j]):
@@ -271,13 +270,48 @@ class Customization(Domain):
         return tuple(self.tokens.expand(self.fill(t, task)) for t in templates)
 
     def _check_prompts(self) -> None:
-        for concept in self.stream.concepts:
-            for template in (*concept.prompts, *concept.eval_prompts):
-                if "{token}" not in template:
-                    raise UserError(f"a prompt of concept {concept.name!r} lacks {{token}}: {template!r}")
-            if not concept.noun and (self.concept_config.class_noun or self.concept_config.init == "word"):
-                key = "concept.class_noun=true" if self.concept_config.class_noun else "concept.init=word"
-                raise UserError(f"{key} needs a class noun, concept {concept.name!r} has none; name it in the prompts file")
+        """Raises UserError for whatever would stop a later concept, before the first one is trained."""
+        config, evaluation = self.concept_config, self.resolved.section("eval", EvalConfig)
+        timesteps = self.diffusion.scheduler.config.num_train_timesteps
+        if evaluation.steps >= timesteps:
+            raise UserError(f"eval.steps must be below the {timesteps} steps of the model, got {evaluation.steps}")
+        self.diffusion.token_ids([evaluation.negative_prompt])
+        for index, concept in enumerate(self.stream.concepts):
+            templates = (*(concept.prompts or (config.prompt,)), *(concept.eval_prompts or (evaluation.prompt,)))
+            if not concept.noun:
+                asking = ["concept.class_noun=true"] if config.class_noun else []
+                asking += ["concept.init=word"] if config.init == "word" else []
+                asking += [f"the prompt {t!r}" for t in templates if "{noun}" in t]
+                if asking:
+                    raise UserError(
+                        f"{asking[0]} needs a class noun, concept {concept.name!r} has none; name it in the file of "
+                        "data.prompts, or one for all with data.noun"
+                    )
+            if config.init == "word":
+                self.tokens.word_id(concept.noun)
+            if not self._renames:
+                self.tokens.check_free(self._wanted_placeholder(index))
+            for template in templates:
+                self._check_length(template, concept)
+
+    def _check_length(self, template: str, concept: Concept) -> None:
+        n_tokens, length = self.concept_config.n_tokens, self.diffusion.text_length
+        noun = f" {concept.noun} " if self.concept_config.class_noun and "{noun}" not in template else " "
+        words = template.replace("{token}", noun).replace("{noun}", concept.noun)
+        size = len(self.diffusion.tokenizer(words).input_ids) + n_tokens * template.count("{token}")
+        if size > length:
+            raise UserError(
+                f"the prompt {template!r} has {size} tokens for concept {concept.name!r}, the model takes {length}; "
+                f"shorten it, or lower concept.n_tokens={n_tokens}"
+            )
+
+    def _wanted_placeholder(self, task: int) -> str:
+        return self.concept_config.placeholder.replace("{number}", str(task + 1))
+
+    @property
+    def _renames(self) -> bool:
+        """Whether a placeholder that is taken may be changed: only where the user chose none."""
+        return self.concept_config.placeholder == ConceptConfig.placeholder
 
     # --- training data ----------------------------------------------------------------------------------------------
 
@@ -327,7 +361,7 @@ class Customization(Domain):
         return math.ceil(self._size(task) / train.batch_size)
 
     def batches(self, task: int | None, start_step: int) -> Iterator[ConceptBatch]:
-        """Training batches from optimiser step `start_step` on; noise and timesteps are a function of (seed, task, step)."""
+        """Training batches from optimiser step `start_step` on, noise and timesteps by (seed, task, step)."""
         steps = self.steps_per_epoch(task) * self.resolved.train.epochs
         entries = self._training_entries(task)
         number = -1 if task is None else task
@@ -428,7 +462,7 @@ class Customization(Domain):
 
     @torch.no_grad()
     def concept_inputs(self, task: int) -> Tensor:
-        """Text features (n, D) float32 of the concept's first training prompt: what K and V get, start token left out."""
+        """Text features (n, D) float32 of the concept's first training prompt, without those of start and end."""
         ids = self.diffusion.token_ids(self.training_prompts(task)[:1])
         return self._features(ids)
 
@@ -517,7 +551,9 @@ class Customization(Domain):
         """Mean distance to the photographs and drift of the concepts so far."""
         near = [v for v in row["mmd"] if v is not None]
         drift = [v for v in row["drift"][:-1] if v is not None]
-        text = f"MMD x 1e3 to the photographs {1e3 * sum(near) / len(near):.1f} over {len(near)}" if near else "no images"
+        if not near:
+            return "no images"
+        text = f"MMD x 1e3 to the photographs {1e3 * sum(near) / len(near):.1f} over {len(near)}"
         return text + (f", drift {1e3 * sum(drift) / len(drift):.1f}" if drift else "")
 
 

@@ -82,7 +82,7 @@ def test_growth_is_seen_where_there_is_some() -> None:
 
 
 def test_step_at_task_2_pays_the_penalty_of_clora() -> None:
-    from dualcl.benchmark.bench_step import _Task, noise
+    from dualcl.benchmark.bench_step import TaskSteps, noise
     from dualcl.benchmark.domains.classification import Classification
     from dualcl.benchmark.environment import pick_device
     from dualcl.benchmark.progress import Reporter
@@ -94,12 +94,12 @@ def test_step_at_task_2_pays_the_penalty_of_clora() -> None:
     domain = Classification(resolved, pick_device("cpu"), noise(bench.PLANNED_TASKS, 4, 4, 32))
     run = Run(resolved, RunFolder(Path("bench")), Reporter(quiet=True), domain)
     for index in range(job.tasks[-1] - 1):
-        task = _Task(run, index)
+        task = TaskSteps(run, index)
         assert run.method.penalty() is None
         task.step()
         task.step()
         task.end()
-    task = _Task(run, job.tasks[-1] - 1)
+    task = TaskSteps(run, job.tasks[-1] - 1)
     task.step()
     task.step()
     penalty = run.method.penalty()

@@ -114,7 +114,7 @@ def test_an_image_does_not_depend_on_its_batch(diffusion, scheduler):
     together = images(diffusion, prompts, scheduler=scheduler, batch_size=5)
     alone = images(diffusion, prompts, scheduler=scheduler, batch_size=1)
     assert apart(together, alone) <= 1
-    assert apart(together[0], together[3]) > 10  # the same prompt, another seed
+    assert apart(together[0], together[3]) > 3  # the same prompt, another seed
     assert apart(images(diffusion, prompts[3:], first=3, scheduler=scheduler), together[3:]) <= 1
 
 

@@ -1,4 +1,4 @@
-"""A small text-to-image model in memory, a preset of three concepts, and runs on them without loading anything again."""
+"""A small text-to-image model in memory, a preset of three concepts, and runs on copies of that model."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def concepts_preset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def concepts(concepts_preset: str, small_diffusion: Any) -> Callable[..., Any]:
-    """concepts(method, folder, *assignments, kind=Run) -> a run on a fresh copy of the small model, not yet executed."""
+    """concepts(method, folder, *assignments, kind=Run) -> a run on a fresh copy of the small model, not begun yet."""
     from dualcl.benchmark.config import resolve
     from dualcl.benchmark.domains.customization import Customization
     from dualcl.benchmark.progress import Reporter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -220,16 +221,17 @@ def save_png(path: Path, image: Image.Image, **text: str) -> None:
 def write_samples(folder: Path, data: dict[str, Any], size: int = SIZE) -> None:
     """The images that a run with this record would have kept; the larger the drift, the more they look like others."""
     names = data["network"]["concepts"]
+    slugs = [f"{j + 1}_{re.sub('[^a-z0-9]+', '-', name)}" for j, name in enumerate(names)]
     for row in data["matrix"]["rows"]:
         for j, n in enumerate(row["generated"]):
             away = 8 * (row["drift"][j] or 0.0)
             for k in range(n or 0):
-                place = folder / f"samples/after_{row['after_task'] + 1}/{j + 1}_{names[j].replace(' ', '-')}"
+                place = folder / f"samples/after_{row['after_task'] + 1}/{slugs[j]}"
                 text = {"prompt": f"a photo of <c{j + 1}>", "seed": str(1000 * j + k), "concept": names[j]}
                 save_png(place / f"{k}.png", drawing(j, k, away, size), **text, after_task=str(row["after_task"] + 1))
     for j, name in enumerate(names):
         for k in range(4):
-            path = folder / f"samples/real/{j + 1}_{name.replace(' ', '-')}/{k}.png"
+            path = folder / f"samples/real/{slugs[j]}/{k}.png"
             save_png(path, drawing(j, k + 5, size=size), concept=name)
 
 

@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dualcl.results.metrics import (
@@ -14,15 +14,33 @@ from dualcl.results.metrics import (
     a_avg,
     a_last,
     a_last_weighted,
+    a_mmd,
     accuracies,
     bwt,
+    concept_accuracy,
+    concept_accuracy_last,
     cost_metrics,
+    distances,
+    drifts,
     f_max,
+    f_mmd,
     f_step,
+    image_similarity,
     plasticity,
     run_metrics,
+    text_similarity,
 )
 
+CONCEPTS = (
+    "A_mmd",
+    "F_mmd",
+    "image_similarity",
+    "text_similarity",
+    "concept_accuracy",
+    "concept_accuracy_last",
+)
+#: a busy machine is no failure
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 ALL = ("A_last", "A_last_weighted", "A_avg", "F_step", "F_max", "BWT", "plasticity")
 # after 1: 90; after 2: 70 80; after 3: 60 50 100
 HAND = [[90.0], [70.0, 80.0], [60.0, 50.0, 100.0]]
@@ -103,6 +121,7 @@ def matrices(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
     return matrix({i: rows[i] for i in order}), n
 
 
+@PATIENT
 @given(matrices())
 def test_relations_that_hold_for_every_matrix(case: tuple[dict[str, Any], int]) -> None:
     recorded, n = case
@@ -130,6 +149,7 @@ def test_relations_that_hold_for_every_matrix(case: tuple[dict[str, Any], int]) 
     assert -100 <= forgotten <= 100
 
 
+@PATIENT
 @given(matrices())
 def test_two_tasks_leave_one_definition_of_forgetting(case: tuple[dict[str, Any], int]) -> None:
     recorded, n = case
@@ -139,6 +159,7 @@ def test_two_tasks_leave_one_definition_of_forgetting(case: tuple[dict[str, Any]
         assert -(bwt(acc) or 0) == pytest.approx(f_max(acc))
 
 
+@PATIENT
 @given(st.integers(1, 6), st.floats(0, 100))
 def test_a_constant_matrix_forgets_nothing(n: int, value: float) -> None:
     acc: list[list[float] | None] = [[value] * (i + 1) for i in range(n)]
@@ -161,10 +182,87 @@ def test_costs_are_percent_of_the_network_largest_task_and_last_store() -> None:
 
 
 def test_every_metric_has_a_title_a_direction_and_a_definition() -> None:
-    lower = {"F_step", "F_max", "N_train", "N_store", "time_s", "peak_mib"}
+    lower = {"F_step", "F_max", "A_mmd", "F_mmd", "N_train", "N_store", "time_s", "peak_mib"}
     assert {m.key for m in METRICS.values() if not m.higher_is_better} == lower
-    assert set(METRICS) == {*ALL, *COST}
+    assert set(METRICS) == {*ALL, *CONCEPTS, *COST}
     for kind in KINDS.values():
         assert set(kind.columns) | {kind.quality, kind.forgetting} <= set(METRICS)
+        assert METRICS[kind.quality].higher_is_better == kind.higher_is_better
+        assert {curve.metric for curve in kind.curves} <= set(METRICS)
     record = {"run": {"n_tasks": 1}, "matrix": matrix({0: [(1, 2)]})}
-    assert set(run_metrics(record)) == set(METRICS)
+    assert set(run_metrics(record)) == {*ALL, *COST}
+    record = {"run": {"n_tasks": 3}, "matrix": {"kind": "mmd", "rows": list(GENERATED.values())}}
+    assert set(run_metrics(record)) == {*CONCEPTS, *COST}
+
+
+# after concept 1; after 2, where concept 1 was passed over; after 3
+GENERATED: dict[int, dict[str, Any]] = {
+    0: {
+        "after_task": 0,
+        "mmd": [0.010],
+        "drift": [0.0],
+        "image_similarity": [0.9],
+        "text_similarity": [0.3],
+        "nearest_correct": [8],
+        "generated": [8],
+    },
+    1: {
+        "after_task": 1,
+        "mmd": [None, 0.020],
+        "drift": [None, 0.0],
+        "image_similarity": [None, 0.8],
+        "text_similarity": [None, 0.2],
+        "nearest_correct": [None, 5],
+        "generated": [None, 8],
+    },
+    2: {
+        "after_task": 2,
+        "mmd": [0.040, 0.030, 0.005],
+        "drift": [0.030, 0.010, 0.0],
+        "image_similarity": [0.6, 0.7, 0.95],
+        "text_similarity": [0.1, 0.2, 0.3],
+        "nearest_correct": [2, 4, 8],
+        "generated": [8, 8, 16],
+    },
+}
+
+
+def test_every_concept_metric_on_rows_worked_out_by_hand() -> None:
+    assert a_mmd(GENERATED, 3) == pytest.approx(1000 * (0.040 + 0.030 + 0.005) / 3)
+    assert f_mmd(GENERATED, 3) == pytest.approx(1000 * (0.030 + 0.010) / 2)  # the last concept had no time to drift
+    assert image_similarity(GENERATED, 3) == pytest.approx((0.6 + 0.7 + 0.95) / 3)
+    assert text_similarity(GENERATED, 3) == pytest.approx(0.2)
+    assert concept_accuracy(GENERATED, 3) == pytest.approx(100 * (8 + 5 + 8) / (8 + 8 + 16))
+    assert concept_accuracy_last(GENERATED, 3) == pytest.approx(100 * (2 + 4 + 8) / 32)
+    recorded = {"kind": "mmd", "rows": list(GENERATED.values())}
+    assert distances(recorded, 3) == [[10], [None, 20], [40, 30, 5]]
+    assert drifts(recorded, 3) == [[], [None], [30, 10]]
+    assert distances({"rows": [GENERATED[2]]}, 3) == [None, None, [40, 30, 5]]
+
+
+@pytest.mark.parametrize(
+    ("rows", "undefined"),
+    [
+        # joint training: a last row without drift
+        ({2: {**GENERATED[2], "drift": [None] * 3}}, {"F_mmd", "concept_accuracy"}),
+        # not yet at the end
+        ({0: GENERATED[0], 1: GENERATED[1]}, set(CONCEPTS)),
+        # features without a text part
+        ({**GENERATED, 2: {**GENERATED[2], "text_similarity": [None] * 3}}, {"text_similarity"}),
+    ],
+)
+def test_concept_metrics_without_their_values_are_undefined(
+    rows: dict[int, dict[str, Any]], undefined: set[str]
+) -> None:
+    metrics = KINDS["mmd"].compute({"kind": "mmd", "rows": list(rows.values())}, 3)
+    assert {key for key, value in metrics.items() if value is None} == undefined
+
+
+def test_one_concept_has_no_drift_and_none_to_be_mistaken_for() -> None:
+    metrics = KINDS["mmd"].compute({"kind": "mmd", "rows": [GENERATED[0]]}, 1)
+    assert {key for key, value in metrics.items() if value is None} == {
+        "F_mmd",
+        "concept_accuracy",
+        "concept_accuracy_last",
+    }
+    assert metrics["A_mmd"] == pytest.approx(10)

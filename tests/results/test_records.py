@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -72,6 +73,7 @@ def test_unusable_files_are_named_in_one_line(tmp_path: Path, text: str, word: s
         lambda d: d["matrix"]["rows"][1].pop("total"),
         lambda d: d["matrix"]["rows"][1]["correct"].append(3),
         lambda d: d["matrix"]["rows"][1]["correct"].__setitem__(0, "3"),
+        lambda d: d["matrix"]["rows"][1]["correct"].__setitem__(0, None),
         lambda d: d.update(tasks=None),
     ],
 )
@@ -79,6 +81,49 @@ def test_inconsistent_records_are_refused(write_run: WriteRun, edit: Callable[[d
     run = write_run(edit=edit)
     with pytest.raises(UserError, match="not a usable record"):
         load_record(run)
+
+
+#: every=0: all concepts are evaluated after the last one only
+SPARSE = ([[0.02], [None, 0.03], [0.09, 0.04, 0.02]], [[0.0], [None, 0.0], [0.08, 0.01, 0.0]])
+
+
+def test_concepts_that_were_passed_over_are_null(write_concept_run: WriteRun) -> None:
+    record = load_record(write_concept_run(*SPARSE))
+    assert record.cells() == [[20], [None, 30], [90, 40, 20]]
+    assert record.metrics["F_mmd"] == pytest.approx(45)
+    joint = load_record(write_concept_run([None, None, SPARSE[0][2]], None, label="joint", joint=True))
+    assert joint.metrics["A_mmd"] == pytest.approx(50)
+    assert joint.metrics["F_mmd"] is None
+    load_record(write_concept_run(text_similarity=False, label="wordless"))
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "values"),
+    [
+        (2, "mmd", [None, 0.04, 0.02]),  # the others are there
+        (2, "generated", [8, 8, None]),
+        (2, "nearest_correct", [8, 9, 8]),  # of 8
+        (1, "text_similarity", [0.2, 0.3]),  # of a concept that was passed over
+        (1, "drift", [0.1, 0.0]),
+        (2, "drift", [0.1, 0.0]),
+        (2, "mmd", [0.09, float("nan"), 0.02]),
+        (2, "image_similarity", ["0.1", 0.2, 0.3]),
+    ],
+)
+def test_nulls_and_counts_out_of_place_are_refused(
+    write_concept_run: WriteRun, row: int, field: str, values: list[Any]
+) -> None:
+    run = write_concept_run(*SPARSE, edit=lambda d: d["matrix"]["rows"][row].update({field: values}))
+    with pytest.raises(UserError, match="not a usable record"):
+        load_record(run)
+
+
+def test_concepts_must_be_evaluated_right_after_learning_and_at_the_end(write_concept_run: WriteRun) -> None:
+    for i, mmd in enumerate(([[0.02], [0.05, None]], [[0.02], [None, 0.03]])):
+        with pytest.raises(UserError, match="right after learning or after the last task"):
+            load_record(write_concept_run(mmd, None, [[8], [8, 8]], name=str(i)))
+    with pytest.raises(UserError, match="drift is there"):
+        load_record(write_concept_run([None, [0.1, 0.1]], [[0.0], [0.1, 0.0]], joint=True, label="joint"))
 
 
 def test_missing_places_say_what_to_give(tmp_path: Path) -> None:
@@ -135,6 +180,25 @@ def test_frame_has_one_row_per_run_with_all_metrics(write_run: WriteRun, tmp_pat
     assert list(table["seed"]) == [0, 1]
     assert table["F_max"][0] == pytest.approx(30)
     assert table["A_last"].isna().tolist() == [False, True]
+
+
+def test_rows_of_concept_runs_say_what_they_were_measured_with(write_concept_run: WriteRun, tmp_path: Path) -> None:
+    write_concept_run()
+    row = frame([tmp_path]).iloc[0]
+    found = [row[key] for key in ("backbone", "features", "kernel", "estimator", "eval_n", "eval_scheduler", "steps")]
+    assert found == ["glyph-diffusion", "glyph-vit", "poly2", "biased", 8, "ddim", 200]
+
+
+def test_the_published_records_still_give_the_published_numbers() -> None:
+    photos = Path(__file__).parents[2] / "results" / "photos"
+    with (photos / "runs.csv").open() as file:
+        published = {(row["label"], row["seed"]): row for row in csv.DictReader(file)}
+    found = find_records([photos / "records"])
+    assert len(found) == len(published) > 0
+    for record in found:
+        for key, value in record.metrics.items():
+            shown = published[record.label, str(record.seed)][key]
+            assert (pytest.approx(float(shown)) if shown else None) == value
 
 
 _BLOCKED = """

@@ -13,18 +13,22 @@ import pytest
 from dualcl.benchmark.errors import UserError
 from dualcl.results.plots import (
     PLOTS,
+    drift_curves,
     heat_maps,
     loss_curves,
     quality_curves,
     quality_forgetting,
     quality_storage,
     styles,
+    update_norms,
 )
 from dualcl.results.records import find_records, load_record
 from dualcl.results.report import build_report, command
 
 WriteRun = Callable[..., Path]
 
+#: plots of what classification records do not hold
+ELSEWHERE = {"drift", "updates"}
 LOG = [{"task": t, "step": s, "loss": 2.0 - s / 10} for t in range(3) for s in (0, 5, 10)]
 
 
@@ -42,7 +46,9 @@ def test_a_report_is_complete_and_readable(runs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out" / "deep"
     files = build_report([runs], out)
     assert [p.name for p in files.tables] == ["table.md", "table.csv", "table.tex"]
-    assert {p.name for p in files.plots} == {f"glyphs-{name}{s}" for name in PLOTS for s in (".png", ".svg")}
+    drawn = set(PLOTS) - ELSEWHERE
+    assert {p.name for p in files.plots} == {f"glyphs-{name}{s}" for name in drawn for s in (".png", ".svg")}
+    assert files.samples == []
     for path in files.plots:
         if path.suffix == ".png":
             assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -61,7 +67,7 @@ def test_the_page_needs_no_network_and_shows_all_runs(runs: Path, tmp_path: Path
     text = page.read_text(encoding="utf-8")
     assert set(re.findall(r'(?:src|href)="([^",]*)', text)) == {"data:image/svg+xml;base64"}
     pictures = re.findall(r'base64,([^"]*)"', text)
-    assert len(pictures) == len(PLOTS)
+    assert len(pictures) == len(set(PLOTS) - ELSEWHERE)
     assert ElementTree.fromstring(base64.b64decode(pictures[0])).tag.endswith("svg")
     assert text.count("<details><summary>clora, seed") == 3
     assert "dualcl run glyphs clora --seed 2 --set method.rank=8" in text
@@ -174,3 +180,72 @@ def test_sixteen_methods_are_told_apart_without_colour(write_run: WriteRun, tmp_
     look = styles(find_records([tmp_path]))
     assert len({(s.marker, str(s.line)) for s in look.values()}) == 16
     assert len({(s.colour, str(s.line)) for s in look.values()}) == 16
+
+
+def test_plots_of_concepts_show_the_recorded_numbers(write_concept_run: WriteRun, tmp_path: Path) -> None:
+    write_concept_run()
+    sparse = [[0.02], [None, 0.03], [0.09, 0.04, 0.02]], [[0.0], [None, 0.0], [0.06, 0.02, 0.0]]
+    for seed in (0, 1):
+        write_concept_run(*sparse, label="lora", method="lora", seed=seed)
+    write_concept_run([None, None, [0.01, 0.02, 0.03]], None, label="joint", method="joint", joint=True)
+    records = find_records([tmp_path])
+    curve = quality_curves(records)
+    assert curve is not None
+    lines = {line.get_label(): line for line in curve.axes[0].lines}
+    assert list(lines["clora"].get_ydata()) == pytest.approx([20, 40, 50])
+    assert list(lines["lora"].get_xdata()) == [1, 3]  # after concept 2 not all were evaluated
+    assert list(lines["joint (upper bound)"].get_ydata()) == pytest.approx([20, 20])
+    drift = drift_curves(records)
+    assert drift is not None
+    lines = {line.get_label(): line for line in drift.axes[0].lines}
+    assert list(lines["clora"].get_xdata()) == [2, 3]
+    assert list(lines["clora"].get_ydata()) == pytest.approx([40, 45])
+    assert list(lines["lora"].get_ydata()) == pytest.approx([40])
+    maps = heat_maps(records)
+    assert maps is not None
+    assert [text.get_text() for text in maps.axes[1].texts] == ["20.0", "30.0", "90.0", "40.0", "20.0"]
+    mesh = maps.axes[0].collections[0]
+    assert mesh.get_clim() == (0, pytest.approx(90))
+    near, far = mesh.get_cmap()(0.0), mesh.get_cmap()(1.0)
+    assert sum(near[:3]) > sum(far[:3])  # bright is better
+    scatter = quality_forgetting(records)
+    assert scatter is not None
+    points = {line.get_label(): line for line in scatter.axes[0].lines}
+    assert (points["clora"].get_xdata()[0], points["clora"].get_ydata()[0]) == pytest.approx((45, 50))
+    assert scatter.axes[0].patches[0].get_center() == (0, 0)  # both lower: the corner of the better is down left
+    sizes = update_norms(records)
+    assert sizes is not None
+    lines = {line.get_label(): line for line in sizes.axes[0].lines}
+    assert list(lines["clora"].get_ydata()) == [1, 2, 3]
+    assert [line.get_ydata()[-1] for line in sizes.axes[1].lines] == [4, 4]
+
+
+def test_the_better_corner_of_classification_is_up_left(runs: Path) -> None:
+    scatter = quality_forgetting(find_records([runs]))
+    assert scatter is not None
+    assert scatter.axes[0].patches[0].get_center() == (0, 1)
+
+
+def test_a_page_with_both_domains_has_a_part_for_each(
+    write_run: WriteRun, write_concept_run: WriteRun, tmp_path: Path
+) -> None:
+    write_run()
+    write_concept_run(log=LOG)
+    page = build_report([tmp_path / "runs"], tmp_path / "out", ["html"]).html
+    assert page is not None
+    text = page.read_text(encoding="utf-8")
+    first, second = text.index('<section id="classification">'), text.index('<section id="customization">')
+    sources = text.index("Where every number comes from")
+    assert first < second < sources
+    for part, (start, end) in {
+        "no task id given": (first, second),
+        "BWT": (first, second),
+        "squared maximum mean discrepancy": (second, sources),
+        "concept acc. last": (second, sources),
+        "Squared MMD with kernel poly2": (second, sources),
+        "Drift since learning": (second, sources),
+    }.items():
+        assert text.find(part, start, end) > 0, part
+    assert text.count("no task id given") == 1
+    assert "Generated images" not in text  # no samples, no heading
+    assert "concept order</dt><dd>0 1 2" in text

@@ -226,3 +226,89 @@ def test_long_runs_are_shown_in_larger_units(write_run: WriteRun, tmp_path: Path
     assert "time ↓ (h)" in text
     assert "| **1.00** |" in text
     assert float(parse(render(summarise([tmp_path]), "csv"))[0]["time_s_mean"]) == 7200
+
+
+def test_customization_tables_mark_directions_and_name_what_was_measured(
+    write_concept_run: WriteRun, tmp_path: Path
+) -> None:
+    write_concept_run()
+    write_concept_run([[0.03], [0.02, 0.02], [0.01, 0.02, 0.03]], label="lora", method="lora")
+    write_concept_run([None, None, [0.01, 0.01, 0.01]], None, label="joint", method="joint", joint=True)
+    text = render(summarise([tmp_path]), "md")
+    lines = {line.split(" |")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
+    head = [cell.strip() for cell in lines["method"].split("|")[1:-1]]
+    cells = {k: dict(zip(head, [c.strip() for c in v.split("|")[1:-1]], strict=True)) for k, v in lines.items()}
+    assert cells["lora"][r"A\_mmd ↓ (×10³)"] == "**20.00**"
+    assert cells["clora"][r"A\_mmd ↓ (×10³)"] == "50.00"
+    assert cells["lora"]["image sim. ↑ (cosine)"] == "**0.780**"
+    joint = cells["joint (upper bound)"]
+    assert (joint[r"F\_mmd ↓ (×10³)"], joint["concept acc. ↑ (%)"], joint["concept acc. last ↑ (%)"]) == (
+        "–",
+        "–",
+        "70.8",
+    )
+    for part in (
+        "3 concepts, data glyph-concepts",
+        "kernel poly2 (a·b + 1)², biased estimator",
+        "features of glyph-vit",
+    ):
+        assert part in text
+    assert "8 generated images per concept (15 steps, ddim, guidance 4); 8 real ones." in text
+    terminal_table([tmp_path], ascii_only=True).encode("ascii")
+    assert r"[$\times$10\textsuperscript{3}] $\downarrow$" in render(summarise([tmp_path]), "tex")
+
+
+def test_ablations_have_rows_under_their_own_labels(write_concept_run: WriteRun, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_concept_run(seed=seed)
+        write_concept_run(
+            label="clora, word",
+            seed=seed,
+            preset="glyph-concepts-word",
+            edit=lambda d: (d["run"].update(table="glyph-concepts"), d["config"].update(concept={"init": "word"})),
+        )
+    write_concept_run(label="other", preset="a")
+    tables = {table.preset: table for table in summarise([tmp_path]).tables}
+    assert set(tables) == {"a", "glyph-concepts"}
+    assert [(row.label, row.seeds) for row in tables["glyph-concepts"].rows] == [
+        ("clora", (0, 1)),
+        ("clora, word", (0, 1)),
+    ]
+    assert {row["table"] for row in parse(runs_csv(tables["glyph-concepts"].records))} == {"glyph-concepts"}
+
+
+@pytest.mark.parametrize(
+    ("edit", "key"),
+    [
+        (lambda d: d["identity"].update(kernel="rbf"), "kernel"),
+        (lambda d: d["identity"].update(features="clip"), "features"),
+        (lambda d: d["identity"]["eval"].update(n=9), "eval.n"),
+        (lambda d: d["identity"].update(class_order=[2, 1, 0]), "class_order"),
+    ],
+)
+def test_images_measured_differently_do_not_share_a_table(
+    write_concept_run: WriteRun, tmp_path: Path, edit: Callable[[dict], object], key: str
+) -> None:
+    write_concept_run()
+    write_concept_run(label="lora", edit=edit)
+    with pytest.raises(UserError, match=f"do not compare: {key} is "):
+        summarise([tmp_path])
+
+
+def test_both_domains_are_kept_apart_even_under_one_name(
+    write_run: WriteRun, write_concept_run: WriteRun, tmp_path: Path
+) -> None:
+    write_concept_run(preset="a", name="generated")
+    write_run(preset="a", name="classified")
+    summary = summarise([tmp_path])
+    assert [(table.preset, table.kind.heading) for table in summary.tables] == [
+        ("a", "Classification"),
+        ("a", "Customization"),
+    ]
+    text = render(summary, "md")
+    assert text.index("## Classification") < text.index("A\\_last") < text.index("## Customization")
+    assert text.index("## Customization") < text.index("A\\_mmd")
+    one, two = parse(render(summary, "csv"))
+    assert (one["A_mmd_n"], two["A_mmd_n"], two["A_last_mean"]) == ("0", "1", "")
+    terminal_table([tmp_path])
+    assert "## " not in render(summarise([tmp_path / "runs" / "classified"]), "md").replace("###", "")

@@ -1,0 +1,185 @@
+"""Finished runs of the bundled text-to-image model, each made once, and runs on a random Stable Diffusion."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+TINY = (
+    "threads=1",
+    "stream.tasks=3",
+    "data.per_concept=2",
+    "train.steps=2",
+    "train.batch_size=2",
+    "method.lr=0.01",
+    "eval.n=1",
+    "eval.steps=1",
+    "eval.every=0",
+)
+
+
+@pytest.fixture(scope="session")
+def concept_run(tmp_path_factory: pytest.TempPathFactory, _cache: Path) -> Callable[..., Path]:
+    """concept_run(method, *assignments) -> the folder of a finished run of three concepts of `glyph-concepts`."""
+    import torch
+
+    from dualcl.benchmark.config import resolve
+    from dualcl.benchmark.runner import run
+
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(method: str, *sets: str) -> Path:
+        key = (method, *sets)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("concepts") / f"{method}-run"
+            with torch.enable_grad():  # whatever the test that asks first has set
+                run(resolve("glyph-concepts", method, [*TINY, *sets]), made[key])
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sd_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Stable Diffusion of 16 px as diffusers saves it: epsilon prediction, 4 cross-attention layers."""
+    import dualcl.benchmark.compat  # noqa: F401
+
+    # isort: split
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from dualcl.benchmark.backbones import bundled_diffusion
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(bundled_diffusion()["glyph-diffusion"]), subfolder="tokenizer")
+    torch.manual_seed(0)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=24,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=24,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    scheduler = DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
+    folder = tmp_path_factory.mktemp("model") / "random-sd"
+    StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd_preset(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two concepts of three images, taught to `sd_folder` in two steps each."""
+    file = tmp_path_factory.mktemp("preset") / "sd.yaml"
+    file.write_text(
+        f"""
+domain: customization
+data: {{name: glyph-concepts, concepts: 2, per_concept: 3}}
+base: {{model: "{sd_folder}"}}
+train: {{epochs: 1, steps: 2, batch_size: 2, checkpoint_seconds: 0, log_every: 1}}
+eval: {{n: 1, steps: 2, guidance: 2.0, features: glyph-vit}}
+prior: {{n: 2, steps: 2, guidance: 2.0}}
+threads: 1
+methods: {{lora: {{rank: 2}}, clora: {{rank: 2}}}}
+"""
+    )
+    return str(file)
+
+
+@pytest.fixture(scope="session")
+def loaded_sd(sd_folder: Path) -> Any:
+    """`sd_folder`, loaded; copy it before anything is trained on it."""
+    from dualcl.benchmark.diffusion import BaseConfig, load_diffusion
+
+    return load_diffusion(BaseConfig(model=str(sd_folder)))
+
+
+@pytest.fixture
+def diffusion(loaded_sd: Any) -> Any:
+    """A copy of `sd_folder`'s model."""
+    return copy.deepcopy(loaded_sd)
+
+
+@pytest.fixture(scope="session")
+def sd_run(sd_preset: str, loaded_sd: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """sd_run(method, *assignments, diffusion=None) -> a `Run` on `sd_preset` that was not begun, in a new folder."""
+    from dualcl.benchmark.config import resolve
+    from dualcl.benchmark.domains.customization import Customization
+    from dualcl.benchmark.progress import Reporter
+    from dualcl.benchmark.record import RunFolder
+    from dualcl.benchmark.runner import Run
+
+    def make(method: str, *sets: str, diffusion: Any = None) -> Any:
+        resolved = resolve(sd_preset, method, sets)
+        if diffusion is None and not any(s.startswith("base.") for s in sets):
+            diffusion = copy.deepcopy(loaded_sd)
+        domain = Customization(resolved, torch.device("cpu"), diffusion=diffusion)
+        return Run(resolved, RunFolder(tmp_path_factory.mktemp("sd-run")), Reporter(quiet=True), domain)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def empty_record() -> Callable[[], dict[str, Any]]:
+    """empty_record() -> what `Run.execute` fills."""
+    return lambda: {"tasks": [], "matrix": {"rows": []}, "measured": {"tasks": []}}
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random CLIP model of 24 px with the bundled tokenizer, as transformers saves it."""
+    import dualcl.benchmark.compat  # noqa: F401
+
+    # isort: split
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
+
+    from dualcl.benchmark.backbones import bundled_diffusion
+
+    tokenizer = CLIPTokenizer.from_pretrained(str(bundled_diffusion()["glyph-diffusion"]), subfolder="tokenizer")
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {
+        **small,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 20,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("clip") / "tiny-clip"
+    vision = {**small, "image_size": 24, "patch_size": 8}
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 24}, crop_size={"height": 24, "width": 24}).save_pretrained(folder)
+    return folder

@@ -1,0 +1,237 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dualcl.benchmark.errors import UserError
+from dualcl.datasets.concept_folder import ConceptFolder, read_classes
+from dualcl.datasets.concepts import ConceptData
+
+MakeTree = Callable[..., Path]
+
+
+def load(root: Path | str, **options: object) -> ConceptData:
+    return ConceptFolder.load(ConceptFolder.Config(root=str(root), **options))
+
+
+def refuses(match: str, root: Path | str, **options: object) -> None:
+    with pytest.raises(UserError, match=match) as caught:
+        load(root, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def tree(make_tree: MakeTree) -> Path:
+    return make_tree({"rex": 4, "mug": 5, ".thumbnails": 2})
+
+
+#: the layout of the DreamBooth set's own file
+CLASSES = """Classes
+
+subject_name,class
+rex,dog
+mug, coffee cup
+
+Prompts
+
+Object Prompts
+
+prompt_list = [
+'a {0} {1} in the jungle'.format(unique_token, class_token),
+"a {0} {1} on top of a mirror".format(unique_token, class_token),
+'a cube shaped {0} {1}'.format(unique_token, class_token)
+]
+
+Live Subject Prompts
+
+prompt_list = [
+'a {0} {1} wearing a red hat'.format(unique_token, class_token)
+]
+"""
+
+
+def test_each_folder_is_a_concept(tree):
+    (tree / "rex" / "notes.txt").write_text("a good dog")
+    data = load(tree)
+    assert [c.name for c in data.concepts] == ["mug", "rex"]
+    rex = data.concepts[1]
+    assert rex.images.ids == tuple(f"rex/img{i:02d}.png" for i in range(4))
+    assert rex.images.labels.tolist() == [0] * 4
+    assert (rex.noun, rex.prompts, rex.eval_prompts) == ("", (), ())
+    with Image.open(tree / "rex" / "img02.png") as image:
+        assert np.array_equal(np.asarray(rex.images.load(2)), np.asarray(image))
+    assert data.split_name == "concept-folder:2"
+    assert data.facts["images"] == {"mug": 5, "rex": 4}
+
+
+def test_chosen_folders_come_in_the_given_order(tree, make_tree):
+    make_tree({"cup": 1})
+    assert [c.name for c in load(tree, concepts=["rex", "cup"]).concepts] == ["rex", "cup"]
+    refuses(r"data\.concepts: .* has no folder 'rx'; did you mean 'rex'", tree, concepts=["rx"])
+    refuses(r"names 'rex' twice", tree, concepts=["rex", "rex"])
+    refuses(r"data\.concepts is empty", tree, concepts=[])
+
+
+def test_photographs_are_upright_rgb(tmp_path):
+    folder = tmp_path / "tree" / "rex"
+    folder.mkdir(parents=True)
+    sideways = Image.new("RGB", (8, 4), (200, 0, 0))
+    exif = sideways.getexif()
+    exif[0x0112] = 6  # the camera lay on its side
+    sideways.save(folder / "a.jpg", exif=exif)
+    Image.new("LA", (6, 6), (0, 0)).save(folder / "b.png")
+    Image.new("RGB", (5, 9), (0, 90, 0)).save(folder / "c.webp")
+    Image.new("L", (90, 70), 7).save(folder / "d.BMP")
+    data = load(folder.parent)
+    images = data.concepts[0].images
+    loaded = [images.load(i) for i in range(4)]
+    assert [i.size for i in loaded] == [(4, 8), (6, 6), (5, 9), (90, 70)]
+    assert {i.mode for i in loaded} == {"RGB"}
+    assert loaded[1].getpixel((0, 0)) == (255, 255, 255)
+    assert data.facts["shortest_side"] == {"rex": 4}
+    assert data.facts["warnings"] == [
+        "rex/a.jpg: its shorter side has 4 pixels only",
+        "rex/b.png: its shorter side has 6 pixels only",
+        "rex/c.webp: its shorter side has 5 pixels only",
+    ]
+
+
+def test_one_image_is_enough_but_noted(make_tree):
+    root = make_tree({"rex": 1, "mug": 2})
+    assert "rex: one image only" in load(root).facts["warnings"]
+    assert not [w for w in load(root).facts["warnings"] if w.startswith("mug: ")]
+    refuses(r"'rex' .* has 1 image\(s\), data\.min_images is 2", root, min_images=2)
+
+
+def test_missing_and_empty_folders(tmp_path, make_tree):
+    refuses("data.root is not set", "")
+    refuses("nowhere does not exist", tmp_path / "nowhere")
+    (tmp_path / "file").write_text("x")
+    refuses("file is a file", tmp_path / "file")
+    root = make_tree({".": 2})
+    refuses("has no concept folders; put the images of each concept in a folder there", root)
+    make_tree({"rex": 1})
+    (root / "empty").mkdir()
+    refuses("concept folder .*tree/empty has no images", root)
+
+
+def test_a_damaged_image_stops_or_is_skipped(tree):
+    damaged = tree / "rex" / "img01.png"
+    damaged.write_bytes(damaged.read_bytes()[:-60])
+    refuses(r"rex/img01\.png \(.*truncated.*data\.on_bad_image=skip", tree)
+    data = load(tree, on_bad_image="skip")
+    assert data.skipped == ("rex/img01.png",)
+    assert "rex/img01.png" not in data.concepts[1].images.ids
+    for path in (tree / "rex").iterdir():
+        path.write_text("<html>404</html>")
+    refuses(r"no image of the concept 'rex' .* can be read", tree, on_bad_image="skip")
+
+
+def test_limit_takes_a_part_that_stays(tree):
+    few, more = load(tree, limit=2), load(tree, limit=3)
+    assert [len(c.images) for c in few.concepts] == [2, 2]
+    for a, b in zip(few.concepts, more.concepts, strict=True):
+        assert set(a.images.ids) < set(b.images.ids)
+    assert few.split_name == "concept-folder:2+limit-2"
+    assert len({few.split_hash, more.split_hash, load(tree).split_hash}) == 3
+
+
+def test_changed_pixels_change_fingerprint_and_content_hash(tree):
+    before = load(tree)
+    Image.new("RGB", (99, 99)).save(tree / "rex" / "img00.png")
+    after = load(tree)
+    assert after.split_hash == before.split_hash
+    assert after.facts["images_sha256"] != before.facts["images_sha256"]
+    assert after.concepts[0].images.fingerprint == before.concepts[0].images.fingerprint
+    assert after.concepts[1].images.fingerprint != before.concepts[1].images.fingerprint
+
+
+def test_nouns_come_from_the_dreambooth_list(tree):
+    (tree / "prompts_and_classes.txt").write_text(CLASSES)
+    data = load(tree)
+    assert {c.name: c.noun for c in data.concepts} == {"rex": "dog", "mug": "coffee cup"}
+    assert all(c.prompts == c.eval_prompts == () for c in data.concepts)
+    mug, rex = load(tree, scenes=True).concepts
+    assert rex.eval_prompts == ("a {token} {noun} wearing a red hat",)
+    assert mug.eval_prompts == (
+        "a {token} {noun} in the jungle",
+        "a {token} {noun} on top of a mirror",
+        "a cube shaped {token} {noun}",
+    )
+    assert mug.prompts == rex.prompts == ()
+
+
+def test_a_mangled_dreambooth_list_is_named(tree):
+    path = tree / "prompts_and_classes.txt"
+    path.write_text("nothing")
+    refuses(r"prompts_and_classes\.txt has no list of subjects", tree)
+    path.write_text(CLASSES.replace("Live Subject Prompts", "Pets"))
+    assert load(tree).concepts[1].noun == "dog"
+    refuses(r"has no prompts below `Live Subject Prompts`", tree, scenes=True)
+    path.write_text(CLASSES.replace("a {0} {1} wearing", "a {1} wearing"))
+    refuses(r"Live Subject Prompts: the prompt 'a {noun} wearing a red hat' lacks {token}", tree, scenes=True)
+    path.write_bytes(b"\xff\xfe\x00")
+    refuses(r"is not UTF-8", tree)
+    path.unlink()
+    refuses(r"data\.scenes=true needs .*prompts_and_classes\.txt", tree, scenes=True)
+
+
+def test_windows_line_ends_and_a_byte_order_mark(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + CLASSES.replace("\n", "\r\n").encode())
+    words = read_classes(path, scenes=True)
+    assert words["mug"].noun == "coffee cup"
+    assert len(words["mug"].eval_prompts) == 3
+
+
+def test_words_from_a_file_go_before_the_list_and_the_default(tree, make_tree, tmp_path):
+    make_tree({"cup": 1})
+    (tree / "prompts_and_classes.txt").write_text(CLASSES)
+    words = tmp_path / "words.yaml"
+    words.write_text(
+        "rex: {noun: puppy, prompts: ['a photo of {token}', 'a {token} {noun}']}\n"
+        "mug: {eval_prompts: '{token} at sea'}\n"
+    )
+    cup, mug, rex = load(tree, prompts=str(words), noun="thing").concepts
+    assert (rex.noun, rex.prompts, rex.eval_prompts) == ("puppy", ("a photo of {token}", "a {token} {noun}"), ())
+    assert (mug.noun, mug.prompts, mug.eval_prompts) == ("coffee cup", (), ("{token} at sea",))
+    assert (cup.noun, cup.prompts) == ("thing", ())
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("rex: {prompts: [a photo of a dog]}", r"words\.yaml, prompts of rex: .* lacks {token}"),
+        ("rex: {eval_prompts: ['{token} {size}']}", r"eval_prompts of rex: .* has {size}"),
+        ("rx: {noun: dog}", r"no concept folder 'rx'; did you mean 'rex'"),
+        ("rex: {nouns: dog}", r"unknown key 'nouns' of rex; did you mean 'noun'"),
+        ("rex: {noun: [dog]}", r"noun of rex must be text"),
+        ("rex: {prompts: 3}", r"prompts of rex must be a list of prompts"),
+        ("rex: dog", r"rex must have keys such as noun"),
+        ("[rex]", r"must be a mapping"),
+        ("rex: {noun: dog", r"is not valid YAML"),
+    ],
+)
+def test_wrong_words_are_named(tree, tmp_path, text, match):
+    (tmp_path / "words.yaml").write_text(text)
+    refuses(match, tree, prompts=str(tmp_path / "words.yaml"))
+
+
+def test_a_missing_words_file_is_named(tree):
+    refuses(r"cannot read gone\.yaml \(No such file", tree, prompts="gone.yaml")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"limit": 0}, r"data\.limit"),
+        ({"min_images": 0}, r"data\.min_images"),
+        ({"on_bad_image": "ignore"}, r"data\.on_bad_image"),
+        ({"limit": 2, "min_images": 3}, r"data\.limit=2 leaves fewer images than data\.min_images=3"),
+    ],
+)
+def test_wrong_options_name_the_key(options, named):
+    with pytest.raises(UserError, match=named):
+        ConceptFolder.Config(root="x", **options)
