@@ -271,8 +271,8 @@ def write_lora(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
     method, kind = found.run.resolved.method, str(card["kind"])
     if found.changed:
         raise UserError(
-            f"{method} changed {len(found.changed)} weights of the U-Net outside K and V of its cross-attentions, which "
-            f"a LoRA of these cannot hold ({found.changed[0]}, ...); use --to merged"
+            f"{method} changed {len(found.changed)} weights of the U-Net outside K and V of its cross-attentions, "
+            f"which a LoRA of these cannot hold ({found.changed[0]}, ...); use --to merged"
         )
     if found.rank == 0:
         raise UserError(f"{method} changed no weight of the U-Net, so there is no LoRA; use --to textual-inversion")

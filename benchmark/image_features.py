@@ -119,8 +119,8 @@ class ClipFeatures(ImageFeatures):
                 raise ValueError(f"its model type is {kind!r}, not 'clip'")
             processor: Any = CLIPImageProcessor.from_pretrained(where, **common)
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(where, **common)
-            model: Any
-            model, info = CLIPModel.from_pretrained(where, use_safetensors=True, output_loading_info=True, **common)
+            loader: Any = CLIPModel
+            model, info = loader.from_pretrained(where, use_safetensors=True, output_loading_info=True, **common)
             if info["missing_keys"]:
                 raise ValueError(f"its weights lack {min(info['missing_keys'])}")
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:

@@ -21,7 +21,7 @@ def whole_weights(sites: dict[str, Site]) -> dict[str, nn.Parameter]:
     rows: dict[str, int] = {}
     for site in sites.values():
         rows[site.module_name] = rows.get(site.module_name, 0) + site.d_out
-    weights = {site.module_name: site.module.weight for site in sites.values()}
+    weights = {site.module_name: site.module.get_parameter("weight") for site in sites.values()}
     partial = [name for name, weight in weights.items() if rows[name] != len(weight)]
     if partial:
         raise RuntimeError(f"the sites cover some rows of {partial[0]} only")

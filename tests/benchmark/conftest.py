@@ -20,6 +20,9 @@ TINY = (
     "eval.n=1",
     "eval.steps=1",
     "eval.every=0",
+    "eval.guidance=7.5",
+    "eval.scheduler=ddim",
+    "train.epochs=1",
 )
 
 
