@@ -113,14 +113,16 @@ def random_diffusion(
     dtype = DTYPES[config.weights_dtype]
     generator = torch.Generator(device).manual_seed(0)
     built: dict[str, Any] = {}
-    for part, cls in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+    classes: dict[str, Any] = {"unet": UNet2DConditionModel, "vae": AutoencoderKL}
+    for part, cls in classes.items():
         with torch.device("meta"):  # no initialisation that `fill` would only replace
             model = cls(**parts[part])
         built[part] = model.to(dtype).to_empty(device=device)
         fill(built[part], generator)
     text_config = CLIPTextConfig(**parts["text_encoder"])
     # not by way of meta: it holds position numbers besides its parameters
-    built["text_encoder"] = CLIPTextModel(text_config).to(device, dtype)
+    text_encoder: Any = CLIPTextModel(text_config)
+    built["text_encoder"] = text_encoder.to(device, dtype)
     fill(built["text_encoder"], generator)
     for site in cross_attention_sites(built["unet"]).values():
         site.module.float()
