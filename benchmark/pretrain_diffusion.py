@@ -89,7 +89,8 @@ def draw(names: list[str], part: str, per_class: int, seed: int, size: int) -> D
     """`per_class` random captioned drawings of each glyph."""
     codes, inks = caption_names(), list(COLOURS)
     images = np.empty((len(names) * per_class, size, size, 3), dtype=np.uint8)
-    captions, glyphs, ink = [], [], []
+    captions: list[str] = []
+    glyphs, ink = [], []
     for g, name in enumerate(names):
         for i in range(per_class):
             rng = numpy_generator(seed, "glyph-diffusion", name, part, i)
@@ -138,7 +139,8 @@ def make_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+    made: Any = CLIPTokenizer
+    return made(vocab=vocab, merges=merges, model_max_length=length)
 
 
 def make_models(recipe: GlyphDiffusionRecipe, tokenizer: CLIPTokenizer) -> tuple[Any, Any, Any]:
@@ -260,9 +262,8 @@ def _train_decoder(
         optimizer.step()
         running = 0.95 * running + 0.05 * float(error.detach()) if step else float(error.detach())
         if step % 50 == 49:
-            say(
-                f"decoder step {step + 1}/{recipe.decoder_steps}  loss {running:.4f}  {time.monotonic() - started:.0f} s"
-            )
+            seconds = time.monotonic() - started
+            say(f"decoder step {step + 1}/{recipe.decoder_steps}  loss {running:.4f}  {seconds:.0f} s")
     vae.requires_grad_(False)
 
 
@@ -385,8 +386,8 @@ def _read(reader: _Reader, images: Tensor) -> tuple[Tensor, Tensor]:
 # --- what is written -------------------------------------------------------------------------------------------------
 
 
-def _pipeline(tokenizer: CLIPTokenizer, text: Any, unet: Any, vae: Any, scheduler: Any) -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline(
+def _pipeline(tokenizer: CLIPTokenizer, text: Any, unet: Any, vae: Any, scheduler: Any) -> Any:
+    pipe: Any = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text,
         tokenizer=tokenizer,
@@ -400,7 +401,7 @@ def _pipeline(tokenizer: CLIPTokenizer, text: Any, unet: Any, vae: Any, schedule
     return pipe
 
 
-def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
+def save_pipeline(pipe: Any, folder: Path) -> None:
     """Writes the pipeline in diffusers layout with float16 weights, replacing what is there."""
     partial = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
@@ -415,7 +416,7 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _sample(pipe: StableDiffusionPipeline, prompts: list[str], seed: int, recipe: GlyphDiffusionRecipe) -> Tensor:
+def _sample(pipe: Any, prompts: list[str], seed: int, recipe: GlyphDiffusionRecipe) -> Tensor:
     """uint8 images (N, size, size, 3), one per prompt."""
     out: list[NDArray[np.float32]] = []
     for start in range(0, len(prompts), 64):
@@ -600,18 +601,18 @@ def _card_text(card: dict[str, Any]) -> str:
     paragraphs = [
         "A tiny Stable Diffusion for `glyph-concepts`: the real diffusers and transformers classes at "
         f"{recipe['image_size']} px. Text encoder {size['text_encoder']:,}, U-Net {size['unet']:,}, VAE "
-        f"{size['vae']:,} parameters; v prediction; float16 safetensors. `StableDiffusionPipeline.from_pretrained` loads "
-        "the folder.",
+        f"{size['vae']:,} parameters; v prediction; float16 safetensors. `StableDiffusionPipeline.from_pretrained` "
+        "loads the folder.",
         f"Made by `{card['command']}` on {card['trained_on']}, in {card['training']['minutes']} minutes on "
         f"{card['training']['threads']} CPU threads (a busy machine), seed {card['seed']}, torch {versions['torch']}, "
-        f"diffusers {versions['diffusers']}, transformers {versions['transformers']}. VAE {recipe['vae_steps']} steps of "
-        f"{recipe['vae_batch']}; text encoder and U-Net together {recipe['unet_steps']} steps of "
+        f"diffusers {versions['diffusers']}, transformers {versions['transformers']}. VAE {recipe['vae_steps']} steps "
+        f"of {recipe['vae_batch']}; text encoder and U-Net together {recipe['unet_steps']} steps of "
         f"{recipe['unet_batch']}, of which the moving average of the weights is kept; then the VAE's decoder alone "
         f"{recipe['decoder_steps']} steps, the latents as they are. AdamW, cosine schedules.",
         "Measured (one run): a classifier trained on the same drawings reads the glyph in "
         f"{drawings['glyph']:.1%} and the ink in {drawings['ink']:.1%} of new drawings, in {restored['glyph']:.1%} and "
-        f"{restored['ink']:.1%} of the same drawings after the VAE ({measured['vae_psnr']} dB), and the prompted glyph in "
-        f"{samples['glyph']:.1%} and the prompted ink in {samples['ink']:.1%} of {samples['n']} samples (DDIM, "
+        f"{restored['ink']:.1%} of the same drawings after the VAE ({measured['vae_psnr']} dB), and the prompted glyph "
+        f"in {samples['glyph']:.1%} and the prompted ink in {samples['ink']:.1%} of {samples['n']} samples (DDIM, "
         f"{recipe['sampling_steps']} steps, guidance {recipe['guidance_scale']}).",
     ]
     text = "# glyph-diffusion\n\n" + "\n\n".join(wrap.fill(p) for p in paragraphs)

@@ -204,7 +204,9 @@ class RunFolder:
             shutil.rmtree(gone, ignore_errors=True)
 
 
-def new_record(run: Mapping[str, Any], config: Mapping[str, Any], kind: str = "accuracy", **parts: Any) -> dict[str, Any]:
+def new_record(
+    run: Mapping[str, Any], config: Mapping[str, Any], kind: str = "accuracy", **parts: Any
+) -> dict[str, Any]:
     """An empty record of the current version."""
     return {
         "format": "dualcl-record",

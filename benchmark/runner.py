@@ -121,7 +121,7 @@ class Run:
         self.scaler = self.fresh_scaler()
 
     def fresh_scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss, for small gradients vanish in float16; one for each task, so that a resumed run has the same."""
+        """Scales the loss, as small gradients vanish in float16; a fresh one for each task, as a resumed run has."""
         return torch.amp.GradScaler(self.device.type, init_scale=2.0**12, enabled=self.precision == "fp16")
 
     def autocast(self) -> torch.autocast:

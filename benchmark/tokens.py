@@ -42,12 +42,13 @@ class ConceptTokens(nn.Module):
         self.base_hash = table_hash(embedding.weight)
         self.rows = nn.ParameterList()
         self.placeholders: list[str] = []
+        self.train(embedding.training)
         text_encoder.set_input_embeddings(self)
 
     @property
     def weight(self) -> Tensor:
         """The frozen table; libraries ask an embedding for its weight."""
-        return self.base.weight  # type: ignore[no-any-return]
+        return self.base.weight
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) -> embeddings (..., D)."""

@@ -100,6 +100,7 @@ class AdaptedLinear(nn.Module):
         ordered = sorted(updates, key=lambda u: u.site.start)
         self.updates = nn.ModuleList(ordered)
         self.in_features, self.out_features = base.in_features, base.out_features
+        self.train(base.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""

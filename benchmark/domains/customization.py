@@ -151,7 +151,11 @@ class Customization(Domain):
         if not self._sites:
             raise UserError(f"base.model={base.model} has no cross-attention (attn2.to_k, attn2.to_v) to adapt")
         # the projections as loaded: methods may put other modules in their place
-        self._projections = {f"{name}.weight": site.module.weight for name, site in self._sites.items()}
+        self._projections = {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if name.removesuffix(".weight") in self._sites
+        }
         self._network = dict(self.model.named_parameters())
         self._network_size = sum(p.numel() for p in self._network.values())
         self.tokens = ConceptTokens(self.diffusion.text_encoder, self.diffusion.tokenizer, self.concept_config.n_tokens)
@@ -381,7 +385,7 @@ class Customization(Domain):
             order = torch.randperm(size, generator=torch_generator(self.seed, purpose, number, turn))
             at.append(int(order[place]))
         generator = torch_generator(self.seed, purpose, "prompt", number, step)
-        prompts = []
+        prompts: list[tuple[str, ...]] = []
         for i in at:
             options = entries.prompts[i]
             prompts.append((options[int(torch.randint(len(options), (1,), generator=generator))],))
