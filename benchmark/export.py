@@ -8,6 +8,7 @@ tasks' rank-r updates becomes one LoRA of rank r t at most, without loss.
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import os
@@ -301,7 +302,7 @@ def write_lora(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
 
 
 def merged_text_encoder(domain: Customization) -> Any:
-    """A stock text encoder of the same weights whose token table ends with the concepts' rows."""
+    """A stock text encoder of the same weights in float32 whose token table ends with the concepts' rows."""
     tokens, encoder = domain.tokens, domain.diffusion.text_encoder
     table = torch.cat([tokens.base.weight[: tokens.base_size], *(r.to(tokens.base.weight.dtype) for r in tokens.rows)])
     config = type(encoder.config).from_dict({**encoder.config.to_dict(), "vocab_size": len(table)})
@@ -309,22 +310,25 @@ def merged_text_encoder(domain: Customization) -> Any:
     prefix = next(n for n, m in encoder.named_modules() if m is tokens)
     state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(f"{prefix}.")}
     plain.load_state_dict({**state, f"{prefix}.weight": table})
-    return plain.to(encoder.dtype).eval()
+    return plain.float().eval()
 
 
 def merged_unet(found: Learnt) -> Any:
-    """A stock U-Net with the run's weights."""
+    """A stock U-Net with the run's weights in float32."""
     with torch.device("meta"):
         plain: Any = UNet2DConditionModel.from_config(found.domain.diffusion.unet.config)
-    plain.load_state_dict(found.state, assign=True)
+    plain.load_state_dict({name: tensor.float() for name, tensor in found.state.items()}, assign=True)
     return plain.eval()
 
 
 def write_merged(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
-    """A whole model in diffusers layout: the tokenizer knows the concepts, the U-Net holds the updates."""
+    """A whole model in diffusers layout: the tokenizer knows the concepts, the U-Net holds the updates.
+
+    All in float32: half precision would round the updates, and parts of mixed precision do not run in a stock pipeline.
+    """
     diffusion = found.domain.diffusion
     pipeline: Any = StableDiffusionPipeline(
-        vae=diffusion.vae,
+        vae=copy.deepcopy(diffusion.vae).float(),
         text_encoder=merged_text_encoder(found.domain),
         tokenizer=diffusion.tokenizer,
         unet=merged_unet(found),

@@ -466,7 +466,7 @@ class Customization(Domain):
 
     @torch.no_grad()
     def concept_inputs(self, task: int) -> Tensor:
-        """Text features (n, D) float32 of the concept's first training prompt, without those of start and end."""
+        """Text features (n, D) float32 of the concept's first training prompt, from the first word to the end token."""
         ids = self.diffusion.token_ids(self.training_prompts(task)[:1])
         return self._features(ids)
 
@@ -480,11 +480,10 @@ class Customization(Domain):
         return torch.cat([self._features(chunk) for chunk in ids.split(64)])
 
     def _features(self, ids: Tensor) -> Tensor:
-        """Features of all tokens between start and end, of all rows together."""
-        tokenizer = self.diffusion.tokenizer
-        # the end token may also be the padding token: everything from the first one on is left out
-        ended = (ids == tokenizer.eos_token_id).cumsum(1) > 0
-        kept = ~ended
+        """Features of all tokens after the start up to the (first) end token, of all rows together."""
+        # the end token may also be the padding; it sums up the prompt, and so does the padding after it
+        ends = (ids == self.diffusion.tokenizer.eos_token_id).int()
+        kept = ends.cumsum(1) - ends == 0
         kept[:, 0] = False
         return self.diffusion.encode_text(ids)[kept].float()
 

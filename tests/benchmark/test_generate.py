@@ -14,6 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import dualcl.benchmark.compat  # noqa: F401 - before diffusers
+
+# isort: split
+from diffusers import StableDiffusionPipeline
+
 from dualcl.benchmark.backbones import bundled_diffusion
 from dualcl.benchmark.cli import SCHEDULERS, main
 from dualcl.benchmark.errors import UserError
@@ -240,15 +245,22 @@ def test_an_export_makes_the_images_of_the_run(kind: str, folder: Path, model: M
     assert np.abs(pixels(ours).astype(int) - pixels(theirs).astype(int)).max() <= 1
 
 
-def test_several_tokens_and_embeddings_alone(concept_run: Callable[..., Path], tmp_path: Path) -> None:
-    folder = concept_run("textual_inversion", "concept.n_tokens=2", "stream.tasks=2")
-    export(folder, "textual-inversion", tmp_path / "out")
+def test_several_tokens_and_half_precision(concept_run: Callable[..., Path], tmp_path: Path) -> None:
+    half = ["precision=bf16", "base.weights_dtype=bf16"]
+    folder = concept_run("textual_inversion", "concept.n_tokens=2", "stream.tasks=2", *half)
+    export(folder, "textual-inversion", tmp_path / "embeddings")
+    export(folder, "merged", tmp_path / "merged")
     images = []
-    for source in (folder, tmp_path / "out"):
+    for source in (folder, tmp_path / "embeddings", tmp_path / "merged"):
         opened = open_model(source, "cpu")
+        assert opened.precision == "bf16"
         assert [w.tokens for w in opened.words] == [("<c1>", "<c1>_1"), ("<c2>", "<c2>_1")]
-        images += generate(opened, [PROMPT], tmp_path / f"images{len(images)}", n=1, steps=2)
-    assert np.abs(pixels(images[0]).astype(int) - pixels(images[1]).astype(int)).max() <= 1
+        (file,) = generate(opened, [PROMPT], tmp_path / str(len(images)), n=1, steps=2)
+        images.append(pixels(file).astype(int))
+    assert np.abs(images[0] - images[1]).max() <= 1
+    assert np.abs(images[0] - images[2]).mean() < 2  # bfloat16 has 8 bits
+    pipe: Any = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
+    assert pipe("a photo of <c1> <c1>_1", num_inference_steps=1, output_type="np").images.shape == (1, 32, 32, 3)
 
 
 def test_another_base_is_said_and_one_that_does_not_fit_refused(folder: Path, model: Model, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -133,6 +134,20 @@ def test_ordinary_words_are_changed_less_than_by_any_concept_alone(merged):
         return sum((((w - p).view(like.shape) @ common.T) ** 2).sum().item() for w, p, like in parts)
 
     assert 0 < change(work.method.flat().detach()) < max(change(end) for end in work.ends)
+
+
+def test_a_ridge_keeps_the_merged_weights_small_and_the_concepts_as_they_were(merged):
+    work, _ = merged
+    method, sizes, found = work.method, [w.numel() for w in work.method.weights], {}
+    inputs = torch.cat([work.domain.concept_inputs(j)[-2:] for j in range(3)])  # the word and the end
+    for ridge in (0.0, 0.1):
+        method.config = dataclasses.replace(method.config, ridge=ridge)
+        method.gram = None
+        weights = method.merged(3)
+        outputs = [w.view(like.shape) @ inputs.T for w, like in zip(weights.split(sizes), method.weights, strict=True)]
+        found[ridge] = (weights - method.pretrained).norm().item(), torch.cat(outputs)
+    assert found[0.1][0] < 0.5 * found[0.0][0]
+    torch.testing.assert_close(found[0.1][1], found[0.0][1], rtol=0, atol=2e-2)
 
 
 def test_storage_counts_every_concept(merged):
@@ -270,6 +285,7 @@ def test_replayed_images_are_made_by_the_model_as_the_last_task_left_it(concepts
         (CustomDiffusionConfig, {"prior_weight": -1.0}, "method.prior_weight must not be negative, got -1.0"),
         (CustomDiffusionMergeConfig, {"prior_weight": -1.0}, "method.prior_weight must not be negative, got -1.0"),
         (CustomDiffusionMergeConfig, {"captions": 0}, "method.captions must be at least 1, got 0"),
+        (CustomDiffusionMergeConfig, {"ridge": -1.0}, "method.ridge must not be negative, got -1.0"),
         (GenerativeReplayConfig, {"per_concept": 0}, "method.per_concept must be at least 1, got 0"),
     ],
 )
