@@ -168,8 +168,11 @@ def load_diffusion(config: BaseConfig, device: torch.device | str = "cpu") -> Di
             loaded = cls.from_pretrained(source, subfolder=part, **common, **extra)
         except Exception as error:  # each of the libraries raises kinds of its own
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise _unusable(part, config.model, source, first[:200]) from None
+            raise _unusable(part, config.model, source, first if len(first) <= 200 else f"{first[:200]}...") from None
         parts[part] = loaded[0] if extra else loaded
+        # where its files are missing, the library makes up a tokenizer of a few tokens
+        if part == "tokenizer" and len(loaded) < 256:
+            raise _unusable(part, config.model, source, "it has no vocabulary")
         # such weights would be random ones, and nobody told
         if lacking := sorted(loaded[1]["missing_keys"]) if extra else []:
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 EXIT_FAILED = 1
 EXIT_USER = 2
 EXIT_INTERRUPTED = 130
+#: names that a hint lists; more are no help in one line
+MOST_SHOWN = 100
 
 
 class UserError(Exception):
@@ -23,4 +25,5 @@ def nearest(word: str, known: Iterable[str], label: str = "known") -> str:
     names = sorted(known)
     close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
-    return f"{hint}({label}: {', '.join(names) or 'none'})"
+    shown = ", ".join(names) or "none"
+    return f"{hint}({label}: {shown if len(names) <= MOST_SHOWN else f'{len(names)} names'})"

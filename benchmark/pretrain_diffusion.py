@@ -601,8 +601,8 @@ def _card_text(card: dict[str, Any]) -> str:
     paragraphs = [
         "A tiny Stable Diffusion for `glyph-concepts`: the real diffusers and transformers classes at "
         f"{recipe['image_size']} px. Text encoder {size['text_encoder']:,}, U-Net {size['unet']:,}, VAE "
-        f"{size['vae']:,} parameters; v prediction; float16 safetensors. `StableDiffusionPipeline.from_pretrained` "
-        "loads the folder.",
+        f"{size['vae']:,} parameters; v prediction; float16 safetensors. "
+        "`StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)` loads it.",
         f"Made by `{card['command']}` on {card['trained_on']}, in {card['training']['minutes']} minutes on "
         f"{card['training']['threads']} CPU threads (a busy machine), seed {card['seed']}, torch {versions['torch']}, "
         f"diffusers {versions['diffusers']}, transformers {versions['transformers']}. VAE {recipe['vae_steps']} steps "

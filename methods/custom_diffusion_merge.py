@@ -44,9 +44,8 @@ class CustomDiffusionMergeConfig(CustomDiffusionConfig):
     captions: int = field(
         default=1000, metadata={"help": "ordinary captions whose keys and values the merging should leave alone"}
     )
-
     ridge: float = field(
-        default=0.1,
+        default=1e-3,
         metadata={"help": "least use of a direction by the captions, in shares of the mean one; 0: as in the paper"},
     )
 
@@ -66,8 +65,8 @@ class CustomDiffusionMerge(SiteWeights):
     """Trains all sites' weights from the pretrained ones for every concept; between tasks the model holds the merge.
 
     After the first task there is nothing to merge. All concepts' weights are kept, so storage grows with the tasks.
-    Differs from the paper: a ridge on the captions' Gram matrix (`ridge`). Captions hardly use most directions, and
-    without it the merged weights grow by orders of magnitude along those.
+    Differs from the paper: a ridge on the captions' Gram matrix (`ridge`). Captions hardly use some directions, and
+    without it the merged weights grow along those by far more than any concept's own.
     """
 
     Config = CustomDiffusionMergeConfig

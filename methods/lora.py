@@ -72,7 +72,7 @@ class LoRA(Method):
 
     def end_task(self, task: int) -> None:
         """Folds the task's update into the weights."""
-        squares = [(u.A.detach() @ u.B.detach()).square().sum() for u in self.updates.values()]
+        squares = [u.product().square().sum() for u in self.updates.values()]
         self.norms.append(float(sum(s.double() for s in squares)) ** 0.5)
         for update in self.updates.values():
             if self.config.one_adapter:

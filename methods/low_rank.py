@@ -49,9 +49,15 @@ class LowRankUpdate(nn.Module):
         self.active = True
 
     @torch.no_grad()
+    def product(self) -> Tensor:
+        """A B (d_out, d_in) in the factors' own precision: rounded to 16 bits under autocast its rank would be full."""
+        with torch.autocast(self.A.device.type, enabled=False):
+            return self.A @ self.B
+
+    @torch.no_grad()
     def fold(self) -> None:
         """S_t = S_{t-1} + A_t B_t, into the frozen weight; A and B are cleared."""
-        self.summed += self.A @ self.B
+        self.summed += self.product()
         self.A.zero_()
         self.B.zero_()
         self.A.requires_grad_(False)
@@ -62,7 +68,7 @@ class LowRankUpdate(nn.Module):
     @torch.no_grad()
     def pause(self) -> None:
         """The weight holds W_init + A B, the factors are kept for `go_on`: for one adapter that is trained on."""
-        self.summed.copy_(self.A @ self.B)
+        self.summed.copy_(self.product())
         self.A.requires_grad_(False)
         self.B.requires_grad_(False)
         self.active = False

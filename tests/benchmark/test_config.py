@@ -18,6 +18,7 @@ from dualcl.benchmark.config import (
     read_yaml,
     resolve,
 )
+from dualcl.benchmark.domains import DOMAINS
 from dualcl.benchmark.errors import UserError
 from dualcl.methods.base import MethodConfig
 
@@ -199,7 +200,7 @@ def test_fields_of_a_method(write):
         ("method.rank=0", ["method.rank must be at least 1, got 0"]),
         ("method.lr=", ["method.lr must be a number, got None"]),
         ("stream.order_seed=-1", ["stream.order_seed must be at least 0, got -1"]),
-        ("precision=fp16", ["precision must be one of fp32, bf16, got 'fp16'"]),
+        ("precision=fp8", ["precision must be one of fp32, bf16, fp16, got 'fp8'"]),
         ("train.epochs", ["--set wants key=value, got 'train.epochs'"]),
         ("data.name=glyfs", ["unknown data set data.name='glyfs'", "'glyphs'"]),
     ],
@@ -278,8 +279,12 @@ def test_a_section_is_checked(write):
 
 @pytest.mark.parametrize("name", sorted(bundled_presets()))
 def test_bundled_presets_load(name):
-    assert load_preset(name).domain == "classification"
-    assert load_preset(name).summary
+    preset = load_preset(name)
+    assert preset.domain in DOMAINS
+    assert preset.summary
+    assert preset.table in bundled_presets()
+    for method in preset.compare:
+        resolve(name, method)
 
 
 def test_presets_are_read_without_torch():

@@ -146,3 +146,17 @@ def test_the_backward_keeps_no_full_weight_gradient():
     assert isinstance(model.qkv, AdaptedLinear)
     assert model.qkv.base.weight.grad is None
     assert {tuple(p.grad.shape) for u in updates.values() for p in (u.A, u.B)} == {(D, RANK), (RANK, D_IN)}
+
+
+def test_folding_under_autocast_keeps_the_rank() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 20, bias=False).requires_grad_(False)
+    update = LowRankUpdate(Site("s", "s", linear, 0, 20), rank=2)
+    update.start(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        update.A.normal_()
+    exact = update.A.detach() @ update.B.detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        update.fold()
+    assert torch.equal(update.summed, exact)
+    assert int(torch.linalg.matrix_rank(update.summed)) == 2
