@@ -106,8 +106,8 @@ class CustomDiffusionMerge(SiteWeights):
             inputs = [domain.concept_inputs(j).to("cpu", torch.float64) for j in range(tasks)]
             if self.gram is None:
                 common = domain.common_inputs(self.config.captions).to("cpu", torch.float64)
-                gram = common.T @ common
-                self.gram = gram + float(self.config.ridge) * gram.diagonal().mean() * torch.eye(len(gram))
+                self.gram = common.T @ common
+                self.gram.diagonal().add_(float(self.config.ridge) * self.gram.diagonal().mean())
         project = merging_map(torch.cat(inputs), self.gram)
         sizes = [w.numel() for w in self.weights]
         learnt = [self.learnt(j).split(sizes) for j in range(tasks)]
