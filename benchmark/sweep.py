@@ -155,7 +155,9 @@ def plan_sweep(
     other_concepts = first.sources.get("data.skip") == "default" and not on_test
     if other_concepts:
         reported = first.flat()["data.concepts"]
-        sets += [f"data.skip={reported}", f"data.concepts={SWEEP_CONCEPTS}"]
+        sets.append(f"data.skip={reported}")
+        if first.sources["data.concepts"] != "--set":
+            sets.append(f"data.concepts={SWEEP_CONCEPTS}")
     points: list[Point] = []
     seen: dict[str, str] = {}
     for settings in grid:
@@ -177,7 +179,9 @@ def plan_sweep(
     elif held:
         measured_on = f"validation images (data.holdout={held}: that part of the training images)"
     elif other_concepts:
-        measured_on = f"{SWEEP_CONCEPTS} other concepts (data.skip={reported})"
+        measured_on = (
+            f"{reported if 'data.concepts' in fixed else SWEEP_CONCEPTS} other concepts (data.skip={reported})"
+        )
     elif can_hold_out:
         measured_on = "TEST images, as asked for"
     else:
