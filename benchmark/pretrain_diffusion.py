@@ -9,8 +9,10 @@ import math
 import shutil
 import textwrap
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -118,21 +120,36 @@ def _batches(n: int, batch: int, seed: int, *key: int | str) -> Iterator[Tensor]
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
+def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges, the most frequent pair first, until every word is one token.
+
+    The tokenizers library breaks ties by an order that differs between processes, and with it all token ids.
+    """
+    split = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges: list[tuple[str, str]] = []
+    while True:
+        counts = Counter(pair for symbols in split for pair in pairwise(symbols))
+        if not counts:
+            return merges
+        best = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(best)
+        for symbols in split:
+            at = 0
+            while at < len(symbols) - 1:
+                if (symbols[at], symbols[at + 1]) == best:
+                    symbols[at : at + 2] = ["".join(best)]
+                at += 1
+
+
 def make_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges were learnt on the words of the captions; unknown words fall to bytes."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
 
     words = {w for name in caption_names() for w in name.split()}
     words |= {*COLOURS, *KINDS, *(w for w in RENDITION_WORDS.values() if w), CLASS_NOUN}
     words |= {"a", "an", "of", "on", "the", "with", "and", "my", "face", "image", "toy", "object", "animal", "person"}
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(
-        vocab_size=100_000, min_frequency=1, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    learner.train_from_iterator([" ".join(sorted(words))], trainer)
-    merges = [tuple(m) for m in json.loads(learner.to_str())["model"]["merges"]]
+    merges = _learn_merges(sorted(words))
     tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges)]
     tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: i for i, token in enumerate(tokens)}
@@ -411,8 +428,17 @@ def save_pipeline(pipe: Any, folder: Path) -> None:
     _pipeline(pipe.tokenizer, parts["text_encoder"], parts["unet"], parts["vae"], pipe.scheduler).save_pretrained(
         partial, safe_serialization=True
     )
+    write_vocabulary(partial / "tokenizer")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
+
+
+def write_vocabulary(folder: Path) -> None:
+    """Writes vocab.json and merges.txt from tokenizer.json: what CLIP tokenizers of transformers 4 read."""
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
 @torch.no_grad()
