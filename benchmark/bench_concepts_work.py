@@ -19,6 +19,7 @@ import dualcl.benchmark.compat  # noqa: F401 - before diffusers
 
 # isort: split
 from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dualcl.benchmark.backbones import bundled_diffusion
@@ -110,6 +111,7 @@ def random_diffusion(
 
     The tokenizer is the bundled one, set to the text encoder's length; its ids are among the first of the table.
     """
+    diffusers_logging.set_verbosity_error()  # it warns of every conversion
     dtype = DTYPES[config.weights_dtype]
     generator = torch.Generator(device).manual_seed(0)
     built: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""One training step and one image at the full size of Stable Diffusion 1.x: minutes and about 12 GiB on a CPU."""
+"""One training step and one image at the full size of Stable Diffusion 1.x: minutes and about 8 GiB on a CPU."""
 
 from __future__ import annotations
 
