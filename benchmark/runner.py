@@ -152,7 +152,7 @@ class Run:
         Raises NonFiniteLoss, which says `where`, before anything is changed.
         """
         with self.autocast():
-            task_loss = self.domain.loss(batch)
+            task_loss = self.method.loss(batch)
         penalty = self.method.penalty()
         loss = task_loss if penalty is None else task_loss + penalty
         value = loss.item()
@@ -403,6 +403,7 @@ def run(resolved: Resolved, out: str | Path, reporter: Reporter | None = None) -
                 "seed": general.seed,
                 "n_tasks": work.n_tasks,
                 "joint": work.joint,
+                "caveats": work.method.caveats(),
             },
             resolved.tree(),
             work.domain.matrix_kind,

@@ -51,7 +51,7 @@ class Method(nn.Module):
     """What to train for a task, which loss terms to add, and what to keep afterwards.
 
     Life of a method: `__init__` (attach to the domain), then for each task `begin_task` -> `prepare` -> `trained` ->
-    steps, each `domain.loss(batch) + penalty()` -> `end_task`. All state that outlives a step must be in `state_dict`
+    steps, each `loss(batch) + penalty()` -> `end_task`. All state that outlives a step must be in `state_dict`
     (parameters and buffers) or in `domain.state_dict`; `begin_task` runs before a mid-task `load_state_dict`, so shapes
     match.
     A method never asks which domain it serves: it uses `domain.sites()`, `domain.full_parameters()` or a capability
@@ -96,6 +96,10 @@ class Method(nn.Module):
         """The method's own parameters for the current task; the domain's (classifier rows; token rows) come on top."""
         return []
 
+    def loss(self, batch: Any) -> Tensor:
+        """The task loss of a batch, a scalar: the domain's, unless the method learns from something else as well."""
+        return self.domain.loss(batch)
+
     def penalty(self) -> Tensor | None:
         """Extra loss terms, a scalar, once per optimiser step after the forward pass; None when there are none."""
         return None
@@ -113,6 +117,10 @@ class Method(nn.Module):
     def diagnostics(self) -> dict[str, Any]:
         """JSON-able facts for the record after a task, e.g. update norms or prompt use; empty by default."""
         return {}
+
+    def caveats(self) -> list[str]:
+        """What a reader must know before comparing the run with others, e.g. that it stores data; marked in tables."""
+        return []
 
 
 T = TypeVar("T", bound=type[Method])
