@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -166,6 +166,43 @@ class FeatureDomain(Protocol):
 
     def set_output_rows(self, task: int, weight: Tensor, bias: Tensor) -> None:
         """Sets the task's read-out: weight (n_outputs, D), bias (n_outputs,)."""
+
+
+class LogitsDomain(Protocol):
+    """Capability `logits`: the model is a classifier whose outputs on a batch a method may teach itself."""
+
+    def logits(self, batch: Any) -> Tensor:
+        """Outputs (B, number of outputs begun) of the batch, float32, with gradient."""
+
+    def targets(self, batch: Any) -> Tensor:
+        """The right output (B,) of each sample, int64, on the domain's device."""
+
+    def outputs(self, task: int) -> range:
+        """Output indices that belong to the task; those of earlier tasks come before it."""
+
+    def frozen_logits(self) -> Callable[[Any], Tensor]:
+        """`logits` as they are now, without gradient: a copy of the model, which nothing trains or saves."""
+
+
+class ExemplarDomain(Protocol):
+    """Capability `exemplars`: training samples of the begun task may be copied, and copies trained on later."""
+
+    exemplar_shape: tuple[int, ...]
+
+    def exemplars(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(uint8 (n, *exemplar_shape), targets (n,) int64) of the begun task's training samples, not augmented.
+
+        `positions` count from 0 to the task's size.
+        """
+
+    def targets(self, batch: Any) -> Tensor:
+        """The right output (B,) of each sample, int64, on the domain's device."""
+
+    def with_exemplars(self, batch: Any, exemplars: Tensor, targets: Tensor) -> Any:
+        """The batch and the exemplars as one batch, which is on the domain's device.
+
+        They are augmented as far as copies can be, with torch's global generator, which the runner seeds for each step.
+        """
 
 
 class NetworkDomain(Protocol):

@@ -55,8 +55,10 @@ def lr_factor(train: TrainConfig, step: int, steps_per_epoch: int) -> float:
     """Factor on every learning rate at optimiser step `step` of a task."""
     if train.schedule == "constant":
         return 1.0
-    if train.schedule == "coda":  # per epoch, as in the CODA-Prompt code
-        return math.cos(99 * math.pi * (step // steps_per_epoch) / (200 * max(train.epochs - 1, 1)))
+    if train.schedule == "coda":
+        # the scheduler of the CODA-Prompt code counts from the second epoch, so that the first value comes twice
+        epoch = max(step // steps_per_epoch - 1, 0)
+        return math.cos(99 * math.pi * epoch / (200 * max(train.epochs - 1, 1)))
     return 0.5 * (1 + math.cos(math.pi * step / (train.epochs * steps_per_epoch)))
 
 
@@ -404,6 +406,7 @@ def run(resolved: Resolved, out: str | Path, reporter: Reporter | None = None) -
                 "n_tasks": work.n_tasks,
                 "joint": work.joint,
                 "caveats": work.method.caveats(),
+                "tuning": resolved.tuning,
             },
             resolved.tree(),
             work.domain.matrix_kind,

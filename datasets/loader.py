@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -303,6 +303,21 @@ class ImageLoader:
         for indices, array in zip(chunks, arrays, strict=True):
             yield self._batch(array, indices, np.zeros(len(indices), dtype=bool))
 
+    def views(self, indices: Sequence[int]) -> Tensor:
+        """Pixels uint8 (n, 3, S, S) of the images at `indices` in the evaluation view, a copy."""
+        if self._decoded is not None:
+            return self._decoded[torch.as_tensor(indices, dtype=torch.int64)]
+        out = torch.empty((len(indices), 3, self.view.size, self.view.size), dtype=torch.uint8)
+        found = in_threads(lambda i: self._views.view_of((None, i)), (int(i) for i in indices), self.workers)
+        for row, pixels in zip(out, found, strict=True):
+            row.copy_(torch.from_numpy(np.ascontiguousarray(pixels)))
+        return out
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Images float32 (B, 3, S, S) for a model from uint8 pixels, on their device."""
+        mean, std = self._mean.to(pixels.device), self._std.to(pixels.device)
+        return pixels.to(torch.float32).div_(255).sub_(mean).div_(std)
+
     def close(self) -> None:
         """Frees the decoded images; they are decoded again when asked for."""
         self._decoded = None
@@ -356,8 +371,7 @@ class ImageLoader:
         chosen, mirrored = torch.from_numpy(indices), torch.from_numpy(flipped)
         if flipped.any():
             pixels[mirrored] = pixels[mirrored].flip(-1)
-        images = pixels.to(torch.float32).div_(255).sub_(self._mean).div_(self._std)
-        return Batch(images, self._labels[chosen], chosen, mirrored)
+        return Batch(self.normalise(pixels), self._labels[chosen], chosen, mirrored)
 
 
 def cpus() -> int:

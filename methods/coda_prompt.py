@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualcl.methods.base import MethodConfig, ParamGroup, check, register_method
-from dualcl.methods.prompting import PromptMethod, check_blocks, check_depth, check_length, halves
+from dualcl.methods.prompting import PromptMethod, check_blocks, check_depth, check_length, check_quirks, halves
 
 if TYPE_CHECKING:
     from dualcl.benchmark.domain import Domain
@@ -40,8 +40,7 @@ def orthogonality(rows: Tensor) -> Tensor:
 def orthonormal_rows(count: int, old: Tensor, generator: torch.Generator) -> Tensor:
     """`count` random rows, orthonormal and orthogonal to the rows of `old` (M, d), float64 on the CPU.
 
-    The reference projects on each old row in turn, which is exact only while these are orthogonal to each other (they
-    are not after training); this removes their whole span. Needs M + count <= d.
+    Removes the whole span of the old rows. Needs M + count <= d.
     """
     basis = torch.linalg.qr(old.detach().to("cpu", torch.float64).T).Q
     rows = torch.randn(count, old.shape[1], generator=generator, dtype=torch.float64)
@@ -49,6 +48,20 @@ def orthonormal_rows(count: int, old: Tensor, generator: torch.Generator) -> Ten
         rows = rows - (rows @ basis) @ basis.T
         rows = torch.linalg.qr(rows.T).Q.T
     return rows
+
+
+def projected_rows(rows: Tensor, old: Tensor) -> Tensor:
+    """`rows` (n, d) less their projection on each earlier row, of `old` (M, d) and of the result, then normalised.
+
+    Orthogonal to the old rows only while these are orthogonal to each other, which they are not after training.
+    Source: `gram_schmidt` of the public CODA-Prompt code.
+    """
+    earlier = list(old.to(rows))
+    for row in rows:
+        # an earlier row of length 0 takes nothing away; the public code would never end
+        shares = [(row @ u) / (u @ u).clamp_min(1e-8) * u for u in earlier]
+        earlier.append(row - torch.stack(shares).sum(dim=0) if shares else row)
+    return F.normalize(torch.stack(earlier[len(old) :]), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,16 @@ class CodaPromptConfig(MethodConfig):
         metadata={"help": "weight of the orthogonality penalty (lambda in the paper: 0.1; 0 in the updated code)"},
     )
     blocks: tuple[int, ...] = field(default=(0, 1, 2, 3, 4), metadata={"help": "prompted blocks"})
+    reference_quirks: tuple[str, ...] = field(
+        default=(), metadata={"help": "habits of the public code, for parity only: drop_remainder, project_in_turn"}
+    )
+
+    QUIRKS: ClassVar[Mapping[str, str]] = {
+        "drop_remainder": "components that the number of tasks does not divide are left unused "
+        "(public CODA-Prompt code)",
+        "project_in_turn": "a task's components start orthogonal to earlier ones only as far as those are to each "
+        "other (public CODA-Prompt code)",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,13 +96,15 @@ class CodaPromptConfig(MethodConfig):
         check(self.mu >= 0, f"method.mu must not be negative, got {self.mu}")
         check_length("method.length", self.length)
         check_blocks("method.blocks", self.blocks)
+        check_quirks(self.reference_quirks, self.QUIRKS)
 
     def share(self, task: int, n_tasks: int) -> int:
         """Components of task `task`: pool / n_tasks, the first tasks one more each where that leaves a remainder.
 
         A task beyond the planned `n_tasks` gets pool // n_tasks components on top of the pool.
         """
-        return self.pool // n_tasks + (task < self.pool % n_tasks)
+        left = 0 if "drop_remainder" in self.reference_quirks else self.pool % n_tasks
+        return self.pool // n_tasks + (task < left)
 
 
 @register_method(
@@ -94,7 +119,9 @@ class CodaPrompt(PromptMethod):
     Each task adds its share of the pool, started orthonormal and orthogonal to the earlier components (Gram-Schmidt in
     `begin_task`, as in the updated public code); that share is a parameter, earlier components are buffers.
     Penalty: mu times `orthogonality` of the keys, attentions and (flattened) prompts of all components so far.
-    Unlike the reference, a pool that the number of tasks does not divide is used in full, see `CodaPromptConfig.share`.
+    Unlike the public code, a pool that the number of tasks does not divide is used in full, see
+    `CodaPromptConfig.share` (quirk `drop_remainder`), and new components are orthogonal to the whole span of the
+    trained ones, see `orthonormal_rows` (quirk `project_in_turn`: `projected_rows`).
     """
 
     Config = CodaPromptConfig
@@ -188,8 +215,15 @@ class CodaPrompt(PromptMethod):
 
     def _started(self, count: int, old: Tensor, generator: torch.Generator) -> nn.Parameter:
         """`count` new rows per block, orthonormal and orthogonal to `old` (n_blocks, M, ...), like it in shape."""
-        rows = torch.stack([orthonormal_rows(count, block, generator) for block in old.flatten(2)])
+        rows = torch.stack([self._started_block(count, block, generator) for block in old.flatten(2)])
         return nn.Parameter(rows.to(old).unflatten(-1, old.shape[2:]))
+
+    def _started_block(self, count: int, old: Tensor, generator: torch.Generator) -> Tensor:
+        """`count` new rows beside `old` (M, d), float64 on the CPU."""
+        if "project_in_turn" not in self.config.reference_quirks:
+            return orthonormal_rows(count, old, generator)
+        rows = torch.randn(count, old.shape[1], generator=generator, dtype=torch.float64)
+        return projected_rows(rows, old.detach().to("cpu"))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,11 @@ from dualcl.methods.prompting import (
     check_blocks,
     check_depth,
     check_length,
+    check_quirks,
     cosine,
     count_choices,
     halves,
+    majority,
 )
 
 if TYPE_CHECKING:
@@ -32,6 +34,19 @@ class DualPromptConfig(MethodConfig):
     general_length: int = field(default=6, metadata={"help": "length of a general prompt (L_g in the paper)"})
     expert_blocks: tuple[int, ...] = field(default=(2, 3, 4), metadata={"help": "blocks with expert prompts (e)"})
     expert_length: int = field(default=20, metadata={"help": "length of an expert prompt (L_e in the paper)"})
+    reference_quirks: tuple[str, ...] = field(
+        default=(),
+        metadata={"help": "habits of public codes, for parity only: sum_key_loss, future_experts, batch_vote, reshape"},
+    )
+
+    QUIRKS: ClassVar[Mapping[str, str]] = {
+        "sum_key_loss": "the key loss is summed over the batch, not averaged (public CODA-Prompt code)",
+        "future_experts": "the untrained experts of tasks to come are candidates at test (public CODA-Prompt code)",
+        "batch_vote": "experts chosen by a vote of the test batch, which holds one task: uses the task id in disguise "
+        "(public L2P code)",
+        "reshape": "expert prompts are reshaped without a permute: which half of whose prompt a sample gets, as keys "
+        "and as values, depends on its place in the batch (public PyTorch copies of DualPrompt)",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -39,6 +54,7 @@ class DualPromptConfig(MethodConfig):
         check_blocks("method.expert_blocks", self.expert_blocks)
         check_length("method.general_length", self.general_length)
         check_length("method.expert_length", self.expert_length)
+        check_quirks(self.reference_quirks, self.QUIRKS)
 
 
 @register_method(
@@ -51,9 +67,10 @@ class DualPrompt(PromptMethod):
     """General prompts in the first blocks; in later blocks the expert of the task whose key is nearest to the query.
 
     In training the expert is the current task's; at evaluation each block of each sample takes the expert with the
-    highest cosine, among the tasks seen so far. (The reference also offers the untrained experts of tasks to come.)
-    Key loss: sum over the expert blocks of 1 - cos(q, key of the task), averaged over the batch; the reference sums
-    over the batch, which changes nothing under Adam, as keys get no other gradient.
+    highest cosine, among the tasks seen so far. The public CODA-Prompt code also offers the untrained experts of tasks
+    to come: quirk `future_experts`. Others let the test batch vote, or mix its samples: quirks `batch_vote`, `reshape`.
+    Key loss: sum over the expert blocks of 1 - cos(q, key of the task), averaged over the batch; the public code sums
+    over the batch (quirk `sum_key_loss`), which hardly matters under Adam, as keys get no other gradient.
     General prompts are trained in every task, by design. The current expert is a parameter, earlier ones are buffers.
     """
 
@@ -62,6 +79,8 @@ class DualPrompt(PromptMethod):
     past_keys: Tensor
     prompt: nn.Parameter | None
     key: nn.Parameter | None
+    future_prompts: Tensor
+    future_keys: Tensor
     chosen: Tensor
 
     def __init__(self, config: DualPromptConfig, domain: Domain, n_tasks: int, seed: int) -> None:
@@ -82,11 +101,18 @@ class DualPrompt(PromptMethod):
         if self.prompt is not None and self.key is not None:
             self.past_prompts = torch.cat([self.past_prompts, self.prompt.detach().unsqueeze(1)], dim=1)
             self.past_keys = torch.cat([self.past_keys, self.key.detach().unsqueeze(1)], dim=1)
-        n, generator = len(self.config.expert_blocks), self.generator("init", task)
-        self.prompt = self.uniform(generator, n, self.config.expert_length, self.feature_dim)
-        self.key = self.uniform(generator, n, self.feature_dim)
-        # Not in the state: an evaluation leaves the state as it is.
-        counts = torch.zeros(n, task + 1, dtype=torch.int64, device=self.domain.device)
+        self.prompt, self.key = self._drawn(task)
+        later = range(task + 1, self.n_tasks) if "future_experts" in self.config.reference_quirks else ()
+        future = [self._drawn(t) for t in later]
+        # Not in the state: they are drawn again, and an evaluation leaves the state as it is.
+        for name, like, drawn in (
+            ("future_prompts", self.past_prompts, [p.detach() for p, _ in future]),
+            ("future_keys", self.past_keys, [k.detach() for _, k in future]),
+        ):
+            self.register_buffer(name, torch.stack(drawn, dim=1) if drawn else like[:, :0].clone(), persistent=False)
+        counts = torch.zeros(
+            len(self.config.expert_blocks), task + 1 + len(future), dtype=torch.int64, device=self.domain.device
+        )
         self.register_buffer("chosen", counts, persistent=False)
 
     def trained(self) -> list[ParamGroup]:
@@ -106,6 +132,8 @@ class DualPrompt(PromptMethod):
             prefixes[block] = halves(self.general[i].expand(len(query), -1, -1))
         for i, block in enumerate(self.config.expert_blocks):
             keys, values = halves(expert[i])
+            if "reshape" in self.config.reference_quirks:
+                keys, values = torch.stack([keys, values]).reshape(len(query), 2, *keys.shape[1:]).unbind(1)
             if block in prefixes:
                 general_keys, general_values = prefixes[block]
                 keys, values = torch.cat([keys, general_keys], dim=1), torch.cat([values, general_values], dim=1)
@@ -130,17 +158,26 @@ class DualPrompt(PromptMethod):
             raise RuntimeError("dualprompt has no expert yet: begin_task comes first")
         return self.prompt, self.key
 
+    def _drawn(self, task: int) -> tuple[nn.Parameter, nn.Parameter]:
+        """The expert and key that task `task` starts from."""
+        n, generator = len(self.config.expert_blocks), self.generator("init", task)
+        prompt = self.uniform(generator, n, self.config.expert_length, self.feature_dim)
+        return prompt, self.uniform(generator, n, self.feature_dim)
+
     def _own_expert(self, query: Tensor) -> Tensor:
         """The current task's expert for every sample, (n_blocks, B, L, D); keeps the key loss."""
         prompt, key = self._current()
-        self._key_loss = (1 - cosine(query, key.unsqueeze(1))).sum(dim=(0, 2)).mean()
+        losses = (1 - cosine(query, key.unsqueeze(1))).sum(dim=(0, 2))
+        self._key_loss = losses.sum() if "sum_key_loss" in self.config.reference_quirks else losses.mean()
         return prompt.unsqueeze(1).expand(-1, len(query), -1, -1)
 
     def _nearest_expert(self, query: Tensor) -> Tensor:
         """The expert with the nearest key for each block and sample, (n_blocks, B, L, D)."""
         prompt, key = self._current()
-        keys = torch.cat([self.past_keys, key.unsqueeze(1)], dim=1)
-        prompts = torch.cat([self.past_prompts, prompt.unsqueeze(1)], dim=1)
+        keys = torch.cat([self.past_keys, key.unsqueeze(1), self.future_keys], dim=1)
+        prompts = torch.cat([self.past_prompts, prompt.unsqueeze(1), self.future_prompts], dim=1)
         nearest = cosine(query, keys).argmax(dim=-1)
+        if "batch_vote" in self.config.reference_quirks:
+            nearest = majority(nearest.unsqueeze(-1), keys.shape[1]).squeeze(-1)
         self.chosen.add_(count_choices(nearest, keys.shape[1]))
         return prompts[torch.arange(len(prompts), device=nearest.device).unsqueeze(1), nearest]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from dualcl.methods.prompting import (
     check_blocks,
     check_depth,
     check_length,
+    check_quirks,
     cosine,
     count_choices,
     halves,
+    majority,
 )
 
 if TYPE_CHECKING:
@@ -39,10 +41,16 @@ class L2PConfig(MethodConfig):
     top_k: int = field(default=5, metadata={"help": "prompts chosen per sample (N in the paper)"})
     deep: bool = field(default=False, metadata={"help": "Deep L2P++: prompts in blocks 0-4 instead of block 0"})
     blocks: tuple[int, ...] = field(default=(), metadata={"help": "prompted blocks, if neither 0 nor (deep) 0-4"})
-    reference_quirks: bool = field(
-        default=False,
-        metadata={"help": "key loss summed over batch x batch x top_k entries, as in the reference; for parity only"},
+    reference_quirks: tuple[str, ...] = field(
+        default=(), metadata={"help": "habits of public codes, for parity only: batch_key_loss, batch_vote"}
     )
+
+    QUIRKS: ClassVar[Mapping[str, str]] = {
+        "batch_key_loss": "the key loss counts every sample with every sample's choice, summed over the batch "
+        "(public CODA-Prompt code)",
+        "batch_vote": "prompts chosen by a vote of the batch, also at test, where a batch holds one task: "
+        "uses the task id in disguise (public L2P code)",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,6 +65,7 @@ class L2PConfig(MethodConfig):
             f"method.deep=true means blocks 0-4 but method.blocks={list(self.blocks)} is given too; set one of them",
         )
         check_blocks("method.blocks", self.prompted)
+        check_quirks(self.reference_quirks, self.QUIRKS)
 
     @property
     def prompted(self) -> tuple[int, ...]:
@@ -74,9 +83,10 @@ class L2P(PromptMethod):
     """Prepends to each prompted block the `top_k` prompts whose keys are nearest (cosine) to the sample's own query.
 
     The pool is shared: all its prompts and keys are trained in every task, by design; nothing is frozen between tasks.
-    Key loss: sum over blocks and chosen keys of 1 - cos(q, key), averaged over the batch. The reference sums
-    `cos_sim[:, idx]`, i.e. every sample with every sample's choice; `reference_quirks` does so too.
-    Choice is per sample, also at evaluation (no vote over the batch).
+    Key loss: sum over blocks and chosen keys of 1 - cos(q, key), averaged over the batch. The public CODA-Prompt code
+    sums `cos_sim[:, idx]`, i.e. every sample with every sample's choice (a term that grows with the square of the
+    batch): quirk `batch_key_loss`.
+    Choice is per sample, also at evaluation; other public codes let the batch vote: quirk `batch_vote`.
     """
 
     Config = L2PConfig
@@ -108,10 +118,13 @@ class L2P(PromptMethod):
         """Prefixes {block: (keys, values)}, each (B, top_k * length / 2, D), best match first, for queries (B, D)."""
         similarity = cosine(query.detach(), self.keys)
         best, chosen = similarity.topk(self.config.top_k, dim=-1)
+        if "batch_vote" in self.config.reference_quirks:
+            chosen = majority(chosen, self.config.pool)
+            best = similarity.gather(-1, chosen)
         with torch.no_grad():
             counts = count_choices(chosen, self.config.pool)
             (self.used if training else self.used_in_evaluation).add_(counts)
-        if training and self.config.reference_quirks:
+        if training and "batch_key_loss" in self.config.reference_quirks:
             self._key_loss = ((1 - similarity) * counts.unsqueeze(1)).sum()
         elif training:
             self._key_loss = (1 - best).sum(dim=(0, 2)).mean()

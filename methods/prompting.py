@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dualcl.benchmark.errors import nearest
 from dualcl.methods.base import Method, ParamGroup, check
 
 if TYPE_CHECKING:
@@ -46,6 +47,13 @@ def check_depth(name: str, field: str, blocks: tuple[int, ...], n_blocks: int) -
     )
 
 
+def check_quirks(quirks: tuple[str, ...], known: Mapping[str, str]) -> None:
+    """Raises UserError unless `quirks` are distinct names among `known`."""
+    for name in quirks:
+        check(name in known, f"unknown name {name!r} in method.reference_quirks; {nearest(name, known, 'quirks')}")
+    check(len(set(quirks)) == len(quirks), f"method.reference_quirks must not name a quirk twice, got {list(quirks)}")
+
+
 def halves(prompts: Tensor) -> tuple[Tensor, Tensor]:
     """Splits prompts (..., L, D) into what is prepended to the keys and to the values, each (..., L/2, D)."""
     keys, values = prompts.chunk(2, dim=-2)
@@ -62,6 +70,15 @@ def count_choices(choice: Tensor, pool: int) -> Tensor:
     """How often each of `pool` members occurs in `choice` (n_blocks, ...), shape (n_blocks, pool); no device sync."""
     members = torch.arange(pool, device=choice.device)
     return (choice.flatten(1).unsqueeze(-1) == members).sum(dim=1)
+
+
+def majority(choice: Tensor, pool: int) -> Tensor:
+    """What a batch votes for: the k most frequent of its choices (n_blocks, B, k) among `pool` members, for each row.
+
+    Most votes first, ties by the lower index. Source: `batchwise_prompt` of the public L2P code (google-research/l2p).
+    """
+    ranked = count_choices(choice, pool).sort(dim=-1, descending=True, stable=True).indices
+    return ranked[:, None, : choice.shape[-1]].expand_as(choice)
 
 
 class PromptMethod(Method):
@@ -89,6 +106,10 @@ class PromptMethod(Method):
         """The key loss of the last training forward pass, a scalar; handed out once."""
         loss, self._key_loss = self._key_loss, None
         return loss
+
+    def caveats(self) -> list[str]:
+        """Each active quirk of the reference in words."""
+        return [f"{name}: {self.config.QUIRKS[name]}" for name in self.config.reference_quirks]
 
     def uniform(self, generator: torch.Generator, *shape: int) -> nn.Parameter:
         """A parameter drawn from uniform(0, 1), the reference's initialisation of L2P and DualPrompt."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -101,7 +102,7 @@ class Classification(Domain):
     """
 
     name = "classification"
-    capabilities = ("prefix", "features")
+    capabilities = ("prefix", "features", "logits", "exemplars")
     sections_config: ClassVar[dict[str, type]] = {
         "stream": StreamConfig,
         "backbone": BackboneConfig,
@@ -259,15 +260,16 @@ class Classification(Domain):
             one = slice(i, i + 1)
             yield Batch(batch.images[one], batch.labels[one], batch.indices[one], batch.flipped[one])
 
-    def _logits(self, features: Tensor) -> Tensor:
-        weight = torch.cat([h.weight for h in self.heads])  # type: ignore[misc]
-        bias = torch.cat([h.bias for h in self.heads])  # type: ignore[misc]
+    def _logits(self, features: Tensor, heads: nn.ModuleList | None = None) -> Tensor:
+        heads = self.heads if heads is None else heads
+        weight = torch.cat([h.weight for h in heads])  # type: ignore[misc]
+        bias = torch.cat([h.bias for h in heads])  # type: ignore[misc]
         return F.linear(features, weight, bias).float()
 
     # --- forward passes ---------------------------------------------------------------------------------------------
 
-    def _plain_features(self, images: Tensor) -> Tensor:
-        model: Any = self.model
+    def _plain_features(self, images: Tensor, model: Any = None) -> Tensor:
+        model = self.model if model is None else model
         features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
         return features
 
@@ -372,6 +374,56 @@ class Classification(Domain):
         with torch.no_grad():
             head.weight.copy_(weight)  # type: ignore[operator]
             head.bias.copy_(bias)  # type: ignore[operator]
+
+    # --- capabilities: logits, exemplars ----------------------------------------------------------------------------
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits (B, number of classes begun) of a batch, float32, with gradient."""
+        return self._logits(self._features(batch.images.to(self.device), training=True))
+
+    def targets(self, batch: Batch) -> Tensor:
+        """Output index (B,) of each image, on the domain's device."""
+        return batch.labels.to(self.device)
+
+    def frozen_logits(self) -> Callable[[Batch], Tensor]:
+        """`logits` of a copy of the model and classifier as they are now, without gradient."""
+        if self._provider is not None:
+            raise RuntimeError("a model with prompts cannot be copied: its prompts belong to the method")
+        model, heads = (copy.deepcopy(m).requires_grad_(False) for m in (self.model, self.heads))
+        model.zero_grad(set_to_none=True)
+        heads.zero_grad(set_to_none=True)
+
+        @torch.no_grad()
+        def logits(batch: Batch) -> Tensor:
+            return self._logits(self._plain_features(batch.images.to(self.device), model), heads)
+
+        return logits
+
+    @property
+    def exemplar_shape(self) -> tuple[int, int, int]:
+        """Shape of a stored image: the evaluation view."""
+        return 3, self.view.size, self.view.size
+
+    def exemplars(self, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(pixels uint8 (n, 3, S, S) in the evaluation view, output indices (n,)) of the begun task's images."""
+        labels = torch.from_numpy(self._train_images(self._current).labels[list(positions)])
+        return self._training_loader(self._current).views(positions), labels
+
+    def with_exemplars(self, batch: Batch, exemplars: Tensor, targets: Tensor) -> Batch:
+        """A batch joined with stored images; their `indices` are -1.
+
+        Half of the stored images are mirrored unless `input.augment` is none; no crop, for they are views already.
+        """
+        stored, labels = exemplars.to(self.device), targets.cpu()
+        mirrored = torch.rand(len(labels)) < (0.0 if self.view.augment == "none" else 0.5)
+        flip = mirrored.to(self.device).view(-1, 1, 1, 1)
+        images = self._training_loader(self._current).normalise(torch.where(flip, stored.flip(-1), stored))
+        return Batch(
+            torch.cat([batch.images.to(self.device), images]),
+            torch.cat([batch.labels, labels]),
+            torch.cat([batch.indices, torch.full_like(labels, -1)]),
+            torch.cat([batch.flipped, mirrored]),
+        )
 
     # --- provenance -------------------------------------------------------------------------------------------------
 

