@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -61,7 +62,7 @@ class TrainConfig:
     batch_size: int = 32
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     schedule: Literal["cosine", "constant", "coda"] = field(
-        default="cosine", metadata={"help": "per step; coda: per epoch, cos(99 pi e / (200 (E-1)))"}
+        default="cosine", metadata={"help": "per step; coda: per epoch e, cos(99 pi max(e-1, 0) / (200 (E-1)))"}
     )
     drop_last: bool = field(default=False, metadata={"help": "drop a last, short batch"})
     grad_clip: float | None = field(default=None, metadata={"help": "largest norm of all gradients together"})
@@ -232,6 +233,11 @@ class Preset:
     compare: tuple[str, ...] = ()
     #: the preset in whose table its runs appear: its own, or that of which it is an ablation
     table: str = ""
+    #: who tuned a method's values, and on what
+    tuning: Mapping[str, str] = field(default_factory=dict)
+    #: what `dualcl sweep` tries: values by key, per method; grids of `points` points each
+    search: Mapping[str, Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
+    points: int = 0
 
 
 @functools.lru_cache(maxsize=1)
@@ -264,16 +270,88 @@ def load_preset(name_or_path: str, _chain: tuple[str, ...] = ()) -> Preset:
     base: dict[str, tuple[Any, str]] = {}
     domain, summary = tree.pop("domain", None), tree.pop("summary", "")
     compare, table = tree.pop("compare", None), tree.pop("table", None) or label
+    tuning, (search, points) = _tuning(tree, path), _search(tree, path)
     if parent_name := tree.pop("extends", None):
         parent = load_preset(str(parent_name), (*_chain, str(path)))
         base, domain = dict(parent.values), domain or parent.domain
         compare = list(parent.compare) if compare is None else compare
+        tuning = _inherited_tuning(parent, tuning, tree.get("methods"), label)
+        search, points = {**parent.search, **search}, points or parent.points
+    _check_sizes(search, points, path)
     if domain is None:
         raise UserError(f"preset {path} must say `domain: classification` (or extend a preset that does)")
     base.update({key: (value, f"preset {label}") for key, value in flatten(tree).items()})
     if not isinstance(compare, (list, type(None))) or not all(isinstance(m, str) for m in compare or ()):
         raise UserError(f"preset {path}: compare must be a list of method names, got {compare!r}")
-    return Preset(label, str(domain), str(summary), base, tuple(compare or ()), str(table))
+    return Preset(label, str(domain), str(summary), base, tuple(compare or ()), str(table), tuning, search, points)
+
+
+def _of_methods(value: Any, key: str, path: Path) -> dict[str, Any]:
+    """A mapping of registered methods; UserError that names `key` otherwise."""
+    from dualcl.methods import available_methods
+
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UserError(f"preset {path}: {key} must be a mapping of methods, got {value!r}")
+    for name in value:
+        if name not in available_methods():
+            raise UserError(
+                f"preset {path}: unknown method in {key}.{name}; {nearest(str(name), available_methods(), 'methods')}"
+            )
+    return value
+
+
+def _tuning(tree: dict[str, Any], path: Path) -> dict[str, str]:
+    """Takes `tuning:` out of a preset: a line per method."""
+    lines = _of_methods(tree.pop("tuning", None), "tuning", path)
+    for name, line in lines.items():
+        if not isinstance(line, str) or not line.strip() or "\n" in line.strip():
+            raise UserError(f"preset {path}: tuning.{name} must be one line of text, got {line!r}")
+    return {name: line.strip() for name, line in lines.items()}
+
+
+def _inherited_tuning(parent: Preset, own: Mapping[str, str], methods: Any, label: str) -> dict[str, str]:
+    """The parent's lines and the preset's own; one that is inherited does not cover values that the preset changes."""
+    out = dict(parent.tuning)
+    for name, values in methods.items() if isinstance(methods, Mapping) else ():
+        if name in out and isinstance(values, Mapping) and values:
+            out[name] = f"{', '.join(map(str, values))} by preset {label}, not tuned; the rest: {out[name]}"
+    return {**out, **own}
+
+
+def _search(tree: dict[str, Any], path: Path) -> tuple[dict[str, dict[str, tuple[Any, ...]]], int]:
+    """Takes `search:` out of a preset: values by key for each method, and the size of every grid."""
+    given = tree.pop("search", None)
+    if given is None:
+        return {}, 0
+    if not isinstance(given, dict) or not set(given) <= {"points", "methods"}:
+        raise UserError(f"preset {path}: search must hold points and methods, got {given!r}")
+    points = given.get("points", 0)
+    if not isinstance(points, int) or isinstance(points, bool) or ("points" in given and points < 1):
+        raise UserError(f"preset {path}: search.points must be at least 1, got {points!r}")
+    spaces: dict[str, dict[str, tuple[Any, ...]]] = {}
+    for name, axes in _of_methods(given.get("methods"), "search.methods", path).items():
+        if not isinstance(axes, dict) or not axes:
+            raise UserError(f"preset {path}: search.methods.{name} must map keys to lists of values, got {axes!r}")
+        for key, values in axes.items():
+            if not isinstance(values, list) or not values or any(v in values[:i] for i, v in enumerate(values)):
+                raise UserError(
+                    f"preset {path}: search.methods.{name}.{key} must be a list of different values, got {values!r}"
+                )
+        spaces[name] = {str(key): tuple(values) for key, values in axes.items()}
+    return spaces, points
+
+
+def _check_sizes(search: Mapping[str, Mapping[str, tuple[Any, ...]]], points: int, path: Path) -> None:
+    """UserError unless every method has as many points to try as the others."""
+    for name, axes in search.items():
+        size = math.prod(len(values) for values in axes.values())
+        if size != points:
+            raise UserError(
+                f"preset {path}: search.methods.{name} has {size} points and search.points is {points}; every method "
+                "gets as many as the others"
+            )
 
 
 @dataclass(frozen=True)
@@ -288,6 +366,8 @@ class Resolved:
     volatile: frozenset[str]
     #: the preset in whose table the run appears
     table: str = ""
+    #: who tuned the method's values, and on what
+    tuning: str = ""
 
     def section(self, name: str, cls: type[C]) -> C:
         """The section `name`, checked to be a `cls`."""
@@ -452,6 +532,7 @@ def resolve(
         sections=sections,
         sources={},
         table=loaded.table,
+        tuning=_tuning_line(loaded.tuning.get(method), sources),
         volatile=frozenset(k for k, (_, f) in known_keys.items() if f.metadata.get("volatile")),
     )
     resolved.sources.update({key: sources.get(key, "default") for key in flatten(resolved.tree())})
@@ -459,6 +540,27 @@ def resolve(
         resolved.sources[key] = "command line"
     resolved.sources["data.name"] = data_source
     return resolved
+
+
+def _tuning_line(line: str | None, sources: Mapping[str, str]) -> str:
+    """Who tuned the method: the preset's line, after the keys that `--set` gave."""
+    own = {key: source for key, source in sources.items() if key.startswith("method.")}
+    by_hand = [key for key, source in own.items() if source == "--set"]
+    if line is None:
+        presets = sorted({source for source in own.values() if source != "--set"})
+        line = f"not tuned: values of {', '.join(presets)}" if presets else "not tuned: code defaults"
+    return f"--set {', '.join(by_hand)}; the rest: {line}" if by_hand else line
+
+
+def own_values(resolved: Resolved) -> dict[str, Any]:
+    """The method's values that differ from the code's defaults, by name."""
+    config = resolved.sections["method"]
+    default = type(config)()
+    return {
+        f.name: value
+        for f in dataclasses.fields(config)
+        if (value := getattr(config, f.name)) != getattr(default, f.name)
+    }
 
 
 def help_text(resolved: Resolved, key: str) -> str:
