@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from dualcl.benchmark.domain import ConceptInputsDomain, PriorDomain
+from dualcl.benchmark.domain import ConceptInputsDomain
 from dualcl.methods.base import check, register_method
-from dualcl.methods.custom_diffusion import CustomDiffusionConfig
+from dualcl.methods.custom_diffusion import CustomDiffusionConfig, set_up
 from dualcl.methods.site_weights import SiteWeights
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ class CustomDiffusionMerge(SiteWeights):
     requires = ("prior", "concept_inputs")
 
     def __init__(self, config: CustomDiffusionMergeConfig, domain: Domain, n_tasks: int, seed: int) -> None:
-        if config.prior_weight > 0:
-            cast(PriorDomain, domain).use_prior(config.prior_weight)
+        set_up(config, domain)
         super().__init__(config, domain, n_tasks, seed)
         self.pretrained = self.flat().detach()
         self.gram: Tensor | None = None
@@ -117,6 +116,10 @@ class CustomDiffusionMerge(SiteWeights):
             moved = [(own[i].view(start.shape).double() - start) @ c.T for own, c in zip(learnt, inputs, strict=True)]
             parts.append((start + torch.cat(moved, dim=1) @ project).float().reshape(-1))
         return torch.cat(parts)
+
+    def caveats(self) -> list[str]:
+        """Each active quirk of the reference in words."""
+        return [f"{name}: {self.config.QUIRKS[name]}" for name in self.config.reference_quirks]
 
     def stored_parameters(self) -> int:
         """Every concept's weights."""

@@ -89,6 +89,13 @@ def test_shares_of_tasks_follow_their_sizes(memories, task):
         assert held.std() == pytest.approx(sd, rel=0.1)
 
 
+def test_of_three_samples_a_memory_of_one_holds_each_in_a_third_of_all_runs():
+    counts = [0, 0, 0]
+    for seed in range(3000):
+        counts[reservoir(1, 0, 3, torch.Generator().manual_seed(seed))[0]] += 1
+    assert all(abs(c - 1000) < 4 * math.sqrt(3000 * 1 / 3 * 2 / 3) for c in counts)
+
+
 def test_a_memory_with_room_for_all_holds_all_in_order():
     generator = torch.Generator().manual_seed(0)
     assert reservoir(10, 0, 4, generator) == {0: 0, 1: 1, 2: 2, 3: 3}

@@ -25,9 +25,11 @@ from dualcl.methods.coda_prompt import (
     component_weights,
     orthogonality,
     orthonormal_rows,
+    projected_rows,
 )
 from dualcl.methods.dualprompt import DualPrompt, DualPromptConfig
 from dualcl.methods.l2p import L2P, L2PConfig
+from dualcl.methods.prompting import majority
 
 DIM, BLOCKS, TASKS = 24, 6, 3
 METHODS = ("l2p", "dualprompt", "coda_prompt", "coda_prompt_small")
@@ -199,6 +201,60 @@ def test_autocast_does_not_change_who_is_chosen(name):
         torch.testing.assert_close(cast[block][0].float(), keys, rtol=0.02, atol=0.02)
 
 
+# --- quirks of public codes, all of them ------------------------------------------------------------------------------
+
+QUIRKS = [(name, quirk) for name in METHODS for quirk in method_class(name).Config.QUIRKS]
+#: a sample's prompts depend on its batch
+MIX_SAMPLES = {("l2p", "batch_vote"), ("dualprompt", "batch_vote"), ("dualprompt", "reshape")}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_quirks_are_off_unless_named_and_listed_for_the_user(name):
+    config = method_class(name).Config
+    assert config().reference_quirks == ()
+    assert make(name).caveats() == []
+    text = next(f.metadata["help"] for f in dataclasses.fields(config) if f.name == "reference_quirks")
+    assert all(quirk in text for quirk in config.QUIRKS)
+
+
+@pytest.mark.parametrize(("name", "quirk"), QUIRKS)
+def test_every_active_quirk_is_told_to_the_reader(name, quirk):
+    (caveat,) = make(name, reference_quirks=(quirk,)).caveats()
+    assert caveat.startswith(f"{quirk}: ")
+    assert "public" in caveat
+    assert ("task id in disguise" in caveat) == (quirk == "batch_vote")
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("name", "quirk"), QUIRKS)
+def test_only_the_quirks_known_to_mix_samples_do(name, quirk, training):
+    method, q = begun(name, reference_quirks=(quirk,)), queries(6)
+    whole = method.provide(q, training)
+    alone = [method.provide(q[row : row + 1], training) for row in range(len(q))]
+    same = all(
+        torch.allclose(one[block][part][0], tensor[row], rtol=1e-5, atol=1e-6)
+        for block, pair in whole.items()
+        for part, tensor in enumerate(pair)
+        for row, one in enumerate(alone)
+    )
+    # DualPrompt's expert is the task's own in training, so that there is nothing to vote on
+    votes = (name, quirk) == ("dualprompt", "batch_vote") and training
+    assert same == ((name, quirk) not in MIX_SAMPLES or votes)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_quirks_are_set_by_name(name, tiny):
+    names = list(method_class(name).Config.QUIRKS)
+    assert tiny(name, f"method.reference_quirks={','.join(names)}").sections["method"].reference_quirks == tuple(names)
+    assert tiny(name, "method.reference_quirks=[]").sections["method"].reference_quirks == ()
+
+
+def test_a_vote_takes_the_most_frequent_and_the_lower_of_two():
+    choice = torch.tensor([[[4, 1], [1, 3], [3, 4], [0, 1]], [[2, 0], [2, 1], [0, 2], [4, 2]]])
+    # votes of the first block: 0: 1, 1: 3, 3: 2, 4: 2; of the second: 2: 4, 0: 2
+    assert majority(choice, 5).tolist() == [[[1, 3]] * 4, [[2, 0]] * 4]
+
+
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 
@@ -220,6 +276,15 @@ def test_autocast_does_not_change_who_is_chosen(name):
         (CodaPromptConfig, {"length": 3}, r"method\.length must be even.*got 3; use 2 or 4"),
         (CodaPromptConfig, {"pool": -1}, r"method\.pool .*got -1"),
         (CodaPromptConfig, {"lr": -1.0}, r"method\.lr"),
+        (
+            L2PConfig,
+            {"reference_quirks": ("batch_votes",)},
+            r"'batch_votes' in method\.reference_quirks; .*'batch_vote'",
+        ),
+        (L2PConfig, {"reference_quirks": ("reshape",)}, r"'reshape' .*\(quirks: batch_key_loss, batch_vote\)"),
+        (DualPromptConfig, {"reference_quirks": ("reshap",)}, r"did you mean 'reshape'"),
+        (DualPromptConfig, {"reference_quirks": ("reshape", "reshape")}, r"must not name a quirk twice"),
+        (CodaPromptSmallConfig, {"reference_quirks": ("drop",)}, r"'drop' .*drop_remainder, project_in_turn"),
     ],
 )
 def test_bad_options_are_named(config, options, message):
@@ -282,11 +347,30 @@ def test_l2p_key_loss_gathers_per_sample_and_is_handed_out_once():
 
 
 def test_l2p_quirk_is_the_reference_sum_over_batch_batch_and_choice():
-    method, q = by_hand(reference_quirks=("batch_key_loss",)), torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
+    method, q = (
+        by_hand(reference_quirks=("batch_key_loss",)),
+        torch.randn(3, 2, generator=torch.Generator().manual_seed(0)),
+    )
     method.provide(q, training=True)
     cos_sim = F.normalize(q, dim=1) @ F.normalize(method.keys[0], dim=1).T
     expected = (1 - cos_sim[:, cos_sim.topk(2, dim=1).indices]).sum()
     torch.testing.assert_close(method.penalty(), expected)
+
+
+def test_l2p_vote_gives_the_batch_one_choice_and_its_key_loss():
+    q = torch.tensor([[2.0, 0.0], [0.0, 1.0], [-3.0, 0.1]])
+    method = by_hand(reference_quirks=("batch_vote",))
+    for training in (True, False):
+        keys, values = method.provide(q, training)[0]
+        # own choices 0 1, 2 1 and 3 2: prompts 1 and 2 have two votes each
+        assert keys[:, :, 0].tolist() == [[1, 2]] * 3
+        assert values[:, :, 0].tolist() == [[11, 12]] * 3
+    assert method.diagnostics()["prompt_use"] == {"0": [0, 3, 3, 0]}
+    cos_sim = F.normalize(q, dim=1) @ F.normalize(method.keys[0], dim=1).T
+    torch.testing.assert_close(method.penalty(), (1 - cos_sim[:, 1:3]).sum() / 3)
+    both = by_hand(reference_quirks=("batch_vote", "batch_key_loss"))
+    both.provide(q, training=True)
+    torch.testing.assert_close(both.penalty(), 3 * (1 - cos_sim[:, 1:3]).sum())
 
 
 def test_l2p_gradient_reaches_the_chosen_prompts_only():
@@ -330,30 +414,84 @@ def test_l2p_histograms_are_per_task():
 # --- DualPrompt -------------------------------------------------------------------------------------------------------
 
 
-def test_dualprompt_trains_the_tasks_expert_and_finds_experts_by_key():
-    method = DualPrompt(
-        DualPromptConfig(general_blocks=(0,), general_length=2, expert_blocks=(1,), expert_length=4),
-        PrefixOnly(feature_dim=2),
-        3,
-        0,
-    )
-    axes = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+AXES = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+
+
+def three_experts(**options) -> DualPrompt:
+    """Experts of three tasks in two dimensions with keys along `AXES`; row i of expert t is [10 t + i, 10 t + i]."""
+    config = DualPromptConfig(general_blocks=(0,), general_length=2, expert_blocks=(1,), expert_length=4, **options)
+    method = DualPrompt(config, PrefixOnly(feature_dim=2), 3, 0)
     for task in range(3):
         method.begin_task(task)
         with torch.no_grad():
-            method.key.copy_(axes[task : task + 1])
+            method.key.copy_(AXES[task : task + 1])
             method.prompt.copy_(torch.tensor([10.0 * task + i for i in range(4)]).view(1, 4, 1).expand(1, 4, 2))
+    return method
+
+
+def test_dualprompt_trains_the_tasks_expert_and_finds_experts_by_key():
+    method = three_experts()
     q = torch.tensor([[5.0, 1.0], [0.1, 2.0], [-1.0, 0.2], [0.2, 7.0]])
     keys, values = method.provide(q, training=True)[1]
     assert keys[:, :, 0].tolist() == [[20, 21]] * 4
     assert values[:, :, 0].tolist() == [[22, 23]] * 4
-    expected = (1 - F.cosine_similarity(q, axes[2:], dim=1)).mean()
+    expected = (1 - F.cosine_similarity(q, AXES[2:], dim=1)).mean()
     torch.testing.assert_close(method.penalty(), expected)
     method.end_task(2)
     keys, values = method.provide(q, training=False)[1]
     assert keys[:, :, 0].tolist() == [[0, 1], [10, 11], [20, 21], [10, 11]]
     assert values[:, :, 0].tolist() == [[2, 3], [12, 13], [22, 23], [12, 13]]
     assert method.diagnostics() == {"expert_choice_in_evaluation": {"1": [1, 2, 1]}}
+
+
+def test_dualprompt_quirk_sums_the_key_loss_over_the_batch():
+    method, q = three_experts(reference_quirks=("sum_key_loss",)), torch.tensor([[5.0, 1.0], [0.1, 2.0]])
+    method.provide(q, training=True)
+    torch.testing.assert_close(method.penalty(), (1 - F.cosine_similarity(q, AXES[2:], dim=1)).sum())
+
+
+def test_dualprompt_quirk_lets_the_test_batch_vote():
+    method = three_experts(reference_quirks=("batch_vote",))
+    q = torch.tensor([[5.0, 1.0], [0.1, 2.0], [-1.0, 0.2], [0.2, 7.0]])
+    assert method.provide(q, training=True)[1][0][:, :, 0].tolist() == [[20, 21]] * 4
+    keys, values = method.provide(q, training=False)[1]  # own choices 0, 1, 2, 1
+    assert keys[:, :, 0].tolist() == [[10, 11]] * 4
+    assert values[:, :, 0].tolist() == [[12, 13]] * 4
+
+
+def test_dualprompt_quirk_reshapes_without_a_permute():
+    method = three_experts(reference_quirks=("reshape",))
+    q = torch.tensor([[5.0, 1.0], [0.1, 2.0], [-1.0, 0.2], [0.2, 7.0]])
+    # what the batch has, in a row: keys of samples 0-3, then values of samples 0-3; each sample takes the next two
+    keys, values = method.provide(q, training=True)[1]
+    assert keys[:, :, 0].tolist() == [[20, 21], [20, 21], [22, 23], [22, 23]]
+    assert values[:, :, 0].tolist() == [[20, 21], [20, 21], [22, 23], [22, 23]]
+    keys, values = method.provide(q, training=False)[1]  # experts 0, 1, 2, 1
+    assert keys[:, :, 0].tolist() == [[0, 1], [20, 21], [2, 3], [22, 23]]
+    assert values[:, :, 0].tolist() == [[10, 11], [10, 11], [12, 13], [12, 13]]
+    assert torch.equal(method.provide(q, training=False)[0][0], method.general[0, :1].expand(4, -1, -1))
+
+
+def test_dualprompt_quirk_offers_the_experts_of_tasks_to_come_as_they_will_start():
+    plain, method = make("dualprompt"), make("dualprompt", reference_quirks=("future_experts",))
+    for task in range(TASKS):
+        plain.begin_task(task)
+        method.begin_task(task)
+        assert torch.equal(plain.prompt, method.prompt)
+        assert plain.state_dict().keys() == method.state_dict().keys()
+        if task == 0:
+            drawn, keys = method.future_prompts.clone(), method.future_keys.clone()
+            assert drawn.shape[1] == keys.shape[1] == TASKS - 1
+            # queries along the keys of the first block find their expert there
+            nearest = method.provide(keys[0], training=False)[2][0]
+            assert torch.equal(nearest, drawn[0, :, :2])
+            assert method.diagnostics()["expert_choice_in_evaluation"]["2"] == [0, 1, 1]
+            assert all(k.shape[0] == TASKS - 1 for k, _ in method.provide(keys[0], training=True).values())
+        else:
+            assert torch.equal(method.prompt, drawn[:, task - 1])
+            assert torch.equal(method.key, keys[:, task - 1])
+    assert method.future_keys.shape[1] == 0
+    assert method.stored_parameters() == plain.stored_parameters()
 
 
 def test_dualprompt_takes_each_blocks_expert_by_its_own_keys():
@@ -455,6 +593,30 @@ def test_each_coda_task_starts_orthonormal_and_orthogonal_to_the_trained_compone
             assert task == 0 or (new @ old.mT).abs().max() < 1e-5
             assert not torch.equal(new[0], new[1])
         step(method)
+
+
+def test_projected_rows_stay_aslant_of_trained_rows():
+    old = torch.tensor([[1.0, 0.0, 0.0], [1.0, 1.0, 0.0]])
+    # (1, 2, 3) less 1 x (1, 0, 0) and 3/2 x (1, 1, 0)
+    wanted = torch.tensor([-1.5, 0.5, 3.0]) / 11.5**0.5
+    torch.testing.assert_close(projected_rows(torch.tensor([[1.0, 2.0, 3.0]]), old), wanted[None])
+    kept = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]])  # orthogonal rows are left out exactly, zeros do no harm
+    new = projected_rows(torch.tensor([[1.0, 2.0, 3.0], [4.0, -1.0, 2.0]]), kept)
+    torch.testing.assert_close(new @ new.T, torch.eye(2))
+    assert new[:, 0].tolist() == [0, 0]
+
+
+def test_coda_quirks_leave_a_remainder_and_project_in_turn():
+    method = make("coda_prompt", reference_quirks=("drop_remainder", "project_in_turn"))
+    for task in range(TASKS):
+        method.begin_task(task)
+        new = method.keys.detach().double()
+        torch.testing.assert_close(new.norm(dim=-1), torch.ones(5, 2, dtype=torch.float64))
+        overlap = (new @ method.past_keys.double().mT).abs()
+        assert task == 0 or overlap.max() > 1e-3  # the step has turned the old rows to each other
+        with torch.no_grad():
+            method.keys.add_(0.3 * method.keys.flip(1))
+    assert method.diagnostics() == {"components": [2, 2, 2]}  # of 7
 
 
 def test_the_whole_pool_is_shared_out_and_later_tasks_add_to_it():

@@ -204,7 +204,7 @@ def test_ewc_stores_weights_and_fisher(build):
 
 # --- EWC where the answer is known ------------------------------------------------------------------------------------
 
-#: its columns are orthogonal and hold +-1: with them as inputs and as noise, least squares has whole numbers for answers
+#: its columns are orthogonal and hold +-1: as inputs and as noise they give least squares round answers
 HADAMARD = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(8)] for i in range(8)], dtype=torch.float32)
 SCALES = torch.tensor([0.5, 1.0, 3.0])
 
