@@ -424,6 +424,8 @@ class MatrixKind:
     notation: str
     #: columns of the table, before the columns of cost
     columns: tuple[str, ...]
+    #: metrics whose differences between methods are tested
+    compared: tuple[str, ...]
     #: the two metrics of the trade-off plots
     quality: str
     forgetting: str
@@ -454,6 +456,7 @@ KINDS: dict[str, MatrixKind] = {
         "and no task id given; N is the number of tasks. A dash means undefined (forgetting needs two tasks; joint "
         "training has no tasks to forget).",
         columns=("A_last", "A_avg", "F_step", "F_max", "plasticity"),
+        compared=("A_last", "A_avg", "F_step", "F_max"),
         quality="A_last",
         forgetting="F_max",
         cell_title="accuracy [%]",
@@ -480,6 +483,7 @@ KINDS: dict[str, MatrixKind] = {
             "concept_accuracy",
             "concept_accuracy_last",
         ),
+        compared=("A_mmd", "F_mmd"),
         quality="A_mmd",
         forgetting="F_mmd",
         cell_title="MMD to the real images × 10³",

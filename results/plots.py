@@ -23,6 +23,7 @@ from matplotlib.patches import Ellipse
 from dualcl.results.files import write_bytes
 from dualcl.results.metrics import METRICS, Curve, Metric
 from dualcl.results.records import Record
+from dualcl.results.statistics import Ranking
 
 #: Okabe and Ito's palette without black (joint training, text) and with yellow last, for it is faint on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C8C8C", "#C9B800")
@@ -408,6 +409,66 @@ def update_norms(records: Sequence[Record]) -> Figure | None:
         figure.supylabel("Frobenius norm", fontsize=9)
         figure.suptitle(_title(records, "size of the weight updates"), fontsize=10, x=0.01, ha="left")
         figure.legend(handles=handles, loc="outside right upper", handlelength=3.2)
+    return figure
+
+
+def _levels(spans: Sequence[tuple[float, float]]) -> list[int]:
+    """The first free line for each span, so that none touches another on its line."""
+    ends: list[float] = []
+    out = []
+    for low, high in spans:
+        level = next((i for i, end in enumerate(ends) if end < low), len(ends))
+        ends[level : level + 1] = [high]
+        out.append(level)
+    return out
+
+
+def critical_difference_diagram(ranking: Ranking, title: str, names: Mapping[str, str] | None = None) -> Figure:
+    """Mean ranks on an axis, best to the left; a bar joins methods that are not told apart (Demsar, JMLR 2006).
+
+    `names`: how labels are written, where that is not the label itself.
+    """
+    labels, ranks = list(ranking.ranks), list(ranking.ranks.values())
+    shown = [_shown((names or {}).get(label, label), 28) for label in labels]
+    k, left = len(labels), (len(labels) + 1) // 2
+    right_end = max(float(k), 1 + ranking.critical_difference)
+    span, tall = right_end - 1, max(text.count("\n") for text in shown) + 1
+    edge = 0.015 * span
+    spans = [(ranking.ranks[group[0]] - edge, ranking.ranks[group[-1]] + edge) for group in ranking.groups]
+    levels = _levels(spans)
+    first = 1.0 + 0.5 * (max(levels, default=-1) + 1)
+    row = 0.4 + 0.55 * tall
+    bottom = first + row * (left - 1) + 0.7 * tall
+    with matplotlib.rc_context(_RC), matplotlib.rc_context({"axes.grid": False}):
+        figure = Figure(figsize=(7.6, 1.25 + 0.24 * (bottom + 2.2)), layout="constrained")
+        axes = figure.subplots()
+        axes.set_axis_off()
+        axes.set(xlim=(1 - 0.75 * span, right_end + 0.75 * span), ylim=(bottom, -2.6))
+        axes.plot([1, right_end], [0, 0], color="black", lw=1.2)
+        for tick in range(1, k + 1):
+            axes.plot([tick, tick], [0, -0.3], color="black", lw=1.0)
+            axes.text(tick, -0.42, f"{tick}", ha="center", va="bottom", fontsize=8.5)
+        axes.text(1 - 0.05 * span, -0.05, "best", ha="right", va="center", fontsize=8.5, color="#555555")
+        axes.text(right_end + 0.05 * span, -0.05, "worst", ha="left", va="center", fontsize=8.5, color="#555555")
+        end = 1 + ranking.critical_difference
+        axes.plot([1, end], [-1.75, -1.75], color="black", lw=1.4, marker="|", ms=7, mew=1.4)
+        critical = f"critical difference {ranking.critical_difference:.2f}"
+        axes.text((1 + end) / 2, -1.95, critical, ha="center", va="bottom", fontsize=8.5)
+        for i, (rank, text) in enumerate(zip(ranks, shown, strict=True)):
+            on_left = i < left
+            y = first + row * (i if on_left else k - 1 - i)
+            x = 1 - 0.06 * span if on_left else right_end + 0.06 * span
+            axes.plot([rank, rank, x], [0, y, y], color="#555555", lw=0.9)
+            side, away = ("right", -0.015) if on_left else ("left", 0.015)
+            value = f"{text}  ({rank:.2f})" if on_left else f"({rank:.2f})  {text}"
+            axes.text(x + away * span, y, value, ha=side, va="center", fontsize=9)
+        for (low, high), level in zip(spans, levels, strict=True):
+            y = 0.45 + 0.5 * level
+            axes.plot([low, high], [y, y], color="#0072B2", lw=4.2, solid_capstyle="butt", zorder=3)
+        test = "Nemenyi" if ranking.differs else "Friedman finds no difference"
+        axes.set_title(
+            f"{title}\nbars join what is not told apart ({100 * ranking.confidence:g} %, {test})", loc="left"
+        )
     return figure
 
 

@@ -96,6 +96,12 @@ class Record:
         return bool(self.data["run"]["joint"])
 
     @property
+    def caveats(self) -> tuple[str, ...]:
+        """What a reader of the run's numbers must know, one sentence each; older records have none."""
+        found = self.data["run"].get("caveats")
+        return tuple(map(str, found)) if isinstance(found, list) else ()
+
+    @property
     def kind(self) -> MatrixKind:
         """The kind of the recorded matrix."""
         return KINDS[self.data["matrix"]["kind"]]
@@ -260,6 +266,7 @@ def run_row(record: Record) -> dict[str, Any]:
         "method": data["run"]["method"],
         "label": record.label,
         "joint": record.joint,
+        **({"caveats": "; ".join(record.caveats)} if record.caveats else {}),
         "seed": record.seed,
         "n_tasks": record.n_tasks,
         "status": record.status,

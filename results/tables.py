@@ -6,16 +6,23 @@ import csv
 import io
 import os
 import statistics
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from dualcl.benchmark.errors import UserError, nearest
 from dualcl.results.metrics import COST, KINDS, METRICS, MatrixKind, Metric
 from dualcl.results.records import Record, comparable, run_row, scan_records
+from dualcl.results.statistics import CONFIDENCE, Difference, Ranking, check_confidence, compare, rank_methods
 
 FORMATS = ("text", "md", "csv", "tex")
 DASH = "–"
+#: behind the name of a row with caveats
+DAGGER = "†"
+#: what the others are compared with, where it is there
+BASELINE = "clora"
 #: fewer seeds than this and a standard deviation says little
 FEW_SEEDS = 3
 
@@ -51,6 +58,26 @@ class Row:
     joint: bool
     seeds: tuple[int, ...]
     stats: dict[str, Stat | None]
+    #: what a reader must know of its runs
+    caveats: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Differences:
+    """The methods of a table against one of them, in every metric of `MatrixKind.compared` that has values."""
+
+    #: a label
+    baseline: str
+    #: why this one, where that needs saying
+    why: str
+    confidence: float
+    #: metric -> label -> difference
+    by_metric: dict[str, dict[str, Difference]]
+
+    @property
+    def shown(self) -> bool:
+        """Whether some comparison has the two seeds that a test needs."""
+        return any(len(d.seeds) > 1 for found in self.by_metric.values() for d in found.values())
 
 
 @dataclass(frozen=True)
@@ -69,11 +96,20 @@ class Table:
     warnings: list[str]
     #: the finished runs behind the rows
     records: list[Record]
+    #: None for fewer than two rows, and for runs that were mixed on request
+    differences: Differences | None = None
+    mixed: bool = False
 
     @property
     def metrics(self) -> list[Metric]:
         """The metrics shown, in order."""
         return [METRICS[key] for key in (*self.kind.columns, *COST)]
+
+    @property
+    def all_metrics(self) -> list[Metric]:
+        """All metrics of the matrix, in order, where the table shows only some of them; else none."""
+        keys = {key for row in self.rows for key in row.stats if key not in COST}
+        return [metric for key, metric in METRICS.items() if key in keys] if keys - {*self.kind.columns} else []
 
 
 @dataclass(frozen=True)
@@ -83,6 +119,23 @@ class Summary:
     tables: list[Table]
     records: list[Record]
     problems: list[str]
+    #: of intervals and tests
+    confidence: float = CONFIDENCE
+
+    @cached_property
+    def rankings(self) -> dict[str, Ranking | str]:
+        """By heading of their kind, where it has two streams or more: mean ranks, or why there are none."""
+        out = {}
+        for kind, tables in sections(self):
+            streams = {t.preset: _values_by_seed(t, kind.quality) for t in tables if t.rows and not t.mixed}
+            if len(streams) > 1:
+                out[kind.heading] = rank_methods(streams, METRICS[kind.quality].higher_is_better, self.confidence)
+        return out
+
+    def names(self, kind: MatrixKind) -> dict[str, str]:
+        """label -> how the tables of a kind write it; with † where it has caveats in some of them."""
+        rows = [row for table in self.tables if table.kind is kind for row in table.rows]
+        return {row.label: row_name(row) for row in sorted(rows, key=lambda row: bool(row.caveats))}
 
     @property
     def warnings(self) -> list[str]:
@@ -261,10 +314,79 @@ def _measured(records: Sequence[Record]) -> str:
     return text[:1].upper() + text[1:]
 
 
-def make_table(records: Sequence[Record], *, allow_mixed: bool = False) -> Table:
+def _values_by_seed(table: Table, metric: str) -> dict[str, dict[int, float | None]]:
+    """label -> seed -> value; upper bounds left out."""
+    out: dict[str, dict[int, float | None]] = {row.label: {} for row in table.rows if not row.joint}
+    for record in table.records:
+        if record.label in out:
+            out[record.label][record.seed] = record.metrics.get(metric)
+    return out
+
+
+def _find_row(table: Table, name: str) -> str | None:
+    """The label that `name` is, or the only one of the method `name`; None without any.
+
+    Raises UserError when the method has several rows and none is called so.
+    """
+    if any(row.label == name for row in table.rows):
+        return name
+    labels = list(dict.fromkeys(r.label for r in table.records if r.data["run"]["method"] == name))
+    if len(labels) > 1:
+        raise UserError(f"baseline {name!r} has several rows on {table.preset}: {'; '.join(labels)}; name one of them")
+    return labels[0] if labels else None
+
+
+def _best_row(table: Table) -> str | None:
+    """The best method in the kind's quality; one with a single seed only where there are no others."""
+    metric = METRICS[table.kind.quality]
+    known = {row.label: stat for row in table.rows if not row.joint and (stat := row.stats.get(metric.key))}
+    several = {label: stat for label, stat in known.items() if stat.n > 1}
+    sign = -1 if metric.higher_is_better else 1
+    return min(several or known, key=lambda label: (sign * known[label].mean, label), default=None)
+
+
+def _choose_baseline(table: Table, wanted: str | None) -> tuple[str | None, str]:
+    """The label of the baseline, and why that one."""
+    why = ""
+    if wanted is not None:
+        if (label := _find_row(table, wanted)) is not None:
+            return label, ""
+        why = f"{wanted} has no finished run here. "
+    if (label := next((row.label for row in table.rows if row.label == BASELINE), None)) is not None:
+        return label, why.strip()
+    title = METRICS[table.kind.quality].title
+    why += f"The baseline is the best row in {title}: chosen by its result, it looks better than it would on new seeds."
+    return _best_row(table), why
+
+
+def _differences(table: Table, wanted: str | None, confidence: float) -> Differences | None:
+    baseline, why = _choose_baseline(table, wanted)
+    if baseline is None or len(table.rows) < 2:
+        return None
+    by_metric = {}
+    for key in table.kind.compared:
+        values: dict[str, dict[int, float | None]] = {row.label: {} for row in table.rows}
+        for record in table.records:
+            values[record.label][record.seed] = record.metrics.get(key)
+        base = values.pop(baseline)
+        found = {d.label: d for d in compare(values, base, confidence)}
+        if any(d.seeds for d in found.values()):
+            by_metric[key] = found
+    return Differences(baseline, why, confidence, by_metric) if by_metric else None
+
+
+def make_table(
+    records: Sequence[Record],
+    *,
+    allow_mixed: bool = False,
+    baseline: str | None = None,
+    confidence: float = CONFIDENCE,
+) -> Table:
     """The table of one data stream (records of one preset and its ablations, at least one; see `tell_apart`).
 
-    Raises UserError when finished runs differ in what must agree, unless `allow_mixed`.
+    Its methods are compared with `baseline`: a label or a method; by default, and where that is missing, BASELINE, or
+    the best row. Raises UserError when finished runs differ in what must agree, unless `allow_mixed`, and when the
+    baseline has several rows.
     """
     preset = records[0].table
     finished, warnings = _without_copies([r for r in records if r.finished])
@@ -286,6 +408,7 @@ def make_table(records: Sequence[Record], *, allow_mixed: bool = False) -> Table
             any(r.joint for r in group),
             tuple(r.seed for r in group),
             {key: _stat([r.metrics.get(key) for r in group]) for key in keys},
+            tuple(dict.fromkeys(line for r in group for line in r.caveats)),
         )
         for label, group in groups.items()
     ]
@@ -295,7 +418,7 @@ def make_table(records: Sequence[Record], *, allow_mixed: bool = False) -> Table
         for r in records
         if not r.finished
     ]
-    return Table(
+    table = Table(
         preset,
         _subtitle((finished or list(records))[0]),
         _measured(finished or list(records)),
@@ -305,14 +428,25 @@ def make_table(records: Sequence[Record], *, allow_mixed: bool = False) -> Table
         unfinished,
         warnings + _warnings(finished, rows),
         finished,
+        mixed=bool(conflicts),
     )
+    # runs that do not compare make no pairs
+    return table if conflicts else replace(table, differences=_differences(table, baseline, confidence))
 
 
-def summarise(dirs: Iterable[str | os.PathLike[str]], *, allow_mixed: bool = False) -> Summary:
-    """Tables of all streams below `dirs`; unreadable records become warnings.
+def summarise(
+    dirs: Iterable[str | os.PathLike[str]],
+    *,
+    allow_mixed: bool = False,
+    baseline: str | None = None,
+    confidence: float = CONFIDENCE,
+) -> Summary:
+    """Tables of all streams below `dirs`; unreadable records become warnings. `baseline`: see `make_table`.
 
-    Raises UserError when there is no readable record, or when runs may not share a table.
+    Raises UserError when there is no readable record, when runs may not share a table, when no run has the baseline's
+    name, and for a confidence that is none.
     """
+    check_confidence(confidence)
     places = [os.fspath(d) for d in dirs]
     records, problems = scan_records(places)
     if not records:
@@ -323,8 +457,14 @@ def summarise(dirs: Iterable[str | os.PathLike[str]], *, allow_mixed: bool = Fal
         place = list(KINDS).index(record.data["matrix"]["kind"])
         streams.setdefault((place, record.table), []).append(record)
     ordered = [tell_apart(streams[key]) for key in sorted(streams)]
-    tables = [make_table(stream, allow_mixed=allow_mixed) for stream in ordered]
-    return Summary(tables, [r for stream in ordered for r in stream], [f"left out: {p}" for p in problems])
+    tables = [
+        make_table(stream, allow_mixed=allow_mixed, baseline=baseline, confidence=confidence) for stream in ordered
+    ]
+    told_apart = [r for stream in ordered for r in stream]
+    names = {name for r in told_apart for name in (r.label, str(r.data["run"]["method"]))}
+    if baseline is not None and baseline not in names:
+        raise UserError(f"no run of the baseline {baseline!r}; {nearest(baseline, names, 'rows')}")
+    return Summary(tables, told_apart, [f"left out: {p}" for p in problems], confidence)
 
 
 def sections(summary: Summary) -> list[tuple[MatrixKind, list[Table]]]:
@@ -356,8 +496,14 @@ def unit(table: Table, metric: Metric) -> str:
 
 
 def row_name(row: Row) -> str:
-    """A row's label, with joint training marked as the upper bound that it is."""
-    return f"{row.label} (upper bound)" if row.joint else row.label
+    """A row's label, with joint training marked as the upper bound that it is, and † where it has caveats."""
+    name = f"{row.label} (upper bound)" if row.joint else row.label
+    return f"{name} {DAGGER}" if row.caveats else name
+
+
+def caveat_lines(table: Table) -> list[str]:
+    """What † stands for, one line per row that has one."""
+    return [f"{row_name(row)}: {'; '.join(row.caveats)}" for row in table.rows if row.caveats]
 
 
 def seeds_note(table: Table) -> str:
@@ -371,6 +517,138 @@ def seeds_note(table: Table) -> str:
     return f"Mean ± standard deviation (ddof = 1) over {span} seeds."
 
 
+def difference_title(table: Table) -> str:
+    """What the table of differences is, with the seeds where all comparisons have the same ones."""
+    assert table.differences is not None
+    seeds = {tuple(shared_seeds(table, row)) for row in compared_rows(table)}
+    which = f"seeds {', '.join(map(str, *seeds))}" if len(seeds) == 1 else "shared seeds"
+    return f"Differences to {table.differences.baseline}, paired over {which}"
+
+
+def compared_rows(table: Table) -> list[Row]:
+    """All rows but the baseline's."""
+    assert table.differences is not None
+    return [row for row in table.rows if row.label != table.differences.baseline]
+
+
+def shared_seeds(table: Table, row: Row) -> list[int]:
+    """The seeds that a row and the baseline have in common."""
+    assert table.differences is not None
+    base = next(r for r in table.rows if r.label == table.differences.baseline)
+    return sorted({*row.seeds} & {*base.seeds})
+
+
+def difference_unit(metric: Metric) -> str:
+    """The unit of a difference: percent become points."""
+    return "points" if metric.unit == "%" else metric.unit
+
+
+def _signed(value: float, decimals: int) -> str:
+    text = f"{value:+.{decimals}f}"
+    return text[1:] if float(text) == 0 else text
+
+
+def _shown_p(p: float | None) -> str:
+    return DASH if p is None else "< 0.001" if p < 0.0005 else f"{p:.3f}"
+
+
+def difference_parts(difference: Difference, metric: Metric, plus_minus: str = " ± ") -> tuple[str, str, str]:
+    """Mean ± standard deviation, interval and corrected p as text; a dash for what there is not."""
+    if difference.mean is None:
+        return DASH, DASH, DASH
+    mean, interval = _signed(difference.mean, metric.decimals), f"[{DASH}]"
+    if difference.std is not None:
+        mean += f"{plus_minus}{difference.std:.{metric.decimals}f}"
+    if difference.low is not None and difference.high is not None:
+        interval = f"[{_signed(difference.low, metric.decimals)}, {_signed(difference.high, metric.decimals)}]"
+    return mean, interval, _shown_p(difference.p_holm)
+
+
+def few_seeds(table: Table, row: Row, difference: Difference) -> str:
+    """The number of seeds behind a cell, where a metric is not defined in all that are shared."""
+    n = len(difference.seeds)
+    return f" (n = {n})" if 0 < n < len(shared_seeds(table, row)) else ""
+
+
+def difference_cell(table: Table, row: Row, metric: Metric) -> str:
+    """A cell of the differences: mean ± standard deviation, interval, p, and * where significant."""
+    assert table.differences is not None
+    difference = table.differences.by_metric[metric.key][row.label]
+    mean, interval, p = difference_parts(difference, metric)
+    if difference.mean is None:
+        return DASH
+    p = "" if difference.p_holm is None else f", p {p}"
+    return f"{mean} {interval}{p}{'*' * difference.significant}{few_seeds(table, row, difference)}"
+
+
+def difference_metrics(table: Table) -> list[Metric]:
+    """The metrics that are compared."""
+    return [METRICS[key] for key in table.differences.by_metric] if table.differences else []
+
+
+def difference_notes(table: Table, *, short: bool = False) -> list[str]:
+    """How to read the differences, and what weakens them; `short` for cells without standard deviation and p."""
+    found = table.differences
+    assert found is not None
+    minus = f"Method minus {found.baseline} at the same seed:"
+    if short:
+        lines = [f"{minus} mean and confidence interval (paired t-test, Holm's correction for the column)."]
+    else:
+        lines = [
+            f"{minus} mean ± standard deviation (ddof = 1) of the differences, [confidence interval], p of the "
+            "two-sided paired t-test with Holm's correction for the column."
+        ]
+    alpha, level = f"{1 - found.confidence:.6g}", f"{100 * found.confidence:g} %"
+    every = [d for of_metric in found.by_metric.values() for d in of_metric.values()]
+    marked = any(d.significant for d in every)
+    lines.append(
+        f"* significant: corrected p < {alpha}." if marked else f"No difference is significant (corrected p < {alpha})."
+    )
+    lines[-1] += (
+        f" An interval has the level at which Holm's procedure decided, at least {level}: it leaves 0 out exactly "
+        "where the difference is significant."
+    )
+    few = [f"{row.label} ({n})" for row in compared_rows(table) if (n := len(shared_seeds(table, row))) < FEW_SEEDS]
+    if few:
+        lines.append(f"Fewer than {FEW_SEEDS} shared seeds, which is hardly evidence: {', '.join(few)}.")
+    same = [
+        f"{label} ({METRICS[key].title})"
+        for key, of_metric in found.by_metric.items()
+        for label, d in of_metric.items()
+        if d.constant
+    ]
+    if same:
+        lines.append(f"The same difference at every seed, so no interval and no test: {', '.join(same)}.")
+    return [*lines, found.why] if found.why else lines
+
+
+def ranking_lines(summary: Summary, kind: MatrixKind) -> list[str]:
+    """The ranks over the streams of a kind in words, or why there are none; nothing for a single stream."""
+    ranking = summary.rankings.get(kind.heading)
+    if ranking is None:
+        return []
+    title = METRICS[kind.quality].title
+    if isinstance(ranking, str):
+        return [f"No ranks over streams: {ranking}."]
+    names = summary.names(kind)
+    ranks = ", ".join(f"{names[label]} {rank:.2f}" for label, rank in ranking.ranks.items())
+    level = f"{100 * ranking.confidence:g} %"
+    lines = [
+        f"Mean ranks in {title} over {len(ranking.streams)} streams ({', '.join(ranking.streams)}), 1 is best: "
+        f"{ranks}.",
+        f"Friedman's test: p {_shown_p(ranking.friedman_p)}; Nemenyi's critical difference at {level}: "
+        f"{ranking.critical_difference:.2f} (Demsar, JMLR 2006).",
+    ]
+    if not ranking.differs:
+        lines[-1] += " Friedman's test finds no difference, so the methods are not told apart."
+    elif ranking.groups:
+        groups = "; ".join(", ".join(names[label] for label in group) for group in ranking.groups)
+        lines[-1] += f" Not told apart: {groups}."
+    if ranking.left_out:
+        lines.append(f"Left out, for they share too few methods or seeds: {', '.join(ranking.left_out)}.")
+    return lines
+
+
 def markdown_text(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     out = text.replace("\\", "\\\\")
@@ -379,29 +657,63 @@ def markdown_text(text: str) -> str:
     return " ".join(out.split())
 
 
+def _markdown_grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A GitHub table: the first column to the left, the others to the right."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines]
+
+
+def _markdown_cells(table: Table, row: Row, metrics: Sequence[Metric]) -> list[str]:
+    cells = [cell(table, row, m) for m in metrics]
+    return [f"**{c}**" if row.label in table.best[m.key] else c for c, m in zip(cells, metrics, strict=True)]
+
+
+def _markdown_differences(table: Table) -> list[str]:
+    if table.differences is None or not table.differences.shown:
+        return []
+    metrics = difference_metrics(table)
+    head = [f"method − {table.differences.baseline}", "seeds"]
+    head += [f"{m.title} {arrow(m)} ({difference_unit(m)})" for m in metrics]
+    rows = [
+        [row_name(row), str(len(shared_seeds(table, row))), *(difference_cell(table, row, m) for m in metrics)]
+        for row in compared_rows(table)
+    ]
+    return [
+        f"#### {markdown_text(difference_title(table))}",
+        "",
+        *_markdown_grid([*map(markdown_text, head)], ([*map(markdown_text, row)] for row in rows)),
+        "",
+        *(f"- {markdown_text(line)}" for line in difference_notes(table)),
+        "",
+    ]
+
+
 def to_markdown(table: Table) -> str:
-    """A GitHub table, best values bold."""
+    """A GitHub table, best values bold; below it all metrics where it does not show them, and the differences."""
     lines = [f"### {markdown_text(table.preset)}", "", markdown_text(table.subtitle) + ". " + seeds_note(table), ""]
     if table.measured:
         lines += [markdown_text(table.measured) + ".", ""]
     if table.rows:
         heads = [f"{markdown_text(m.title)} {arrow(m)} ({unit(table, m)})" for m in table.metrics]
-        lines += [
-            "| " + " | ".join(["method", "seeds", *heads]) + " |",
-            "| " + " | ".join(["---", *["---:"] * (len(heads) + 1)]) + " |",
-        ]
-        for row in table.rows:
-            cells = [cell(table, row, m) for m in table.metrics]
-            cells = [
-                f"**{c}**" if row.label in table.best[m.key] else c for c, m in zip(cells, table.metrics, strict=True)
-            ]
-            lines.append("| " + " | ".join([markdown_text(row_name(row)), str(len(row.seeds)), *cells]) + " |")
+        lines += _markdown_grid(
+            ["method", "seeds", *heads],
+            (
+                [markdown_text(row_name(row)), str(len(row.seeds)), *_markdown_cells(table, row, table.metrics)]
+                for row in table.rows
+            ),
+        )
         lines.append("")
+    for line in caveat_lines(table):
+        lines += [markdown_text(line), ""]
     if table.unfinished:
         lines += ["Without a result:", "", *(f"- {markdown_text(line)}" for line in table.unfinished), ""]
     if table.warnings:
         lines += ["Mind:", "", *(f"- {markdown_text(line)}" for line in table.warnings), ""]
-    return "\n".join(lines)
+    if every := table.all_metrics:
+        heads = [f"{markdown_text(m.title)} {arrow(m)} ({unit(table, m)})" for m in every]
+        rows = ([markdown_text(row_name(row)), *_markdown_cells(table, row, every)] for row in table.rows)
+        lines += ["#### All metrics of the matrix", "", *_markdown_grid(["method", *heads], rows), ""]
+    return "\n".join([*lines, *_markdown_differences(table)])
 
 
 _TEX = {
@@ -414,6 +726,9 @@ _TEX = {
     "·": r"$\cdot$",
     "²": r"\textsuperscript{2}",
     "³": r"\textsuperscript{3}",
+    "†": r"$^\dagger$",
+    "−": "$-$",
+    "±": r"$\pm$",
     **{mark: "\\" + mark for mark in "&%$#_{}"},
 }
 
@@ -422,17 +737,73 @@ def _tex_text(text: str) -> str:
     return "".join(_TEX.get(character, character) for character in " ".join(text.split()))
 
 
+def _tex_way(metric: Metric) -> str:
+    return r"$\uparrow$" if metric.higher_is_better else r"$\downarrow$"
+
+
+def _tex_cells(table: Table, row: Row, metrics: Sequence[Metric]) -> list[str]:
+    cells = []
+    for metric in metrics:
+        text = cell(table, row, metric, r" $\pm$ ").replace(DASH, "--")
+        cells.append(rf"\textbf{{{text}}}" if row.label in table.best[metric.key] else text)
+    return cells
+
+
+def _tex_grid(caption: str, align: str, head: Sequence[str], body: Sequence[str], notes: Sequence[str]) -> list[str]:
+    return [
+        "",
+        r"\begin{table}",
+        r"\centering",
+        rf"\caption{{{caption}}}",
+        rf"\begin{{tabular}}{{{align}}}",
+        r"\toprule",
+        " & ".join(head) + r" \\",
+        r"\midrule",
+        *body,
+        r"\bottomrule",
+        r"\end{tabular}",
+        *(rf"\par\footnotesize {note}" for note in notes),
+        r"\end{table}",
+    ]
+
+
+def _tex_differences(table: Table) -> list[str]:
+    """A row per metric and method: a column per metric would not fit a page."""
+    found = table.differences
+    if found is None or not found.shown:
+        return []
+    body: list[str] = []
+    for metric in difference_metrics(table):
+        body += [r"\midrule"] if body else []
+        for index, row in enumerate(compared_rows(table)):
+            difference = found.by_metric[metric.key][row.label]
+            mean, interval, p = difference_parts(difference, metric)
+            cells = [_tex_text(text).replace("-", "$-$").replace(DASH, "--") for text in (mean, interval, p)]
+            first = f"{metric.latex} [{_tex_text(difference_unit(metric))}] {_tex_way(metric)}" if index == 0 else ""
+            name, n = _tex_text(row_name(row)), str(len(difference.seeds))
+            cells[2] += r"\,*" if difference.significant else ""
+            body.append(" & ".join([first, name, n, *cells]) + r" \\")
+    baseline = _tex_text(found.baseline)
+    return _tex_grid(
+        f"{_tex_text(table.preset)}: {_tex_text(difference_title(table))}.",
+        "llrrrr",
+        ["metric", rf"method $-$ {baseline}", "seeds", "difference", "interval", "$p$ (Holm)"],
+        body,
+        [_tex_text(line) for line in difference_notes(table)],
+    )
+
+
 def to_latex(table: Table) -> str:
-    r"""A booktabs table (\usepackage{booktabs}), best values bold; what has no result follows as a comment."""
-    heads = []
-    for metric in table.metrics:
-        way = r"$\uparrow$" if metric.higher_is_better else r"$\downarrow$"
-        heads.append(f"{metric.latex} [{_tex_text(unit(table, metric))}] {way}")
+    r"""Booktabs tables (\usepackage{booktabs}), best values bold; what has no result follows as a comment.
+
+    All metrics follow in a table of their own where the first does not show them, then the differences.
+    """
+    heads = [f"{m.latex} [{_tex_text(unit(table, m))}] {_tex_way(m)}" for m in table.metrics]
     lines = [
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{_tex_text(table.preset)}: {_tex_text(table.subtitle)}. "
-        + _tex_text(seeds_note(table)).replace("±", r"$\pm$")
+        + _tex_text(seeds_note(table))
         + (f" {_tex_text(table.measured)}." if table.measured else "")
         + "}",
         rf"\begin{{tabular}}{{lr{'r' * len(heads)}}}",
@@ -441,17 +812,24 @@ def to_latex(table: Table) -> str:
         r"\midrule",
     ]
     for row in table.rows:
-        cells = []
-        for metric in table.metrics:
-            text = cell(table, row, metric, r" $\pm$ ").replace(DASH, "--")
-            cells.append(rf"\textbf{{{text}}}" if row.label in table.best[metric.key] else text)
+        cells = _tex_cells(table, row, table.metrics)
         lines.append(" & ".join([_tex_text(row_name(row)), str(len(row.seeds)), *cells]) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}", r"\end{table}"]
+    lines += [r"\bottomrule", r"\end{tabular}"]
+    caveats = [_tex_text(line) for line in caveat_lines(table)]
+    lines += [*(rf"\par\footnotesize {line}" for line in caveats), r"\end{table}"]
     lines += [f"% without a result: {' '.join(line.split())}" for line in table.unfinished]
-    return "\n".join([*lines, ""])
+    if every := table.all_metrics:
+        lines += _tex_grid(
+            f"{_tex_text(table.preset)}: all metrics of the matrix.",
+            "l" + "r" * len(every),
+            ["method", *(f"{m.latex} [{_tex_text(unit(table, m))}] {_tex_way(m)}" for m in every)],
+            [" & ".join([_tex_text(row_name(row)), *_tex_cells(table, row, every)]) + r" \\" for row in table.rows],
+            caveats,
+        )
+    return "\n".join([*lines, *_tex_differences(table), ""])
 
 
-_ASCII = {"±": "+-", "↑": "^", "↓": "v", "×": "x", "·": ".", "²": "^2", "³": "^3", DASH: "-"}
+_ASCII = {"±": "+-", "↑": "^", "↓": "v", "×": "x", "·": ".", "²": "^2", "³": "^3", DASH: "-", "−": "-", DAGGER: "+"}
 
 
 def _blocks(widths: Sequence[int], width: int | None) -> list[list[int]]:
@@ -465,16 +843,46 @@ def _blocks(widths: Sequence[int], width: int | None) -> list[list[int]]:
     return blocks
 
 
+def _text_grid(grid: Sequence[Sequence[str]], heads: int, width: int | None) -> list[str]:
+    """The aligned lines of a grid whose first `heads` lines are its head, in blocks of columns that fit `width`."""
+    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
+    lines = []
+    for block in _blocks(widths, width):
+        for row_cells in [*grid[:heads], ["-" * w for w in widths], *grid[heads:]]:
+            cells = [row_cells[i].rjust(widths[i]) if i else row_cells[i].ljust(widths[i]) for i in block]
+            lines.append(" ".join(cells).rstrip())
+        lines.append("")
+    return lines
+
+
+def _wrapped(lines: Iterable[str], width: int | None) -> list[str]:
+    return [part for line in lines for part in (textwrap.wrap(line, max(width, 20)) if width else [line])]
+
+
+def _text_differences(table: Table) -> list[list[str]]:
+    """The grid of mean differences with intervals: p and standard deviation would not fit a terminal."""
+    metrics = difference_metrics(table)
+    assert table.differences is not None
+    grid = [
+        [f"method − {table.differences.baseline}", "seeds", *(f"{m.title} {arrow(m)} " for m in metrics)],
+        ["", "", *(f"{difference_unit(m)} " for m in metrics)],
+    ]
+    for row in compared_rows(table):
+        cells = []
+        for metric in metrics:
+            difference = table.differences.by_metric[metric.key][row.label]
+            mean, interval, _ = difference_parts(replace(difference, std=None), metric)
+            text = mean if difference.mean is None else f"{mean} {interval}{few_seeds(table, row, difference)}"
+            cells.append(text + ("*" if difference.significant else " "))
+        grid.append([row_name(row), str(len(shared_seeds(table, row))), *cells])
+    return grid
+
+
 def to_text(table: Table, *, ascii_only: bool = False, width: int | None = None) -> str:
-    """An aligned table for a terminal, in blocks of columns that fit `width`; the best of a column ends in `*`."""
+    """An aligned table for a terminal, in blocks of columns that fit `width`; the best of a column ends in `*`.
 
-    def plain(text: str) -> str:
-        if not ascii_only:
-            return text
-        for mark, ascii_mark in _ASCII.items():
-            text = text.replace(mark, ascii_mark)
-        return text.encode("ascii", "replace").decode()
-
+    The differences follow, where there are any to test.
+    """
     grid = [
         ["method", "seeds", *(f"{m.title} {arrow(m)} " for m in table.metrics)],
         ["", "", *(f"{unit(table, m)} " for m in table.metrics)],
@@ -483,17 +891,28 @@ def to_text(table: Table, *, ascii_only: bool = False, width: int | None = None)
         # a blank in the place of the star keeps the digits of a column under each other
         cells = [cell(table, row, m) + ("*" if row.label in table.best[m.key] else " ") for m in table.metrics]
         grid.append([row_name(row), str(len(row.seeds)), *cells])
-    grid = [[plain(text) for text in line] for line in grid]
     lines = [f"{table.preset}: {table.subtitle}", *([table.measured] if table.measured else []), ""]
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    for block in _blocks(widths, width) if table.rows else []:
-        for row_cells in [*grid[:2], ["-" * w for w in widths], *grid[2:]]:
-            cells = [row_cells[i].rjust(widths[i]) if i else row_cells[i].ljust(widths[i]) for i in block]
-            lines.append(" ".join(cells).rstrip())
-        lines.append("")
+    lines += _text_grid(_plain_grid(grid, ascii_only), 2, width) if table.rows else []
     lines.append(seeds_note(table) + (" * marks the best of a column." if any(table.best.values()) else ""))
+    lines += _wrapped(caveat_lines(table), width)
     lines += [f"no result: {line}" for line in table.unfinished]
-    return plain("\n".join([*lines, ""]))
+    if table.differences is not None and table.differences.shown:
+        lines += ["", *_wrapped([difference_title(table)], width), ""]
+        lines += _text_grid(_plain_grid(_text_differences(table), ascii_only), 2, width)
+        lines += _wrapped(difference_notes(table, short=True), width)
+    return _plain("\n".join([*lines, ""]), ascii_only)
+
+
+def _plain(text: str, ascii_only: bool) -> str:
+    if not ascii_only:
+        return text
+    for mark, ascii_mark in _ASCII.items():
+        text = text.replace(mark, ascii_mark)
+    return text.encode("ascii", "replace").decode()
+
+
+def _plain_grid(grid: Sequence[Sequence[str]], ascii_only: bool) -> list[list[str]]:
+    return [[_plain(text, ascii_only) for text in line] for line in grid]
 
 
 def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -510,6 +929,8 @@ def to_csv(tables: Sequence[Table]) -> str:
     keys = list(dict.fromkeys(key for table in tables for row in table.rows for key in row.stats))
     header = ["preset", "method", "joint", "seeds"]
     header += [f"{key}_{part}" for key in keys for part in ("mean", "std", "n")]
+    caveats = any(row.caveats for table in tables for row in table.rows)
+    header += ["caveats"] * caveats
     lines: list[list[Any]] = []
     for table in tables:
         for row in table.rows:
@@ -517,7 +938,33 @@ def to_csv(tables: Sequence[Table]) -> str:
             for key in keys:
                 stat = row.stats.get(key)
                 line += [stat.mean, stat.std, stat.n] if stat else [None, None, 0]
-            lines.append(line)
+            lines.append(line + ["; ".join(row.caveats)] * caveats)
+    return _csv(header, lines)
+
+
+def differences_csv(tables: Sequence[Table]) -> str:
+    """Plain numbers of all paired differences, not rounded: one row per stream, metric and method; empty if undefined.
+
+    `low` and `high` bound the interval of the level in `interval_level`, which Holm's procedure decides; `comparisons`
+    counts the family that p_holm is corrected for (see `statistics.compare`).
+    """
+    header = ["preset", "metric", "baseline", "method", "joint", "seeds", "n", "method_mean", "baseline_mean"]
+    header += ["difference", "std", "low", "high", "interval_level", "p", "p_holm", "comparisons", "confidence"]
+    header += ["significant", "caveats"]
+    lines: list[list[Any]] = []
+    for table in tables:
+        rows = {row.label: row for row in table.rows}
+        for metric, found in table.differences.by_metric.items() if table.differences else ():
+            assert table.differences is not None
+            family = sum(len(d.seeds) > 1 for d in found.values())
+            for label, d in found.items():
+                numbers = [d.method_mean, d.baseline_mean, d.mean, d.std, d.low, d.high, d.level, d.p, d.p_holm]
+                exact = [None if number is None else repr(float(number)) for number in numbers]
+                seeds = " ".join(map(str, d.seeds))
+                line = [table.preset, metric, table.differences.baseline, label, rows[label].joint, seeds, len(d.seeds)]
+                line += [*exact, family, repr(table.differences.confidence)]
+                tested = None if d.p_holm is None else d.significant
+                lines.append([*line, tested, "; ".join(rows[label].caveats)])
     return _csv(header, lines)
 
 
@@ -530,16 +977,25 @@ def runs_csv(records: Sequence[Record]) -> str:
 
 def render(summary: Summary, form: str = "text", *, ascii_only: bool = False, width: int | None = None) -> str:
     """All tables in one of FORMATS; `ascii_only` and `width` concern text. UserError for another format."""
+    parts = sections(summary)
     if form == "csv":
         return to_csv(summary.tables)
     if form == "text":
-        return "\n".join(to_text(table, ascii_only=ascii_only, width=width) for table in summary.tables)
+        blocks = [to_text(table, ascii_only=ascii_only, width=width) for table in summary.tables]
+        ranks = [
+            "\n".join([*_wrapped(lines, width), "", ""]) for kind, _ in parts if (lines := ranking_lines(summary, kind))
+        ]
+        return "\n".join([*blocks, *(_plain(text, ascii_only) for text in ranks)])
     if form in ("md", "tex"):
-        write, parts = to_markdown if form == "md" else to_latex, sections(summary)
+        write = to_markdown if form == "md" else to_latex
         heading = "## {}\n\n" if form == "md" and len(parts) > 1 else ""
-        return "\n".join(
-            heading.format(kind.heading) * (index == 0) + write(table)
-            for kind, tables in parts
-            for index, table in enumerate(tables)
-        )
+        blocks = []
+        for kind, tables in parts:
+            for index, table in enumerate(tables):
+                blocks.append(heading.format(kind.heading) * (index == 0) + write(table))
+            lines = ranking_lines(summary, kind)
+            if lines and form == "md":
+                blocks.append("\n".join(["### Ranks over streams", "", *(f"- {markdown_text(t)}" for t in lines), ""]))
+            blocks += [f"% {' '.join(line.split())}" for line in lines if form == "tex"]
+        return "\n".join(blocks)
     raise UserError(f"unknown table format {form!r}; {nearest(form, FORMATS, 'formats')}")

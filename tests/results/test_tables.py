@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from dualcl.benchmark.errors import UserError
 from dualcl.results.report import terminal_table
-from dualcl.results.tables import render, runs_csv, summarise
+from dualcl.results.statistics import Ranking
+from dualcl.results.tables import differences_csv, render, runs_csv, summarise
 
 WriteRun = Callable[..., Path]
 
@@ -45,7 +47,7 @@ def test_mean_and_sample_deviation_over_seeds(runs: Path) -> None:
 
 
 def test_markdown_bolds_the_best_in_its_direction_and_never_the_upper_bound(runs: Path) -> None:
-    text = render(summarise([runs]), "md")
+    text = render(summarise([runs]), "md").split("####")[0]
     lines = {line.split(" |")[0].strip("| "): line for line in text.splitlines() if line.startswith("| ")}
     head = [cell.strip() for cell in lines["method"].split("|")[1:-1]]
     cells = {k: dict(zip(head, [c.strip() for c in v.split("|")[1:-1]], strict=True)) for k, v in lines.items()}
@@ -191,7 +193,8 @@ def test_terminal_table_is_aligned_marks_the_best_and_fits(runs: Path) -> None:
     lora = next(line for line in lines if line.startswith("lora"))
     assert clora.index("71.00 ± 1.41*") == lora.index("40.00 ± 0.00")
     assert clora.index("71.00") + len("71.00 ± 1.41") == head.index("A_last ↑") + len("A_last ↑")
-    narrow = terminal_table([runs], ascii_only=False, width=60)
+    narrow, differences = terminal_table([runs], ascii_only=False, width=60).split("Differences to")
+    assert max(map(len, differences.splitlines())) <= 60
     assert max(map(len, narrow.splitlines()[2:-4])) <= 60
     assert narrow.count("clora") == narrow.count("method") > 1
     terminal_table([runs], ascii_only=True).encode("ascii")
@@ -312,3 +315,171 @@ def test_both_domains_are_kept_apart_even_under_one_name(
     assert (one["A_mmd_n"], two["A_mmd_n"], two["A_last_mean"]) == ("0", "1", "")
     terminal_table([tmp_path])
     assert "## " not in render(summarise([tmp_path / "runs" / "classified"]), "md").replace("###", "")
+
+
+def shared(write_run: WriteRun, last: dict[str, list[int]], **keywords: object) -> None:
+    """Runs of two tasks with these accuracies after the last, one per seed; the first row is 90 everywhere."""
+    for label, values in last.items():
+        for seed, value in enumerate(values):
+            write_run([[90], [value, value]], label=label, method=label, seed=seed, **keywords)
+
+
+def test_differences_are_paired_by_seed(write_run: WriteRun, tmp_path: Path) -> None:
+    shared(write_run, {"clora": [60, 70, 80], "lora": [58, 69, 77], "ncm": [50, 50, 50]})
+    table = summarise([tmp_path]).tables[0]
+    assert table.differences is not None
+    assert table.differences.baseline == "clora"
+    lora = table.differences.by_metric["A_last"]["lora"]
+    assert (lora.mean, lora.std, lora.seeds) == (-2, 1, (0, 1, 2))  # the seeds' own spread of 10 drops out
+    assert lora.p == pytest.approx(stats.ttest_rel([58, 69, 77], [60, 70, 80]).pvalue)
+    assert list(table.differences.by_metric) == ["A_last", "A_avg", "F_step", "F_max"]
+    rows = [row for row in parse(differences_csv(summarise([tmp_path]).tables)) if row["metric"] == "A_last"]
+    assert [(row["method"], row["baseline"], row["seeds"], row["comparisons"]) for row in rows] == [
+        ("lora", "clora", "0 1 2", "2"),
+        ("ncm", "clora", "0 1 2", "2"),
+    ]
+    assert float(rows[0]["p"]) == lora.p  # not rounded
+    assert rows[0]["significant"] == "False"
+
+
+def test_differences_appear_in_every_format(write_run: WriteRun, tmp_path: Path) -> None:
+    shared(write_run, {"clora": [60, 70, 80], "lora": [40, 49, 61]})
+    write_run([None, [95, 95]], label="joint", method="joint", joint=True)
+    summary = summarise([tmp_path])
+    assert summary.tables[0].differences is not None
+    found = summary.tables[0].differences.by_metric["A_last"]["lora"]
+    assert found.significant
+    text = terminal_table([tmp_path], ascii_only=False)
+    cell = f"-20.00 [{found.low:+.2f}, {found.high:+.2f}]*"
+    assert cell in text
+    assert "Differences to clora, paired over shared seeds" in text
+    assert "* significant: corrected p < 0.05." in text
+    assert "Fewer than 3 shared seeds, which is hardly evidence: joint (1)." in text
+    terminal_table([tmp_path], ascii_only=True).encode("ascii")
+    md = render(summary, "md")
+    whole = f"-20.00 ± 1.00 \\[{found.low:+.2f}, {found.high:+.2f}\\], p {found.p_holm:.3f}\\*"
+    assert f"| lora | 3 | {whole} |" in md
+    assert "| joint (upper bound) | 1 | +35.00 \\[–\\] | – | – | – |" in md
+    heads = [line for line in md.splitlines() if line.startswith("| method − clora")]
+    assert heads == [
+        r"| method − clora | seeds | A\_last ↑ (points) | A\_avg ↑ (points) | F\_step ↓ (points) | F\_max ↓ (points) |"
+    ]
+    tex = render(summary, "tex")
+    assert r"lora & 3 & $-$20.00 $\pm$ 1.00 &" in tex
+    assert r"\,* \\" in tex
+    assert tex.isascii()
+
+
+def test_a_baseline_can_be_named_by_label_or_method(write_run: WriteRun, tmp_path: Path) -> None:
+    shared(write_run, {"clora": [60, 70], "lora": [58, 69]})
+    table = summarise([tmp_path], baseline="lora").tables[0]
+    assert table.differences is not None
+    assert table.differences.by_metric["A_last"]["clora"].mean == pytest.approx(1.5)
+    for rank in (4, 8):
+        for seed in (0, 1):
+            write_run(
+                [[90], [rank, rank]], label="l2", method="l2", seed=seed, name=f"{rank}-{seed}",
+                edit=lambda d, rank=rank: d["config"].update(method={"rank": rank}),
+            )  # fmt: skip
+    with pytest.raises(UserError, match=r"several rows on glyphs: l2 \(rank=4\); l2 \(rank=8\); name one"):
+        summarise([tmp_path], baseline="l2")
+    table = summarise([tmp_path], baseline="l2 (rank=4)").tables[0]
+    assert table.differences is not None
+    assert table.differences.baseline == "l2 (rank=4)"
+    with pytest.raises(UserError, match="no run of the baseline 'loro'; did you mean 'lora'"):
+        summarise([tmp_path], baseline="loro")
+
+
+def test_a_baseline_without_a_result_gives_way_and_says_so(write_run: WriteRun, tmp_path: Path) -> None:
+    shared(write_run, {"clora": [60, 70], "lora": [58, 69]})
+    write_run([[50], None], label="ewc", method="ewc", status="failed")
+    text = render(summarise([tmp_path], baseline="ewc"), "md")
+    assert "Differences to clora" in text
+    assert "ewc has no finished run here." in text
+
+
+def test_without_clora_the_best_row_is_the_baseline(write_run: WriteRun, tmp_path: Path) -> None:
+    shared(write_run, {"lora": [58, 69], "ncm": [90, 90], "l2": [99]})
+    write_run([None, [99, 99]], label="joint", method="joint", joint=True)
+    text = render(summarise([tmp_path]), "md")
+    assert "Differences to ncm, paired over shared seeds" in text  # l2 has one seed, joint is no method
+    assert "chosen by its result" in text
+
+
+def test_one_seed_makes_no_table_of_differences(write_run: WriteRun, tmp_path: Path) -> None:
+    shared(write_run, {"clora": [60], "lora": [58]})
+    summary = summarise([tmp_path])
+    for form in ("md", "text", "tex"):
+        assert "Differences to" not in render(summary, form)
+    (row,) = [row for row in parse(differences_csv(summary.tables)) if row["metric"] == "A_last"]
+    assert (float(row["difference"]), row["std"], row["low"], row["p"], row["significant"]) == (-2, "", "", "", "")
+
+
+def test_identical_runs_get_no_test(write_run: WriteRun, tmp_path: Path) -> None:
+    shared(write_run, {"clora": [60, 70], "twin": [60, 70], "lora": [58, 69]})
+    text = render(summarise([tmp_path]), "md")
+    assert "| twin | 2 | 0.00 ± 0.00 \\[–\\] |" in text
+    assert "The same difference at every seed, so no interval and no test: twin (A\\_last), twin (A\\_avg)" in text
+
+
+def test_mixed_runs_make_no_pairs(write_run: WriteRun, tmp_path: Path) -> None:
+    shared(write_run, {"clora": [60, 70]})
+    shared(write_run, {"lora": [58, 69]}, edit=lambda d: d["identity"].update(split_hash="9999"))
+    summary = summarise([tmp_path], allow_mixed=True)
+    assert summary.tables[0].differences is None
+    assert differences_csv(summary.tables).count("\n") == 1
+    assert "Differences to" not in render(summary, "md")
+
+
+def test_caveats_are_marked_and_explained_in_every_format(write_run: WriteRun, tmp_path: Path) -> None:
+    shared(write_run, {"clora": [60, 70], "lora": [58, 69]})
+    plain = {form: render(summarise([tmp_path]), form) for form in ("text", "md", "tex", "csv")}
+    assert all("†" not in text and "caveats" not in text for text in plain.values())
+    say = "stores 200 images of earlier tasks"
+    shared(write_run, {"er": [65, 71]}, edit=lambda d: d["run"].update(caveats=[say]))
+    summary = summarise([tmp_path])
+    text = terminal_table([tmp_path], ascii_only=False)
+    assert f"er †: {say}" in text
+    assert "er + " in terminal_table([tmp_path], ascii_only=True)
+    md = render(summary, "md")
+    assert md.count("| er † |") == 3  # the table, all metrics, differences
+    assert f"er †: {say}" in md
+    tex = render(summary, "tex")
+    assert r"er $^\dagger$ & 2 &" in tex
+    assert rf"\footnotesize er $^\dagger$: {say}" in tex
+    before, after = plain["csv"].splitlines(), render(summary, "csv").splitlines()
+    assert after[0] == before[0] + ",caveats"
+    assert [line for line in after if line.endswith(f",{say}")] == [line for line in after if ",er," in line]
+    assert after[1] == before[1] + ","
+    assert {row["caveats"] for row in parse(runs_csv(summary.records)) if row["label"] == "er"} == {say}
+
+
+def test_all_metrics_of_the_matrix_have_a_table(runs: Path, write_concept_run: WriteRun) -> None:
+    md = render(summarise([runs]), "md")
+    part = md[md.index("#### All metrics") : md.index("#### Differences")]
+    head = [c.strip() for c in next(line for line in part.splitlines() if line.startswith("| method")).split("|")[1:-1]]
+    row = [c.strip() for c in next(line for line in part.splitlines() if line.startswith("| clora")).split("|")[1:-1]]
+    cells = dict(zip(head, row, strict=True))
+    assert [name.split(" ↑")[0].split(" ↓")[0].replace("\\", "") for name in head[1:]] == [
+        "A_last", "A_last weighted", "A_avg", "F_step", "F_max", "BWT", "plasticity",
+    ]  # fmt: skip
+    assert cells["BWT ↑ (points)"].startswith("**-28.50")
+    write_concept_run()
+    customization = render(summarise([runs]), "md").split("## Customization")[1]
+    assert "All metrics" not in customization  # its table has them all
+
+
+def test_ranks_need_three_streams_and_then_appear(write_run: WriteRun, tmp_path: Path) -> None:
+    last = {"clora": [80, 81], "lora": [60, 62], "ncm": [70, 50]}
+    shared(write_run, last, preset="one")
+    assert "anks over" not in render(summarise([tmp_path]), "md")
+    shared(write_run, last, preset="two")
+    for form in ("md", "text"):
+        assert "No ranks over streams: 2 streams have 3 methods in common" in render(summarise([tmp_path]), form)
+    shared(write_run, {**last, "lora": [99, 99]}, preset="three")
+    summary = summarise([tmp_path])
+    ranking = summary.rankings["Classification"]
+    assert isinstance(ranking, Ranking)
+    assert ranking.ranks == pytest.approx({"clora": 4 / 3, "lora": 5 / 3, "ncm": 3.0})
+    for form in ("md", "text", "tex"):
+        assert "clora 1.33, lora 1.67, ncm 3.00" in render(summary, form)
