@@ -23,11 +23,11 @@ from dualcl.benchmark.progress import Reporter, printable
 
 if TYPE_CHECKING:
     from dualcl.benchmark.compare import Outcome
-    from dualcl.benchmark.config import Resolved
+    from dualcl.benchmark.config import Preset, Resolved
 
 RUNS = Path("runs")
 REPORT_FORMATS = ("md", "csv", "tex", "html", "png")
-LISTS = ("methods", "presets", "backbones", "datasets")
+LISTS = ("methods", "presets", "backbones", "datasets", "published")
 EXPORT_FORMATS = ("diffusers-lora", "kohya", "peft", "textual-inversion", "merged")
 SCHEDULERS = ("ddim", "dpm")
 
@@ -78,6 +78,12 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"wants a number, got {text!r}") from None
 
 
+def _confidence(text: str) -> float:
+    if not 0.5 < (level := _number(text)) < 1:
+        raise argparse.ArgumentTypeError(f"wants a level between 0.5 and 1, such as 0.95, got {text!r}")
+    return level
+
+
 def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """The parser, and those of its sub-commands by name.
 
@@ -117,6 +123,12 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         command.add_argument(
             "--format", metavar="F[,F...]", help=f"what the report consists of (default {','.join(REPORT_FORMATS)})"
         )
+        command.add_argument(
+            "--baseline", metavar="METHOD", help="what the others are compared with (default: clora, or the best row)"
+        )
+        command.add_argument(
+            "--confidence", type=_confidence, default=0.95, metavar="P", help="level of intervals (default 0.95)"
+        )
 
     command = add("quickstart", "compare methods in both domains on the bundled models and data, in minutes")
     command.add_argument("--out", type=Path, default=RUNS / "quickstart", metavar="DIR", help="default %(default)s")
@@ -148,19 +160,24 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         "--out", type=Path, metavar="DIR", help="default DIR/report; --format md, csv or tex alone: stdout only"
     )
     add_report(command)
+    command.add_argument(
+        "--with-published", action="store_true", help="published numbers too, apart from ours, with what differs"
+    )
+    command.add_argument(
+        "--ledger", type=Path, metavar="FILE", help="write the reproduction ledger of these records, and nothing else"
+    )
     command.set_defaults(func=_report)
 
     command = add("sweep", "run a grid of settings of one method and name the best")
     command.add_argument("preset", metavar="PRESET", help="a bundled preset or a YAML file")
     command.add_argument("method", metavar="METHOD", help="see `dualcl list methods`")
-    command.add_argument("--over", action="append", required=True, metavar="KEY=V1,V2,...", help="repeat for a grid")
+    command.add_argument(
+        "--over", action="append", metavar="KEY=V1,V2,...", help="repeat for a grid; default: the preset's search space"
+    )
     command.add_argument("--seeds", metavar="0,1,2", help="default: the preset's seed")
     add_sets(command)
     command.add_argument("--out", type=Path, metavar="DIR", help="default runs/sweep-PRESET")
     command.add_argument("--select", metavar="METRIC", help="what decides (default: A_last, A_mmd)")
-    command.add_argument(
-        "--on-test", action="store_true", help="choose on the test images: for studies, not for numbers to publish"
-    )
     add_many(command)
     command.set_defaults(func=_sweep)
 
@@ -203,8 +220,9 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     )
     command.set_defaults(func=_export)
 
-    command = add("list", "list methods, presets, backbones and data sets")
-    command.add_argument("what", nargs="?", metavar="|".join(LISTS), help="default: everything")
+    command = add("list", "list methods, presets, backbones, data sets and streams with published numbers")
+    command.add_argument("what", nargs="?", metavar="|".join(LISTS), help="default: all but published")
+    command.add_argument("stream", nargs="?", metavar="STREAM", help="after `published`: show this stream's numbers")
     command.set_defaults(func=_list)
 
     command = add("show", "show the resolved configuration and where each value comes from")
@@ -258,10 +276,18 @@ def _formats(text: str | None) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _write_report(dirs: Sequence[Path], out: Path, formats: tuple[str, ...], allow_mixed: bool) -> None:
+def _write_report(
+    dirs: Sequence[Path],
+    out: Path,
+    formats: tuple[str, ...],
+    allow_mixed: bool,
+    baseline: str | None = None,
+    confidence: float = 0.95,
+    with_published: bool = False,
+) -> None:
     from dualcl.results.report import build_report
 
-    files = build_report(dirs, out, formats=formats, allow_mixed=allow_mixed)
+    files = build_report(dirs, out, formats, allow_mixed, baseline, confidence, with_published)
     _say(f"report: {files.html or files.out}")
 
 
@@ -298,14 +324,18 @@ def _compare(args: argparse.Namespace) -> int:
     out = args.out or RUNS / load_preset(args.preset).name
     args.place = out
     plan = plan_comparison(args.preset, methods, seeds, args.sets, out)
+    rows = dict.fromkeys([*methods, *(p.resolved.general.label or p.resolved.method for p in plan)])
+    if args.baseline is not None and args.baseline not in rows:  # said now, not after hours
+        raise UserError(f"the baseline {args.baseline!r} is not compared; {nearest(args.baseline, rows, 'methods')}")
     outcomes = execute(plan, jobs=args.jobs, quiet=args.quiet)
     code = _conclude(outcomes, args.quiet)
     if any(o.code == 0 for o in outcomes):
         from dualcl.results.report import terminal_table
 
         dirs = [p.out for p in plan if (p.out / "record.json").is_file()]
-        print(terminal_table(dirs, allow_mixed=args.allow_mixed).rstrip("\n"))
-        _write_report(dirs, out / "report", formats, args.allow_mixed)
+        how = {"allow_mixed": args.allow_mixed, "baseline": args.baseline, "confidence": args.confidence}
+        print(terminal_table(dirs, **how).rstrip("\n"))
+        _write_report(dirs, out / "report", formats, **how)
     return code
 
 
@@ -349,13 +379,36 @@ def _quickstart(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from dualcl.results.report import terminal_table
 
+    if args.ledger is not None:
+        return _write_ledger(args)
     formats = _formats(args.format)
     alone = formats[0] if args.format is not None and len(formats) == 1 and formats[0] in ("md", "csv", "tex") else None
     if args.out is None and len(args.dirs) > 1 and not alone:
         raise UserError("a report on several folders needs --out DIR, or --format md, csv or tex for stdout alone")
-    print(terminal_table(args.dirs, alone or "text", allow_mixed=args.allow_mixed).rstrip("\n"))
+    if args.with_published and alone == "csv" and args.out is None:
+        raise UserError(
+            "--with-published keeps published numbers out of our table: with --format csv give --out DIR too"
+        )
+    how = {
+        "allow_mixed": args.allow_mixed,
+        "baseline": args.baseline,
+        "confidence": args.confidence,
+        "with_published": args.with_published,
+    }
+    print(terminal_table(args.dirs, alone or "text", **how).rstrip("\n"))
     if args.out is not None or not alone:
-        _write_report(args.dirs, args.out or args.dirs[0] / "report", formats, args.allow_mixed)
+        _write_report(args.dirs, args.out or args.dirs[0] / "report", formats, **how)
+    return 0
+
+
+def _write_ledger(args: argparse.Namespace) -> int:
+    for name in ("out", "format", "with_published", "allow_mixed", "baseline"):
+        if getattr(args, name):
+            raise UserError(f"--ledger writes the ledger and nothing else; leave out --{name.replace('_', '-')}")
+    from dualcl.results.ledger import write_ledger
+
+    args.place = args.ledger
+    _say(f"ledger: {write_ledger(args.dirs, args.ledger)}")
     return 0
 
 
@@ -367,9 +420,7 @@ def _sweep(args: argparse.Namespace) -> int:
     seeds = None if args.seeds is None else parse_seeds(args.seeds)
     out = args.out or RUNS / f"sweep-{load_preset(args.preset).name}"
     args.place = out
-    sweep = s.plan_sweep(
-        args.preset, args.method, args.over, seeds, args.sets, out, select=args.select, on_test=args.on_test
-    )
+    sweep = s.plan_sweep(args.preset, args.method, args.over, seeds, args.sets, out, select=args.select)
     if not args.quiet:
         _say(f"{len(sweep.points)} points, {len(sweep.plan)} runs, measured on {sweep.measured_on}")
     outcomes = execute(sweep.plan, jobs=args.jobs, quiet=args.quiet)
@@ -380,6 +431,7 @@ def _sweep(args: argparse.Namespace) -> int:
         _say(f"no best point: none has all its seeds with a defined {sweep.select}")
     else:
         _say(f"best {sweep.select} {best.metrics[sweep.select][0]:.2f}; use it with: {s.set_line(best)}")
+        _say(f"for `tuning:` in a preset: {sweep.tuning}")
     written = s.write_sweep(sweep, scores, out / args.method)
     _say(f"sweep: {', '.join(map(str, written))}")
     return _conclude(outcomes, args.quiet)
@@ -448,6 +500,10 @@ def _list_rows(what: str) -> list[list[str]]:
             [d.name, d.domain, d.summary + ("; needs `dualcl prepare`" if d.needs_prepare else "")]
             for d in sorted(available_datasets().values(), key=lambda d: d.name)
         ]
+    if what == "published":
+        from dualcl.results.published.render import overview
+
+        return overview()
     rows = [[name, "bundled", text] for name, text in _bundled_backbones().items()]
     return [
         *rows,
@@ -461,8 +517,17 @@ def _list(args: argparse.Namespace) -> int:
 
     if args.what is not None and args.what not in LISTS:
         raise UserError(f"cannot list {args.what!r}; {nearest(args.what, LISTS, 'lists')}")
+    if args.stream is not None:
+        if args.what != "published":
+            raise UserError(f"`dualcl list {args.what}` takes no further word, got {args.stream!r}; leave it out")
+        from dualcl.results.report import terminal_stream
+
+        print(terminal_stream(args.stream).rstrip("\n"))
+        return 0
     blocks = []
-    for what in LISTS if args.what is None else (args.what,):
+    # published numbers are others' and long: on demand only
+    own = [what for what in LISTS if what != "published"]
+    for what in own if args.what is None else (args.what,):
         rows = _list_rows(what)
         lines = align(rows) if rows else ["none"]
         blocks.append("\n".join(lines if args.what else [f"{what}:", *(f"  {line}" for line in lines)]))
@@ -502,23 +567,52 @@ def _show(args: argparse.Namespace) -> int:
     print(f"{loaded.name} ({loaded.domain}): {loaded.summary}")
     if not shared:
         print(f"method: {args.method}")
+        print(f"tuned by: {resolved.tuning}")
+        print(f"search space: {_shown_space(loaded, args.method)}")
     print()
     print("\n".join(align([["key", "value", "from", "what it is"], *rows])))
     if shared:
-        tuned = sorted((k, v) for k, v in loaded.values.items() if k.startswith("methods."))
         print()
         if loaded.compare:
             print(f"compared by default: {', '.join(loaded.compare)}")
-        if tuned:
-            print("values for single methods (all of them: dualcl show PRESET METHOD):")
-            print("\n".join(align([[k, _shown_value(v), source] for k, (v, source) in tuned])))
-        else:
-            print("no method has values of its own here")
+        print("values of single methods, where they differ from the code's (all of them: dualcl show PRESET METHOD):")
+        print("\n".join(align([["method", "values", "tuned by"], *_tuned_rows(args.preset, args.sets)])))
+        if loaded.search:
+            print()
+            print(f"search spaces, {loaded.points} points each (dualcl sweep {args.preset} METHOD):")
+            print("\n".join(align([[name, _shown_space(loaded, name)] for name in loaded.search])))
     return 0
+
+
+def _shown_space(preset: Preset, method: str) -> str:
+    """`method.lr=1e-3,1e-2 x method.rank=4,8`."""
+    from dualcl.benchmark.sweep import axes_of
+
+    axes = axes_of(preset, method)
+    return " x ".join(f"{axis.key}={','.join(axis.values)}" for axis in axes) or "none, give --over"
+
+
+def _tuned_rows(preset: str, sets: Sequence[str]) -> list[list[str]]:
+    """Method, its values that differ from the code's, and who tuned it: of all that a preset compares or speaks of."""
+    from dualcl.benchmark.config import load_preset, own_values, resolve
+    from dualcl.benchmark.sweep import typed
+
+    loaded = load_preset(preset)
+    spoken_of = [key.split(".")[1] for key in loaded.values if key.startswith("methods.")]
+    rows = []
+    for name in dict.fromkeys([*loaded.compare, *spoken_of, *loaded.tuning, *loaded.search]):
+        try:
+            resolved = resolve(preset, name, sets)
+        except UserError:  # a key of other methods
+            resolved = resolve(preset, name, [text for text in sets if not text.startswith(("method.", "method="))])
+        values = " ".join(f"{k}={typed(v)}" for k, v in own_values(resolved).items())
+        rows.append([name, values or "-", resolved.tuning])
+    return rows
 
 
 def _prepare(args: argparse.Namespace) -> int:
     from dualcl.datasets import available_datasets, dataset_class
+    from dualcl.datasets.download import alone_in
 
     sets = list(args.sets)
     if args.root is not None:
@@ -528,7 +622,9 @@ def _prepare(args: argparse.Namespace) -> int:
     if not info.needs_prepare:
         print(f"{info.name}: nothing to prepare")
         return 0
-    dataset_class(info.name, resolved.domain).prepare(resolved.sections["data"])
+    config = resolved.sections["data"]
+    with alone_in(Path(config.root).expanduser()):
+        dataset_class(info.name, resolved.domain).prepare(config)
     print(f"{info.name}: ready")
     return 0
 

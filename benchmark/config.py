@@ -320,7 +320,7 @@ def _inherited_tuning(parent: Preset, own: Mapping[str, str], methods: Any, labe
     return {**out, **own}
 
 
-def _search(tree: dict[str, Any], path: Path) -> tuple[dict[str, dict[str, tuple[Any, ...]]], int]:
+def _search(tree: dict[str, Any], path: Path) -> tuple[dict[str, Mapping[str, tuple[Any, ...]]], int]:
     """Takes `search:` out of a preset: values by key for each method, and the size of every grid."""
     given = tree.pop("search", None)
     if given is None:
@@ -330,7 +330,7 @@ def _search(tree: dict[str, Any], path: Path) -> tuple[dict[str, dict[str, tuple
     points = given.get("points", 0)
     if not isinstance(points, int) or isinstance(points, bool) or ("points" in given and points < 1):
         raise UserError(f"preset {path}: search.points must be at least 1, got {points!r}")
-    spaces: dict[str, dict[str, tuple[Any, ...]]] = {}
+    spaces: dict[str, Mapping[str, tuple[Any, ...]]] = {}
     for name, axes in _of_methods(given.get("methods"), "search.methods", path).items():
         if not isinstance(axes, dict) or not axes:
             raise UserError(f"preset {path}: search.methods.{name} must map keys to lists of values, got {axes!r}")

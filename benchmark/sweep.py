@@ -1,4 +1,4 @@
-"""Sweeps: a grid of settings of one method, measured on validation images, with the best point named."""
+"""Sweeps: a grid of settings of one method, measured on validation data only, with the best point named."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dualcl.benchmark.compare import Outcome, Planned, align, check_seed_given_once
-from dualcl.benchmark.config import load_preset, parse_assignment, resolve
+from dualcl.benchmark.config import Preset, Resolved, load_preset, parse_assignment, resolve
 from dualcl.benchmark.domains import domain_class
 from dualcl.benchmark.errors import UserError, nearest
 from dualcl.benchmark.record import atomic_write, write_json
@@ -25,13 +25,15 @@ from dualcl.results.records import load_record
 
 #: fraction of the training images on which a sweep chooses
 HOLDOUT = 0.2
-#: concepts of a sweep, where a data set can leave out those that are reported on
+#: concepts of a sweep, where a data set has some to spare beside those that are reported on
 SWEEP_CONCEPTS = 5
+#: what a sweep sets itself, or must not vary: points are compared on the same data
+DATA_KEYS = ("data.holdout", "data.skip", "data.validation", "data.tuning")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """One `--over`: a key and its values as typed."""
+    """One `--over`, or a key of the preset's search space: a key and its values as typed."""
 
     key: str
     values: tuple[str, ...]
@@ -62,6 +64,8 @@ def parse_axis(text: str) -> Axis:
         raise UserError(f"--over wants key=v1,v2,..., got {text!r}")
     if key == "seed":
         raise UserError("--over seed=... is what --seeds is for; give --seeds 0,1,2")
+    if key in DATA_KEYS:
+        raise UserError(f"--over {key} would measure the points on different data; fix it with --set {key}=...")
     values = _split_values(rest)
     for i, value in enumerate(values):
         if not value:
@@ -69,6 +73,31 @@ def parse_axis(text: str) -> Axis:
         if value in values[:i]:
             raise UserError(f"--over {key} names the value {value} twice; give it once")
     return Axis(key, tuple(values))
+
+
+def typed(value: Any) -> str:
+    """A value of a preset as one would type it: 0.0001 -> 1e-4."""
+    if isinstance(value, float) and value and not 1e-2 <= abs(value) < 1e3:
+        mantissa, exponent = f"{value:e}".split("e")
+        short = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+        if float(short) == value:
+            return short
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def axes_of(preset: Preset, method: str) -> list[Axis]:
+    """The search space that a preset gives a method (`search:`); empty when it gives none."""
+    return [Axis(f"method.{key}", tuple(map(typed, v))) for key, v in preset.search.get(method, {}).items()]
+
+
+def space(preset: str, method: str) -> list[Axis]:
+    """As `axes_of`; UserError when the preset gives the method none."""
+    loaded = load_preset(preset)
+    axes = axes_of(loaded, method)
+    if not axes:
+        there = f" (it has some for {', '.join(loaded.search)})" if loaded.search else ""
+        raise UserError(f"preset {preset} has no search space for {method}{there}; give --over key=v1,v2,...")
+    return axes
 
 
 @dataclass(frozen=True)
@@ -94,49 +123,119 @@ def _folder_name(name: str) -> str:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A checked sweep: the grid, the metric that decides, and the images it is measured on."""
+    """A checked sweep: the grid, where it comes from, the metric that decides, and the data it is measured on."""
 
     preset: str
     method: str
     select: str
     measured_on: str
     points: tuple[Point, ...]
+    #: "--over", or the preset whose search space it is
+    space: str = "--over"
 
     @property
     def plan(self) -> list[Planned]:
         """All runs; the first seed of every point comes first."""
         return [run for runs in zip(*(p.runs for p in self.points), strict=True) for run in runs]
 
+    @property
+    def tuning(self) -> str:
+        """What a preset's `tuning:` may say of the method after this sweep."""
+        points, seeds = len(self.points), len(self.points[0].runs)
+        return (
+            f"dualcl sweep on {self.preset}: {points} point{'s' * (points > 1)}, {seeds} seed{'s' * (seeds > 1)}, "
+            f"by {self.select} on {self.measured_on}"
+        )
+
+
+def validation(preset: str, method: str, resolved: Resolved) -> tuple[list[str], str]:
+    """What makes a sweep run on validation data, as `--set` assignments, and the name of that data.
+
+    Labelled images: a part of the training images (`data.holdout`). Concepts: others than those that are reported on,
+    by number (`data.skip`) or set apart in every run (`data.validation`). Raises UserError where a setting or the data
+    set would leave nothing but what is reported on.
+    """
+    flat, sources = resolved.flat(), resolved.sources
+
+    def given(key: str) -> bool:
+        return sources.get(key) == "--set"
+
+    if "data.holdout" in flat:
+        if not flat["data.holdout"] and given("data.holdout"):
+            raise UserError(
+                "data.holdout=0 would choose on the test images, and a sweep never does; leave it out, or give a "
+                f"fraction of the training images such as {HOLDOUT}"
+            )
+        holdout = flat["data.holdout"] or HOLDOUT
+        own = [] if flat["data.holdout"] else [f"data.holdout={holdout}"]
+        return own, f"validation images (data.holdout={holdout}: that part of the training images)"
+
+    def shorter(concepts: int) -> list[str]:
+        """A stream of all concepts of the sweep where the preset's own is longer."""
+        tasks = flat["stream.tasks"]
+        return [f"stream.tasks={concepts}"] if tasks is not None and tasks > concepts else []
+
+    if "data.skip" in flat:
+        planned = resolve(preset, method).flat()
+        first = planned["data.skip"]
+        end = first + max(planned["data.concepts"], flat["data.concepts"])
+        skip = flat["data.skip"] if given("data.skip") else end
+        concepts = flat["data.concepts"] if given("data.concepts") else SWEEP_CONCEPTS
+        if skip < end and skip + concepts > first:
+            raise UserError(
+                f"data.skip={skip} with data.concepts={concepts} holds concepts that are reported on, number "
+                f"{first + 1} to {end}, and a sweep never chooses on these; leave data.skip out, or give {end} or more"
+            )
+        own = [] if given("data.skip") else [f"data.skip={skip}"]
+        own += [] if given("data.concepts") else [f"data.concepts={concepts}"]
+        return own + shorter(concepts), f"{concepts} other concepts (data.skip={skip})"
+    if "data.validation" in flat:
+        concepts = flat["data.validation"]
+        own = ["data.tuning=true"]
+        spares = getattr(resolved.sections["data"], "spares_concepts", False)
+        if spares and not concepts:
+            concepts = SWEEP_CONCEPTS
+            own.append(f"data.validation={concepts}")
+        if not concepts:
+            raise UserError(
+                f"{resolved.data_name} has no concepts but those that are reported on, and a sweep never chooses on "
+                "these; set data.validation=N here and in every run: the last N concepts are then kept for sweeps"
+            )
+        everywhere = "" if spares else ", to be set in every run"
+        return own + shorter(concepts), f"{concepts} validation concepts (data.validation={concepts}{everywhere})"
+    raise UserError(
+        f"the data set {resolved.data_name} holds nothing out, and a sweep never chooses on what is reported; give its "
+        "Config a key holdout (labelled images) or validation (concepts)"
+    )
+
 
 def plan_sweep(
     preset: str,
     method: str,
-    over: Sequence[str],
+    over: Sequence[str] | None,
     seeds: Sequence[int] | None,
     sets: Sequence[str],
     out: Path,
     *,
     select: str | None = None,
-    on_test: bool = False,
 ) -> Sweep:
     """Checks the whole grid. Each point's runs go to `<out>/<method>/<key=value,...>/seed<k>`.
 
-    Hyper-parameters must not be chosen on what is reported: where the data set can hold out training images and the
-    user says nothing else, `data.holdout` is set; where it can leave out its first concepts, a sweep runs on the
-    `SWEEP_CONCEPTS` after them. No `select`: the domain's own measure of quality. Raises UserError for the first
-    thing that is wrong, before anything runs.
+    No `over`: the method's search space of the preset. No `select`: the domain's own measure of quality. Every run is
+    on validation data, see `validation`. Raises UserError for the first thing that is wrong, before anything runs.
     """
     if select is None:
         select = KINDS[domain_class(load_preset(preset).domain).matrix_kind].quality
     if select not in METRICS:
         raise UserError(f"unknown metric --select {select!r}; {nearest(select, METRICS, 'metrics')}")
-    axes = [parse_axis(text) for text in over]
+    axes = [parse_axis(text) for text in over] if over else space(preset, method)
     fixed = {parse_assignment(text)[0] for text in sets}
     for i, axis in enumerate(axes):
         if axis.key in {a.key for a in axes[:i]}:
             raise UserError(f"--over names {axis.key} twice; list all its values in one --over")
         if axis.key in fixed:
-            raise UserError(f"{axis.key} is given by --over and by --set; keep one of the two")
+            where = "--over" if over else f"the search space of preset {preset}"
+            raise UserError(f"{axis.key} is given by {where} and by --set; keep one of the two")
     if seeds is not None:
         check_seed_given_once(sets, "--seeds")
 
@@ -145,19 +244,8 @@ def plan_sweep(
 
     grid = [settings_of(values) for values in itertools.product(*(axis.values for axis in axes))]
     first = resolve(preset, method, [*sets, *(f"{k}={v}" for k, v in grid[0])], seed=seeds[0] if seeds else None)
-    sets = list(sets)
-    holdout_source = first.sources.get("data.holdout")
-    can_hold_out = holdout_source is not None
-    if on_test and can_hold_out and holdout_source != "--set":
-        sets.append("data.holdout=0")
-    elif holdout_source == "default":
-        sets.append(f"data.holdout={HOLDOUT}")
-    other_concepts = first.sources.get("data.skip") == "default" and not on_test
-    if other_concepts:
-        reported = first.flat()["data.concepts"]
-        sets.append(f"data.skip={reported}")
-        if first.sources["data.concepts"] != "--set":
-            sets.append(f"data.concepts={SWEEP_CONCEPTS}")
+    own, measured_on = validation(preset, method, first)
+    sets = [*sets, *own]
     points: list[Point] = []
     seen: dict[str, str] = {}
     for settings in grid:
@@ -173,20 +261,8 @@ def plan_sweep(
         if twin != name:
             raise UserError(f"--over: {twin} and {name} are the same setting; give it once")
         points.append(Point(settings, tuple(runs)))
-    held = getattr(points[0].runs[0].resolved.sections["data"], "holdout", 0)
-    if "data.holdout" in {axis.key for axis in axes}:
-        measured_on = "as data.holdout says"
-    elif held:
-        measured_on = f"validation images (data.holdout={held}: that part of the training images)"
-    elif other_concepts:
-        measured_on = (
-            f"{reported if 'data.concepts' in fixed else SWEEP_CONCEPTS} other concepts (data.skip={reported})"
-        )
-    elif can_hold_out:
-        measured_on = "TEST images, as asked for"
-    else:
-        measured_on = "what is reported: this data set holds nothing out (no data.holdout, no data.skip)"
-    return Sweep(first.preset, method, select, measured_on, tuple(points))
+    source = "--over" if over else f"preset {first.preset}"
+    return Sweep(first.preset, method, select, measured_on, tuple(points), source)
 
 
 @dataclass(frozen=True)
@@ -298,6 +374,8 @@ def write_sweep(sweep: Sweep, scores: Sequence[Score], out: Path) -> list[Path]:
         "method": sweep.method,
         "select": sweep.select,
         "measured_on": sweep.measured_on,
+        "space": sweep.space,
+        "tuning": sweep.tuning,
         "best": {"settings": dict(best.point.settings), "use": set_line(best)} if best else None,
         "points": points,
     }

@@ -42,13 +42,27 @@ class PhotosConfig:
     limit: int | None = field(default=None, metadata={"help": "only this many images per concept"})
     min_images: int = field(default=1, metadata={"help": "a concept with fewer images is an error"})
     on_bad_image: OnBadImage = field(default="stop", metadata={"help": "a file that cannot be read: stop or skip"})
+    validation: int = field(
+        default=0, metadata={"help": "keep the last so many concepts for `dualcl sweep`; all other runs leave them out"}
+    )
+    tuning: bool = field(
+        default=False, metadata={"help": "tune hyper-parameters: teach the validation concepts and no others"}
+    )
 
     def __post_init__(self) -> None:
         positive("data.limit", self.limit)
         positive("data.min_images", self.min_images)
         check_on_bad_image(self.on_bad_image)
+        positive("data.validation", self.validation, 0)
+        if self.tuning and not self.validation:
+            raise UserError("data.tuning=true needs validation concepts; set data.validation=N, in all other runs too")
         if self.limit is not None and self.limit < self.min_images:
             raise UserError(f"data.limit={self.limit} leaves fewer images than data.min_images={self.min_images}")
+
+    @property
+    def spares_concepts(self) -> bool:
+        """Whether validation concepts come on top of those that are reported on, which are chosen by number."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,16 @@ def check_numbers(key: str, numbers: Sequence[int] | None) -> None:
         raise UserError(f"{key} must name at least one number and each once, got {list(numbers)}")
 
 
+def without_validation(concepts: Sequence[str], config: PhotosConfig) -> list[str]:
+    """The concepts that a run teaches: all but the last `data.validation`, or under `data.tuning` only those."""
+    left = len(concepts) - config.validation
+    if left < 1:
+        raise UserError(
+            f"data.validation={config.validation} leaves none of the {len(concepts)} concepts to report on; lower it"
+        )
+    return list(concepts[left:] if config.tuning else concepts[:left])
+
+
 def folder_files(root: Path, folders: Sequence[str]) -> dict[str, list[str]]:
     """{folder: its images, as paths below `root`}; UserError for a folder without any."""
     files = {folder: [f"{folder}/{name}" for name in image_files(root / folder)] for folder in folders}
@@ -151,8 +175,10 @@ def photo_concepts(
 ) -> ConceptData:
     """ConceptData of {concept: images below `root`}, all of them decoded once; see `PhotosConfig` for what is refused.
 
+    `files` also holds the validation concepts, last; of these and the others only those that the run teaches are read.
     Facts: images and shortest side (pixels) of each concept, the sha256 of all files, and warnings in words.
     """
+    files = {concept: files[concept] for concept in without_validation(list(files), config)}
     bad = bad_images(root, [image for images in files.values() for image in images], config.on_bad_image)
     concepts, warnings = [], []
     sides: dict[str, int] = {}
@@ -178,6 +204,8 @@ def photo_concepts(
         given = words.get(concept, Words())
         image_set = folder_set(root, good, np.zeros(len(good), dtype=np.int64))
         concepts.append(Concept(concept, given.noun, image_set, given.prompts, given.eval_prompts))
+    if config.validation:
+        split_name += f"+{'validation' if config.tuning else 'without'}-{config.validation}"
     if config.limit is not None:
         split_name += f"+limit-{config.limit}"
     return ConceptData(

@@ -389,9 +389,10 @@ class Classification(Domain):
         """`logits` of a copy of the model and classifier as they are now, without gradient."""
         if self._provider is not None:
             raise RuntimeError("a model with prompts cannot be copied: its prompts belong to the method")
-        model, heads = (copy.deepcopy(m).requires_grad_(False) for m in (self.model, self.heads))
-        model.zero_grad(set_to_none=True)
-        heads.zero_grad(set_to_none=True)
+        model, heads = copy.deepcopy(self.model), copy.deepcopy(self.heads)
+        for copied in (model, heads):
+            copied.requires_grad_(False)
+            copied.zero_grad(set_to_none=True)  # gradients of the last step are copied too
 
         @torch.no_grad()
         def logits(batch: Batch) -> Tensor:

@@ -138,6 +138,21 @@ def test_limit_takes_a_part_that_stays(tree):
     assert len({few.split_hash, more.split_hash, load(tree).split_hash}) == 3
 
 
+def test_validation_concepts_are_taught_in_sweeps_and_nowhere_else(tree, make_tree):
+    make_tree({"cup": 1, "vase": 2})
+    kept, tuned = load(tree, validation=2), load(tree, validation=2, tuning=True)
+    assert [c.name for c in kept.concepts] == ["cup", "mug"]
+    assert [c.name for c in tuned.concepts] == ["rex", "vase"]
+    assert (kept.split_name, tuned.split_name) == ("concept-folder:4+without-2", "concept-folder:4+validation-2")
+    assert len({d.split_hash for d in (kept, tuned, load(tree))}) == 3
+    assert len({d.facts["images_sha256"] for d in (kept, tuned, load(tree))}) == 3
+    order = ["vase", "mug", "cup"]
+    assert [c.name for c in load(tree, concepts=order, validation=1, tuning=True).concepts] == ["cup"]
+    refuses(r"data\.validation=4 leaves none of the 4 concepts to report on", tree, validation=4)
+    refuses(r"data\.tuning=true needs validation concepts; set data\.validation=N", tree, tuning=True)
+    refuses(r"data\.validation must be at least 0, got -1", tree, validation=-1)
+
+
 def test_changed_pixels_change_fingerprint_and_content_hash(tree):
     before = load(tree)
     Image.new("RGB", (99, 99)).save(tree / "rex" / "img00.png")

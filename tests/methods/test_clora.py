@@ -251,6 +251,67 @@ def test_diagnostics_are_the_frobenius_norms(build):
     assert facts["summed_norm"] != pytest.approx(facts["update_norm"], rel=1e-3)
 
 
+# --- what other code of this name computes (methods/README.md) --------------------------------------------------------
+
+
+def finished(build, tasks, size=0.3):
+    """(method, factors) after `tasks` tasks: the factors (A_t, B_t) of every site, one list entry per task."""
+    _, method = build("clora", *RANK)
+    kept = {name: [] for name in method.updates}
+    for task in range(tasks):
+        method.begin_task(task)
+        with torch.no_grad():  # independent updates of one size, as tasks that have nothing to do with one another
+            generator = torch.Generator().manual_seed(task)
+            for name, u in method.updates.items():
+                for p in (u.A, u.B):
+                    p.copy_(size * torch.randn(p.shape, generator=generator))
+                kept[name].append((u.A.detach().clone(), u.B.detach().clone()))
+        method.end_task(task)
+    return method, kept
+
+
+def added_apart(pairs):
+    """(A_1 + ... + A_t) (B_1 + ... + B_t)."""
+    return torch.stack([a for a, _ in pairs]).sum(0) @ torch.stack([b for _, b in pairs]).sum(0)
+
+
+@pytest.mark.parametrize(("tasks", "drift", "charge"), [(1, 0, 1), (2, 1, 2), (5, 2, 5), (10, 3, 10)])
+def test_the_product_of_summed_factors_is_not_the_sum_of_products(build, tasks, drift, charge):
+    """With t independent updates its t (t - 1) cross terms outweigh the t true ones by sqrt(t - 1) in norm."""
+    method, kept = finished(build, tasks)
+    S = torch.stack([u.summed for u in method.updates.values()])
+    direct = torch.stack([torch.stack([a @ b for a, b in pairs]).sum(0) for pairs in kept.values()])
+    apart = torch.stack([added_apart(pairs) for pairs in kept.values()])
+    torch.testing.assert_close(S, direct, rtol=0, atol=1e-5)
+    assert ((apart - S).norm() / S.norm()).item() == pytest.approx(drift, rel=0.12, abs=1e-6)
+    A, B, _ = factors(32, 32, 2)
+    charged = [sum(direct_l_forget(A, B, s.double()) for s in sums).item() for sums in (S, apart)]
+    assert charged[1] / charged[0] == pytest.approx(charge, rel=0.25)
+
+
+def test_the_product_of_summed_factors_moves_the_model_when_a_task_ends(build):
+    """Ours ends a task with the weight it was trained to; summed factors add the cross terms at that moment."""
+    method, kept = finished(build, 2)
+    for name, u in method.updates.items():
+        trained = u.w_init + sum(a @ b for a, b in kept[name])
+        torch.testing.assert_close(u.site.weight, trained, rtol=0, atol=1e-6)
+        jump = (added_apart(kept[name]) - sum(a @ b for a, b in kept[name])).norm()
+        assert 0.7 < jump / (kept[name][1][0] @ kept[name][1][1]).norm() < 2
+
+
+def test_a_mean_over_layers_and_a_scaling_are_other_lambdas(build):
+    """Mean over n sites: lambda / n. Penalty on unscaled factors of updates s A B: lambda s^-4."""
+    _, method = begun(build, 3, "method.lambda_=7")
+    terms = [direct_l_forget(u.A.double(), u.B.double(), u.summed.double()) for u in method.updates.values()]
+    n = len(terms)
+    assert n == 15
+    assert method.penalty().item() == pytest.approx(7 * n * (sum(terms) / n).item(), rel=1e-5)
+    A, B, S = factors()
+    s = 1 / 10  # alpha 1, rank 10
+    true = direct_l_forget(s * A, B, s * S)
+    assert true.item() == pytest.approx(s**4 * direct_l_forget(A, B, S).item())
+
+
 def test_bad_options_are_named(build):
     with pytest.raises(UserError, match=r"method\.lambda_ must not be negative, got -1"):
         CLoRAConfig(lambda_=-1)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
-import random
 
 import pytest
 import torch
 
 import dualcl.methods
-from dualcl.benchmark.domain import Domain
 from dualcl.benchmark.errors import UserError
 from dualcl.benchmark.progress import Reporter
 from dualcl.benchmark.record import RunFolder
@@ -144,46 +141,6 @@ def test_old_classifier_rows_stay_bit_equal(name, finished):
 @pytest.mark.parametrize("name", [n for n in CLASSIFICATION if method_class(n).output_scope == "seen"])
 def test_scope_seen_trains_old_rows_too(name, finished):
     assert {"0.weight", "0.bias", "1.weight", "1.bias"} <= set(finished(name)[0].changed_old_rows)
-
-
-@pytest.mark.parametrize("name", CLASSIFICATION)
-def test_a_prediction_does_not_depend_on_batch_neighbours(name, finished, images):
-    domain = finished(name)[0].domain
-    together = domain.predict(images)
-    assert together.shape == (7, 7)
-    assert (together - together[0]).abs().max() > 1e-3  # the images do differ
-    order = list(range(7))
-    random.Random(0).shuffle(order)
-    torch.testing.assert_close(domain.predict(images[order]), together[order], rtol=0, atol=1e-5)
-    for size in (1, 3):
-        parts = torch.cat([domain.predict(part) for part in images.split(size)])
-        torch.testing.assert_close(parts, together, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", CLASSIFICATION)
-def test_hiding_the_task_changes_nothing(name, finished, images):
-    domain = finished(name)[0].domain
-    current, scope = domain._current, domain._scope
-    together, row = domain.predict(images), domain.evaluate([0, 1, 2])
-    try:
-        for hidden, other in ((0, "task"), (1, "seen"), (None, "task")):
-            domain._current, domain._scope = hidden, other
-            assert torch.equal(domain.predict(images), together)
-            assert domain.evaluate([0, 1, 2]) == row
-    finally:
-        domain._current, domain._scope = current, scope
-    backwards = domain.evaluate([2, 1, 0])
-    assert {k: v[::-1] for k, v in backwards.items()} == row
-    assert [domain.evaluate([t])["correct"][0] for t in range(3)] == row["correct"]
-
-
-def test_evaluation_never_sees_a_task_id(finished):
-    domain = finished("clora")[0].domain
-    assert list(inspect.signature(domain.predict).parameters) == ["images"]
-    assert list(inspect.signature(Domain.evaluate).parameters) == ["self", "seen"]
-    for name in CLASSIFICATION:
-        if "prefix" in method_class(name).requires:
-            assert list(inspect.signature(method_class(name).provide).parameters) == ["self", "query", "training"]
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
