@@ -53,6 +53,11 @@ class CelebAHQ:
             positive("data.concepts", self.concepts)
             check_numbers("data.identities", self.identities)
 
+        @property
+        def spares_concepts(self) -> bool:
+            """Unless they are named."""
+            return self.identities is None
+
     @classmethod
     def load(cls, config: Config) -> ConceptData:
         """Picks the identities and decodes their images; UserError says which file must be put where."""
@@ -61,11 +66,13 @@ class CelebAHQ:
         images = _images_by_identity(root, below)
         if config.identities is None:
             enough = [i for i, files in images.items() if len(files) >= config.min_images]
-            chosen = sorted(enough, key=lambda i: (-len(images[i]), i))[: config.concepts]
-            if len(chosen) < config.concepts:
+            wanted = config.concepts + config.validation
+            chosen = sorted(enough, key=lambda i: (-len(images[i]), i))[:wanted]
+            if len(chosen) < wanted:
+                validation = f" and data.validation {config.validation}" if config.validation else ""
                 raise UserError(
                     f"{root} has {len(chosen)} identities with {config.min_images} images or more, data.concepts is "
-                    f"{config.concepts}; lower it or data.min_images"
+                    f"{config.concepts}{validation}; lower it or data.min_images"
                 )
             rule = f"most-images-min-{config.min_images}"
         else:

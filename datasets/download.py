@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import functools
+import gzip
 import hashlib
 import http.client
+import lzma
 import os
 import shutil
 import socket
+import stat
+import struct
 import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 from urllib.parse import urlsplit
 
 from dualcl.benchmark.errors import UserError
@@ -28,14 +38,16 @@ LINE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Checksum:
-    """What a file must hash to; `algorithm` is a hashlib name such as md5 or sha256."""
+    """What a file must hash to; `algorithm` is a hashlib name such as md5 or sha256, or "git" (the id of a blob)."""
 
     algorithm: str
     digest: str
 
     def of(self, path: Path) -> str:
         """The hex digest of the file."""
-        digest = hashlib.new(self.algorithm, usedforsecurity=False)
+        digest = hashlib.new("sha1" if self.algorithm == "git" else self.algorithm, usedforsecurity=False)
+        if self.algorithm == "git":
+            digest.update(f"blob {path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(CHUNK):
                 digest.update(chunk)
@@ -57,27 +69,27 @@ def download(
 
     An interrupted download goes on where it stopped (`path`.part), also in a later call; after `retries` tries in a row
     that bring nothing new, waiting `pause`, 2 `pause`, ... seconds, it gives up. Raises UserError when the host cannot
-    be reached, the file is not there, the checksum is wrong (the download is removed), or the disk is full. Without a
-    `checksum` (the source publishes none, or makes its archives anew) any complete file will do.
+    be reached, the file is not there, the checksum is wrong (the download is removed), the disk is full, or another
+    process fetches the file. Without a `checksum` (the source publishes none, or makes its archives anew) any complete
+    file will do.
     """
-    if path.exists():
-        if checksum is None or checksum.matches(path):
-            return path
-        raise UserError(
-            f"{path} is not the expected file ({checksum.algorithm} {checksum.of(path)}, expected {checksum.digest}); "
-            "remove it and run again"
-        )
     part = path.with_name(path.name + ".part")
     try:
+        if _there(path, checksum):
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        _fetch(url, path, part, retries, timeout, pause)
-        if checksum is not None and (found := checksum.of(part)) != checksum.digest:
-            part.unlink()
-            raise UserError(
-                f"{url} has the wrong {checksum.algorithm} ({found}, expected {checksum.digest}), and was removed; "
-                f"run again, or put the right file at {path}"
-            )
-        os.replace(part, path)
+        with _held(part, path):
+            if _there(path, checksum):  # another process has just finished it
+                return path
+            _fetch(url, path, part, retries, timeout, pause)
+            if checksum is not None and (found := checksum.of(part)) != checksum.digest:
+                page = "is a web page, not the file: its" if _is_page(part) else "has the"
+                part.unlink()
+                raise UserError(
+                    f"{url} {page} wrong {checksum.algorithm} ({found}, expected {checksum.digest}), and was removed; "
+                    f"run again, or put the right file at {path}"
+                )
+            os.replace(part, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
@@ -85,6 +97,62 @@ def download(
             ) from error
         raise UserError(f"cannot write {path} ({error.strerror or error}); choose another data.root") from error
     return path
+
+
+def _there(path: Path, checksum: Checksum | None) -> bool:
+    """Whether the file is there; UserError when it is another one."""
+    if not path.exists():
+        return False
+    if checksum is None or checksum.matches(path):
+        return True
+    raise UserError(
+        f"{path} is not the expected file ({checksum.algorithm} {checksum.of(path)}, expected {checksum.digest}); "
+        "remove it and run again"
+    )
+
+
+def _lock(file: IO[Any] | int, what: str) -> None:
+    """Holds an open file or folder until it is closed; UserError when another process has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        # some network file systems have no locks: better unguarded than unusable
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise UserError(f"another process {what}; wait for it and run again") from None
+
+
+@contextlib.contextmanager
+def _held(part: Path, path: Path) -> Iterator[None]:
+    """Keeps other processes from writing to `part`, which is removed when nothing has come."""
+    with part.open("ab") as file:
+        _lock(file, f"is fetching {path}")
+        try:
+            yield
+        finally:
+            if _size(part) == 0:
+                part.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Makes the folder and holds it; UserError when it cannot be written or another process prepares data there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"cannot write {folder} ({error.strerror}); choose another data.root") from error
+    try:
+        _lock(handle, f"prepares data at {folder}")
+        yield
+    finally:
+        os.close(handle)
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a download is HTML: what a server says in words, or a network that wants a login."""
+    with path.open("rb") as file:
+        start = file.read(512).lstrip().lower()
+    return start.startswith((b"<!doctype html", b"<html"))
 
 
 def _fetch(url: str, path: Path, part: Path, retries: int, timeout: float, pause: float) -> None:
@@ -98,7 +166,9 @@ def _fetch(url: str, path: Path, part: Path, retries: int, timeout: float, pause
             return
         except urllib.error.HTTPError as error:
             by_hand = f"fetch {url} by hand, put it at {path} and run again"
-            raise UserError(f"{host} answered {error.code} {error.reason}; {by_hand}") from error
+            # of a redirection without end urllib tells in two lines
+            reason = " ".join(str(error.reason).split())
+            raise UserError(f"{host} answered {error.code} {reason}; {by_hand}") from error
         except _Interrupted as error:
             failures = 1 if _size(part) > before else failures + 1
             if failures > retries or isinstance(error.__cause__, socket.gaierror):
@@ -128,8 +198,8 @@ def _fetch_once(url: str, part: Path, have: int, timeout: float) -> None:
         resumed = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {have}-")
         if not resumed:
             have = 0
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length is not None else None
+        length = (response.headers.get("Content-Length") or "").strip()
+        total = have + int(length) if length.isdecimal() else None
         if total is not None and total - have > (free := shutil.disk_usage(part.parent).free):
             raise OSError(errno.ENOSPC, f"{(total - have) / MIB:.0f} MiB are needed, {free / MIB:.0f} MiB are free")
         with part.open("ab" if resumed else "wb") as file:
@@ -143,7 +213,8 @@ def _copy(response: http.client.HTTPResponse, file: IO[bytes], have: int, total:
     try:
         while True:
             try:
-                chunk = response.read(CHUNK)
+                # what has come by now: a wait for a full chunk would lose it when the server stalls
+                chunk = response.read1(CHUNK)
             except (http.client.HTTPException, OSError) as error:
                 raise _Interrupted(str(error) or type(error).__name__) from error
             if not chunk:
@@ -196,20 +267,79 @@ class Progress:
             print(file=sys.stderr)
 
 
+@dataclass(frozen=True)
+class _Member:
+    """An entry of an archive; `open` reads a file of `size` bytes."""
+
+    name: str
+    is_folder: bool
+    is_file: bool
+    size: int
+    open: Callable[[], IO[bytes] | None]
+
+
+_Members = Callable[[Path], Iterator[_Member]]
+
+#: what the readers of archives raise on damaged or unusual ones
+_DAMAGED = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    gzip.BadGzipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+    EOFError,
+    ValueError,
+    RuntimeError,  # encrypted; NotImplementedError: packed in a way that Python cannot read
+)
+
+
 def extract_tar(archive: Path, folder: Path, *, max_bytes: int, max_files: int) -> None:
     """Unpacks regular files of a tar archive into `folder`, which appears only when all is there.
 
     Raises UserError when a member is a link or a device, would leave the folder, or the sizes in the headers exceed the
     limits; nothing is left behind then.
     """
+    _unpack(archive, folder, _tar_members, max_bytes, max_files)
+
+
+def extract_zip(archive: Path, folder: Path, *, max_bytes: int, max_files: int) -> None:
+    """Unpacks regular files of a zip archive into `folder`; safe as `extract_tar`, and with the same errors."""
+    _unpack(archive, folder, _zip_members, max_bytes, max_files)
+
+
+def _tar_members(archive: Path) -> Iterator[_Member]:
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            opened = functools.partial(tar.extractfile, member)
+            yield _Member(member.name, member.isdir(), member.isreg(), member.size, opened)
+        # the sum of a compressed archive stands at its end, which nothing has read so far
+        assert tar.fileobj is not None
+        while tar.fileobj.read(CHUNK):
+            pass
+
+
+def _zip_members(archive: Path) -> Iterator[_Member]:
+    with zipfile.ZipFile(archive) as packed:
+        for info in packed.infolist():
+            # 0 where the packer knew no Unix modes
+            mode = stat.S_IFMT(info.external_attr >> 16)
+            is_file = not info.is_dir() and mode in (0, stat.S_IFREG)
+            # a reader never gives more than `file_size` bytes, whatever is packed
+            opened = functools.partial(packed.open, info)
+            yield _Member(info.filename, info.is_dir(), is_file, info.file_size, opened)
+
+
+def _unpack(archive: Path, folder: Path, members: _Members, max_bytes: int, max_files: int) -> None:
     partial = folder.with_name(folder.name + ".unpacking")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        _extract(archive, partial, max_bytes, max_files)
+        _write(archive, partial, members, max_bytes, max_files)
         os.replace(partial, folder)
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{archive} is damaged ({error}); remove it and run again") from error
+    except _DAMAGED as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{archive} is damaged ({why}); remove it and run again") from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(f"the disk is full at {folder.parent}; free some space and run again") from error
@@ -218,24 +348,23 @@ def extract_tar(archive: Path, folder: Path, *, max_bytes: int, max_files: int) 
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _extract(archive: Path, folder: Path, max_bytes: int, max_files: int) -> None:
+def _write(archive: Path, folder: Path, members: _Members, max_bytes: int, max_files: int) -> None:
     size = files = 0
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            name = PurePosixPath(member.name)
-            if name.is_absolute() or ".." in name.parts or "\\" in member.name or ":" in member.name:
-                raise UserError(f"{archive} holds {member.name!r}, which would leave the folder; not unpacked")
-            target = folder.joinpath(*name.parts)
-            if member.isdir():
-                target.mkdir(parents=True, exist_ok=True)
-                continue
-            if not member.isreg():
-                raise UserError(f"{archive} holds {member.name!r}, which is no regular file; not unpacked")
-            size, files = size + member.size, files + 1
-            if size > max_bytes or files > max_files:
-                raise UserError(f"{archive} holds more than {max_files} files or {max_bytes} bytes; not unpacked")
-            source = tar.extractfile(member)
-            assert source is not None
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with source, target.open("xb") as file:
-                shutil.copyfileobj(source, file, CHUNK)
+    for member in members(archive):
+        name = PurePosixPath(member.name)
+        if name.is_absolute() or ".." in name.parts or "\\" in member.name or ":" in member.name:
+            raise UserError(f"{archive} holds {member.name!r}, which would leave the folder; not unpacked")
+        target = folder.joinpath(*name.parts)
+        if member.is_folder:
+            target.mkdir(parents=True, exist_ok=True)
+            continue
+        if not member.is_file:
+            raise UserError(f"{archive} holds {member.name!r}, which is no regular file; not unpacked")
+        size, files = size + member.size, files + 1
+        if size > max_bytes or files > max_files:
+            raise UserError(f"{archive} holds more than {max_files} files or {max_bytes} bytes; not unpacked")
+        source = member.open()
+        assert source is not None
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with source, target.open("xb") as file:
+            shutil.copyfileobj(source, file, CHUNK)

@@ -69,15 +69,23 @@ class Landmarks:
             positive("data.concepts", self.concepts)
             check_numbers("data.landmarks", self.landmarks)
 
+        @property
+        def spares_concepts(self) -> bool:
+            """Unless they are named."""
+            return self.landmarks is None
+
     @classmethod
     def load(cls, config: Config) -> ConceptData:
         """Decodes the images that `prepare` fetched; UserError when a landmark or an image is missing."""
         root = Path(config.root).expanduser()
         choice = _read_choice(root)
         if config.landmarks is None:
-            chosen = choice["by_rule"][: config.concepts]
-            if len(chosen) < config.concepts:
-                raise UserError(f"{root} has {len(chosen)} of {config.concepts} landmarks; {_mend(root)}")
+            wanted = config.concepts + config.validation
+            chosen = choice["by_rule"][:wanted]
+            if len(chosen) < wanted:
+                raise UserError(
+                    f"{root} has {len(chosen)} of {wanted} landmarks; {_mend(root, validation=config.validation)}"
+                )
         else:
             chosen = config.landmarks
         files: dict[str, list[str]] = {}
@@ -115,8 +123,8 @@ class Landmarks:
         }
         if config.landmarks is None:
             falls = [n for n, c in categories.items() if FALLS.search(c) and len(clean.get(n, ())) >= config.min_images]
-            candidates = sorted(falls, key=lambda n: (-len(clean[n]), n))[: CANDIDATES * config.concepts]
-            wanted = config.concepts
+            wanted = config.concepts + config.validation
+            candidates = sorted(falls, key=lambda n: (-len(clean[n]), n))[: CANDIDATES * wanted]
         else:
             for number in config.landmarks:
                 if not clean.get(number):
@@ -143,7 +151,7 @@ class Landmarks:
         if len(done) < wanted:
             raise UserError(
                 f"only {len(done)} of {wanted} waterfalls have {config.min_images} images that can be had; lower "
-                "data.concepts or data.min_images, or name landmarks: --set data.landmarks=[...]"
+                "data.concepts, data.validation or data.min_images, or name landmarks: --set data.landmarks=[...]"
             )
         if config.landmarks is None:
             choice["by_rule"] = done
@@ -151,8 +159,9 @@ class Landmarks:
         cls.load(config)
 
 
-def _mend(root: Path, landmarks: list[int] | None = None) -> str:
+def _mend(root: Path, landmarks: list[int] | None = None, validation: int = 0) -> str:
     named = f" --set data.landmarks={json.dumps(landmarks, separators=(',', ':'))}" if landmarks else ""
+    named += f" --set data.validation={validation}" if validation else ""
     return f"run: dualcl prepare landmarks-10 --root {root}{named}"
 
 
