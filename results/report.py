@@ -17,19 +17,31 @@ from typing import TYPE_CHECKING, Any
 
 from dualcl.benchmark.errors import UserError, nearest
 from dualcl.results.files import slugs, write_bytes, write_text
-from dualcl.results.metrics import COST, METRICS, MatrixKind
+from dualcl.results.metrics import COST, METRICS, MatrixKind, Metric
 from dualcl.results.records import Record
+from dualcl.results.statistics import CONFIDENCE, Ranking
 from dualcl.results.tables import (
     Summary,
     Table,
     arrow,
+    caveat_lines,
     cell,
+    compared_rows,
+    difference_metrics,
+    difference_notes,
+    difference_parts,
+    difference_title,
+    difference_unit,
+    differences_csv,
+    few_seeds,
     markdown_text,
+    ranking_lines,
     render,
     row_name,
     runs_csv,
     sections,
     seeds_note,
+    shared_seeds,
     summarise,
     unit,
 )
@@ -48,6 +60,8 @@ class ReportFiles:
     out: Path
     tables: list[Path] = field(default_factory=list)
     runs: Path | None = None
+    differences: Path | None = None
+    published: Path | None = None
     plots: list[Path] = field(default_factory=list)
     samples: list[Path] = field(default_factory=list)
     html: Path | None = None
@@ -76,6 +90,27 @@ def _draw(
             for suffix in suffixes:
                 paths.append(save_figure(figure, folder / f"{slug}-{name}{suffix}"))
             pictures[index, name] = paths[-1].read_bytes()
+    return paths, pictures
+
+
+def _draw_ranks(
+    summary: Summary, folder: Path, suffixes: Sequence[str] = (".png", ".svg")
+) -> tuple[list[Path], dict[str, bytes]]:
+    """Writes a critical difference diagram per kind that has ranks; the paths, and the last suffix's by heading."""
+    paths: list[Path] = []
+    pictures: dict[str, bytes] = {}
+    for kind, _ in sections(summary):
+        ranking = summary.rankings.get(kind.heading)
+        if not isinstance(ranking, Ranking):
+            continue
+        from dualcl.results.plots import critical_difference_diagram, save_figure
+
+        title = f"{kind.heading}: mean ranks in {METRICS[kind.quality].title} over {len(ranking.streams)} streams"
+        figure = critical_difference_diagram(ranking, title, summary.names(kind))
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix in suffixes:
+            paths.append(save_figure(figure, folder / f"critical-difference-{kind.heading.lower()}{suffix}"))
+        pictures[kind.heading] = paths[-1].read_bytes()
     return paths, pictures
 
 
@@ -123,18 +158,30 @@ def _samples_markdown(summary: Summary, found: Sequence[_Samples]) -> str:
     return "\n".join(lines)
 
 
-def command(record: Record) -> str:
-    """The shell command that repeats a run."""
-    run, config = record.data["run"], record.data["config"]
-    words = ["dualcl", "run", str(run["preset"]), str(run["method"]), "--seed", str(run["seed"])]
+def assignments(record: Record) -> dict[str, Any]:
+    """Keys that `--set` gave for a run, with their values."""
+    found = {}
     for key, source in (record.data.get("sources") or {}).items():
         if not str(source).startswith("--set"):
             continue
-        value: Any = config
+        value: Any = record.data["config"]
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        words += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
-    return shlex.join(words)
+        found[key] = value
+    return found
+
+
+def set_words(values: Mapping[str, Any]) -> list[str]:
+    """`--set key=value` for each, as words of a command."""
+    pairs = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
+    return [word for pair in pairs for word in ("--set", pair)]
+
+
+def command(record: Record) -> str:
+    """The shell command that repeats a run."""
+    run = record.data["run"]
+    words = ["dualcl", "run", str(run["preset"]), str(run["method"]), "--seed", str(run["seed"])]
+    return shlex.join([*words, *set_words(assignments(record))])
 
 
 def _can_print(marks: str) -> bool:
@@ -164,6 +211,8 @@ th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; border-bo
 th { border-bottom: 2px solid var(--line); vertical-align: bottom }
 th span { display: block; font-weight: 400; color: var(--dim) }
 tr > :first-child { text-align: left; position: sticky; left: 0; background: var(--bg) }
+td span { display: block; color: var(--dim); font-weight: 400 }
+td.sig { font-weight: 700 }
 td.best { font-weight: 700; color: var(--mark) }
 tr.joint td { font-style: italic; color: var(--dim) }
 ul.warn { background: var(--warn); padding: .6rem .6rem .6rem 1.8rem; border-radius: .4rem; overflow-wrap: anywhere }
@@ -202,16 +251,18 @@ def _items(lines: Iterable[str], kind: str = "") -> str:
     return f"<ul{kind}>" + "".join(f"<li>{_e(line)}</li>" for line in lines) + "</ul>"
 
 
-def _html_table(table: Table) -> str:
-    heads = "".join(
-        f'<th scope="col" title="{_e(m.definition)}">{_e(m.title)} {arrow(m)}<span>{_e(unit(table, m))}</span></th>'
-        for m in table.metrics
-    )
+def _html_head(metric: Metric, shown_unit: str) -> str:
+    title = f"{_e(metric.title)} {arrow(metric)}<span>{_e(shown_unit)}</span>"
+    return f'<th scope="col" title="{_e(metric.definition)}">{title}</th>'
+
+
+def _html_table(table: Table, metrics: Sequence[Metric]) -> str:
+    heads = "".join(_html_head(m, unit(table, m)) for m in metrics)
     rows = []
     for row in table.rows:
         cells = "".join(
             f"<td{' class=best' if row.label in table.best[m.key] else ''}>{_e(cell(table, row, m))}</td>"
-            for m in table.metrics
+            for m in metrics
         )
         joint = " class=joint" if row.joint else ""
         rows.append(f"<tr{joint}><td>{_e(row_name(row))}</td><td>{len(row.seeds)}</td>{cells}</tr>")
@@ -220,6 +271,46 @@ def _html_table(table: Table) -> str:
         f"{heads}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
+
+
+def _html_differences(table: Table) -> list[str]:
+    """The paired differences to the baseline, where there are any to test."""
+    found = table.differences
+    if found is None or not found.shown:
+        return []
+    metrics = difference_metrics(table)
+    heads = "".join(_html_head(m, difference_unit(m)) for m in metrics)
+    rows = []
+    for row in compared_rows(table):
+        cells = ""
+        for metric in metrics:
+            difference = found.by_metric[metric.key][row.label]
+            mean, interval, p = difference_parts(difference, metric)
+            mark, few = "*" * difference.significant, few_seeds(table, row, difference)
+            below = interval + ("" if difference.p_holm is None else f", p {p}")
+            spread = f"<span>{_e(below)}</span>" if difference.mean is not None else ""
+            cells += f"<td{' class=sig' if mark else ''}>{_e(mean + mark + few)}{spread}</td>"
+        joint = " class=joint" if row.joint else ""
+        rows.append(f"<tr{joint}><td>{_e(row_name(row))}</td><td>{len(shared_seeds(table, row))}</td>{cells}</tr>")
+    return [
+        f"<h4>{_e(difference_title(table))}</h4>",
+        f'<div class="scroll"><table><thead><tr><th scope="col">method − {_e(found.baseline)}</th>'
+        f'<th scope="col">seeds</th>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>',
+        *(f'<p class="dim">{_e(line)}</p>' for line in difference_notes(table)),
+    ]
+
+
+def _html_ranks(summary: Summary, kind: MatrixKind, picture: bytes | None) -> list[str]:
+    """The ranks over the streams of a kind, with their diagram; nothing for a single stream."""
+    lines = ranking_lines(summary, kind)
+    if not lines:
+        return []
+    parts = ["<h3>Ranks over streams</h3>", *(f"<p>{_e(line)}</p>" for line in lines)]
+    if picture is not None:
+        source = base64.b64encode(picture).decode()
+        alt = "Critical difference diagram: mean ranks of the methods on an axis; bars join those not told apart."
+        parts.append(f'<figure><img alt="{alt}" src="data:image/svg+xml;base64,{source}"></figure>')
+    return parts
 
 
 def _html_run(record: Record) -> str:
@@ -246,6 +337,21 @@ def _html_run(record: Record) -> str:
         f"<p>Repeat: <code>{_e(command(record))}</code></p>{_pairs(facts)}"
         f"<details><summary>Configuration</summary><pre>{_e(config)}</pre></details></details>"
     )
+
+
+def _published(summary: Summary, form: str, *, ascii_only: bool = False, width: int | None = None) -> str:
+    """Published numbers beside the tables, never in them: text, md, tex, csv or html."""
+    from dualcl.results.published import render as published
+    from dualcl.results.tables import _tex_text
+
+    if form == "csv":
+        return published.to_csv(summary)
+    if form == "md":
+        return published.section_markdown(summary)
+    if form == "text":
+        return published.section_text(summary, ascii_only=ascii_only, width=width)
+    blocks = published.blocks_for(summary)
+    return published.to_latex(blocks, _tex_text) if form == "tex" else published.to_html(blocks)
 
 
 def _html_sheet(sheet: Sheet, link: str | None, caption: bool = True) -> str:
@@ -303,7 +409,12 @@ def _html_table_part(
     if table.warnings:
         parts.append(_items(table.warnings, " class=warn"))
     if table.rows:
-        parts.append(_html_table(table))
+        parts.append(_html_table(table, table.metrics))
+        parts += [f'<p class="dim">{_e(line)}</p>' for line in caveat_lines(table)]
+    if every := table.all_metrics:
+        shown = _html_table(table, every)
+        parts.append(f"<details><summary>All metrics of the matrix</summary>{shown}</details>")
+    parts += _html_differences(table)
     if table.unfinished:
         parts.append("<h4>Without a result</h4>" + _items(table.unfinished))
     parts += _html_samples(samples)
@@ -318,7 +429,13 @@ def _html_table_part(
     return parts
 
 
-def _html(summary: Summary, pictures: Mapping[tuple[int, str], bytes], found: Sequence[_Samples]) -> str:
+def _html(
+    summary: Summary,
+    pictures: Mapping[tuple[int, str], bytes],
+    found: Sequence[_Samples],
+    ranks: Mapping[str, bytes],
+    with_published: bool = False,
+) -> str:
     from dualcl.results.plots import PLOTS
 
     by_kind = sections(summary)
@@ -341,7 +458,10 @@ def _html(summary: Summary, pictures: Mapping[tuple[int, str], bytes], found: Se
             index = summary.tables.index(table)
             own = {name: picture for (at, name), picture in pictures.items() if at == index}
             parts += _html_table_part(table, own, found[index], PLOTS)
+        parts += _html_ranks(summary, kind, ranks.get(kind.heading))
         parts += [*_html_definitions(kind, tables), "</section>"]
+    if with_published:
+        parts.append(_published(summary, "html"))
     parts.append("<section><h2>Costs</h2>")
     parts.append(_pairs((f"{METRICS[k].title} {arrow(METRICS[k])}", METRICS[k].definition) for k in COST))
     parts.append("</section><section><h2>Where every number comes from</h2>")
@@ -356,17 +476,23 @@ def build_report(
     out: str | os.PathLike[str],
     formats: Sequence[str] = REPORT_FORMATS,
     allow_mixed: bool = False,
+    baseline: str | None = None,
+    confidence: float = CONFIDENCE,
+    with_published: bool = False,
 ) -> ReportFiles:
-    """Writes table.md/.csv/.tex, runs.csv, plots/*.png and *.svg, samples/*.png, report.html, as far as `formats` asks.
+    """Writes the files of a report into `out`, as far as `formats` asks.
 
-    All into `out`. runs.csv comes with csv; SVG files and samples (contact sheets of generated images) with png.
-    Raises UserError when there is nothing to report, when runs may not share a table (see `make_table`), for an
-    unknown format, and when `out` cannot be written.
+    table.md/.csv/.tex; with csv also runs.csv and differences.csv; with png plots/*.png and *.svg, and samples/*.png
+    (contact sheets of generated images); report.html.
+    Methods are compared with `baseline`, tested at `confidence` (see `make_table`, `statistics.compare`).
+    `with_published` adds published numbers in sections of their own (and published.csv with csv).
+    Raises UserError when there is nothing to report, when runs may not share a table or the baseline is not there (see
+    `summarise`), for an unknown format, and when `out` cannot be written.
     """
     for name in formats:
         if name not in REPORT_FORMATS:
             raise UserError(f"unknown report format {name!r}; {nearest(name, REPORT_FORMATS, 'formats')}")
-    summary = summarise(dirs, allow_mixed=allow_mixed)
+    summary = summarise(dirs, allow_mixed=allow_mixed, baseline=baseline, confidence=confidence)
     out = Path(out)
     files = ReportFiles(out, warnings=summary.warnings)
     try:
@@ -381,17 +507,26 @@ def build_report(
                 text = render(summary, form)
                 if form == "md" and files.samples:
                     text += "\n" + _samples_markdown(summary, found)
+                if with_published and form != "csv":
+                    text += "\n" + _published(summary, form)
                 files.tables.append(write_text(out / f"table.{form}", text))
         if "csv" in formats:
             files.runs = write_text(out / "runs.csv", runs_csv(summary.records))
+            files.differences = write_text(out / "differences.csv", differences_csv(summary.tables))
+            if with_published:
+                files.published = write_text(out / "published.csv", _published(summary, "csv"))
         pictures: dict[tuple[int, str], bytes] = {}
+        ranks: dict[str, bytes] = {}
         if "png" in formats:
             files.plots, pictures = _draw(summary, out / "plots")
+            more, ranks = _draw_ranks(summary, out / "plots")
+            files.plots += more
         elif "html" in formats:
             with tempfile.TemporaryDirectory() as folder:
                 _, pictures = _draw(summary, Path(folder), [".svg"])
+                _, ranks = _draw_ranks(summary, Path(folder), [".svg"])
         if "html" in formats:
-            files.html = write_text(out / "report.html", _html(summary, pictures, found))
+            files.html = write_text(out / "report.html", _html(summary, pictures, found, ranks, with_published))
     except OSError as error:
         raise UserError(f"cannot write the report to {out}: {error.strerror}; choose another --out") from None
     return files
@@ -402,16 +537,33 @@ def terminal_table(
     form: str = "text",
     *,
     allow_mixed: bool = False,
+    baseline: str | None = None,
+    confidence: float = CONFIDENCE,
     ascii_only: bool | None = None,
     width: int | None = None,
+    with_published: bool = False,
 ) -> str:
-    """All tables below `dirs` for stdout, as text, md, csv or tex.
+    """All tables below `dirs` for stdout, as text, md, csv or tex; `baseline` and `confidence` as in `build_report`.
+
+    `with_published` appends published numbers to any form but csv, whose columns are ours.
 
     What is None is looked up: whether stdout can print ± and arrows, and how wide the terminal is (no limit in a
     pipe). Raises as `summarise` does.
     """
     if ascii_only is None:
-        ascii_only = not _can_print("±↑↓–×³")
+        ascii_only = not _can_print("±↑↓–×³−†")
     if width is None and sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
-    return render(summarise(dirs, allow_mixed=allow_mixed), form, ascii_only=ascii_only, width=width)
+    summary = summarise(dirs, allow_mixed=allow_mixed, baseline=baseline, confidence=confidence)
+    text = render(summary, form, ascii_only=ascii_only, width=width)
+    if with_published and form != "csv":
+        text += "\n" + _published(summary, form, ascii_only=ascii_only, width=width)
+    return text
+
+
+def terminal_stream(name: str) -> str:
+    """The published numbers of one stream (see `published.streams`) for stdout; UserError when it has none."""
+    from dualcl.results.published.render import stream_text
+
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    return stream_text(name, ascii_only=not _can_print("±–"), width=width)

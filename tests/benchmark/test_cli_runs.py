@@ -184,22 +184,40 @@ def test_sweep_uses_validation_images_and_names_the_best(
     assert forgetting == sorted(forgetting)
 
 
-@pytest.mark.parametrize(
-    ("sets", "on_test", "holdout", "words"),
-    [
-        ((), False, 0.2, "validation"),
-        ((), True, 0.0, "TEST images, as asked for"),
-        (("data.holdout=0.4",), False, 0.4, "validation"),
-        (("data.holdout=0",), False, 0.0, "TEST"),
-    ],
-)
-def test_what_a_sweep_is_measured_on(
-    place: Path, sets: tuple[str, ...], on_test: bool, holdout: float, words: str
+def test_a_sweep_is_measured_on_held_out_images(place: Path, tmp_path: Path) -> None:
+    preset, fixed = str(place / "tiny.yaml"), tmp_path / "fixed.yaml"
+    fixed.write_text(f"extends: {preset}\ndata: {{holdout: 0}}\n")
+    for name, sets, holdout in (
+        (preset, (), 0.2),
+        (preset, ("data.holdout=0.4",), 0.4),
+        (str(fixed), (), 0.2),
+        (str(fixed), ("data.holdout=0.3",), 0.3),
+    ):
+        sweep = plan_sweep(name, "lora", ["method.rank=1,2"], None, sets, Path("x"))
+        assert {run.resolved.flat()["data.holdout"] for run in sweep.plan} == {holdout}
+        assert sweep.measured_on == f"validation images (data.holdout={holdout}: that part of the training images)"
+    for sets in (("data.holdout=0",), ("data={holdout: 0.0}",)):
+        with pytest.raises(UserError, match=r"data\.holdout=0 would choose on the test images"):
+            plan_sweep(preset, "lora", ["method.rank=1"], None, sets, Path("x"))
+
+
+def test_a_sweep_without_over_takes_the_space_of_the_preset(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    preset = str(place / "tiny.yaml")
-    sweep = plan_sweep(preset, "lora", ["method.rank=1"], None, sets, Path("x"), on_test=on_test)
-    assert sweep.plan[0].resolved.flat()["data.holdout"] == holdout
-    assert words in sweep.measured_on
+    preset = tmp_path / "space.yaml"
+    preset.write_text(
+        f"extends: {place / 'tiny.yaml'}\nsearch: {{points: 2, methods: {{lora: {{lr: [1e-3, 1e-2], rank: [1]}}}}}}\n"
+    )
+    assert main(["sweep", str(preset), "lora", "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    captured = capsys.readouterr()
+    tree = json.loads((tmp_path / "out" / "lora" / "sweep.json").read_text())
+    settings = [{"method.lr": lr, "method.rank": "1"} for lr in ("1e-3", "0.01")]
+    assert sorted((p["settings"] for p in tree["points"]), key=str) == sorted(settings, key=str)
+    assert tree["space"] == "preset space"
+    assert tree["tuning"].startswith("dualcl sweep on space: 2 points, 1 seed, by A_last on validation images")
+    assert f"for `tuning:` in a preset: {tree['tuning']}" in captured.err
+    other = plan_sweep(str(preset), "lora", ["method.rank=2"], None, (), tmp_path)
+    assert (other.space, len(other.points)) == ("--over", 1)
 
 
 def test_sweep_with_a_failing_point_ranks_it_last(

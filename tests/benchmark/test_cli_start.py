@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dualcl.benchmark.cli import LISTS, main
+from dualcl.benchmark.config import load_preset
 from dualcl.datasets import available_datasets
 from dualcl.methods import available_methods
 
@@ -85,7 +86,13 @@ def test_lists_are_complete_and_methods_show_domains_and_source(capsys: pytest.C
         (["compare", "glyphs", "--format", "pdf"], "'pdf'"),
         (["compare", "glyphs", "--jobs", "0"], "from 1 on"),
         (["compare", "glyphs", "--meth", "lora"], "--meth"),
-        (["sweep", "glyphs", "clora"], "--over"),
+        (["sweep", "glyphs", "ncm"], "no search space for ncm"),
+        (["sweep", "glyphs", "clora", "--set", "method.lr=1e-3"], "the search space of preset glyphs and by --set"),
+        (["sweep", "glyphs", "clora", "--set", "data.holdout=0"], "a sweep never does"),
+        (["sweep", "glyphs", "clora", "--over", "data.holdout=0,0.2"], "different data"),
+        (["sweep", "glyphs", "clora", "--on-test"], "--on-test"),
+        (["sweep", "concept-folder", "clora"], "set data.validation=N here and in every run"),
+        (["sweep", "glyph-concepts", "clora", "--set", "data.skip=3"], "number 1 to 10"),
         (["sweep", "glyphs", "clora", "--over", "method.rank"], "key=v1,v2"),
         (["sweep", "glyphs", "clora", "--over", "method.rank=1,1"], "1 twice"),
         (["sweep", "glyphs", "clora", "--over", "method.rank=4,4.0"], "same setting"),
@@ -128,12 +135,35 @@ def test_show_tells_value_source_and_meaning(capsys: pytest.CaptureFixture[str])
     assert "rank" in rows["method.rank"]
 
 
-def test_show_without_method_lists_what_the_preset_tunes(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["show", "imagenet-r-20"]) == 0
+def test_show_without_method_says_who_tuned_what(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "imagenet-r-20", "--set", "method.lambda_=3", "methods.l2p.top_k=2"]) == 0
     out = capsys.readouterr().out
     assert not any(line.startswith("method.") for line in out.splitlines())
-    assert "methods.clora.rank" in out
     assert "compared by default: joint" in out
+    table = out[out.index("tuned by") : out.index("search spaces")]
+    rows = {line.split()[0]: line for line in table.splitlines()[1:] if line}
+    assert set(load_preset("imagenet-r-20").compare) <= set(rows)
+    assert "lambda_=3.0 " in rows["clora"]
+    assert "rank=64" in rows["clora"]
+    assert "--set method.lambda_; the rest: InfLoRA's comparison (arXiv 2404.00228)" in rows["clora"]
+    assert "top_k=2" in rows["l2p"]
+    assert rows["l2p"].endswith("--set method.top_k; the rest: public CODA-Prompt code")
+    assert rows["linear_probe"].split(None, 2)[1:] == ["-", "not tuned: code default"]
+    assert "search spaces, 6 points each (dualcl sweep imagenet-r-20 METHOD)" in out
+    assert "clora              method.lr=5e-4,1e-3 x method.lambda_=0.05,0.5,5.0" in out
+
+
+def test_show_of_a_method_says_who_tuned_it_and_what_a_sweep_would_try(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "glyph-concepts", "ewc"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:4] == [
+        "method: ewc",
+        "tuned by: dualcl sweep, 3 points of lambda_, 1 seed, 5 other pictographs",
+        "search space: method.lr=1e-3,4e-3 x method.lambda_=1e3,1e5,1e7",
+    ]
+    assert main(["show", "glyphs", "ncm", "--set", "method.metric=euclidean"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2:4] == ["tuned by: --set method.metric; the rest: nothing to tune", "search space: none, give --over"]
 
 
 def test_prepare_says_when_nothing_is_needed(capsys: pytest.CaptureFixture[str]) -> None:

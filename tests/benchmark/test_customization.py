@@ -330,8 +330,42 @@ def test_a_sweep_runs_on_concepts_that_are_not_reported_on(tmp_path: Path) -> No
     assert {c.images.fingerprint for c in tuned.concepts}.isdisjoint(c.images.fingerprint for c in reported.concepts)
     # what is typed there is what is run
     assert "data.skip=10" in sweep.plan[0].sets
-    other = plan_sweep("glyph-concepts", "clora", ["method.lambda_=1,10"], [0], ["data.skip=3"], tmp_path)
-    assert other.plan[0].resolved.flat()["data.concepts"] == 10
-    on_test = plan_sweep("glyph-concepts", "clora", ["method.lambda_=1,10"], [0], [], tmp_path, on_test=True)
-    assert on_test.plan[0].resolved.flat()["data.skip"] == 0
-    assert "other concepts" not in on_test.measured_on
+    given = plan_sweep("glyph-concepts", "clora", None, [0], ["data.skip=12", "data.concepts=4"], tmp_path)
+    assert given.measured_on == "4 other concepts (data.skip=12)"
+    more = plan_sweep("glyph-concepts", "clora", None, [0], ["data.concepts=12"], tmp_path)
+    assert more.measured_on == "12 other concepts (data.skip=12)"
+    for sets in (["data.skip=3"], ["data.skip=0"], ["data.skip=9", "data.concepts=1"]):
+        with pytest.raises(UserError, match=r"data\.skip=\d .* holds concepts that are reported on, number 1 to 10"):
+            plan_sweep("glyph-concepts", "clora", None, [0], sets, tmp_path)
+
+
+def test_a_sweep_knows_the_concepts_that_a_preset_leaves_out(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: glyph-concepts\ndata: {skip: 6, concepts: 8}\nstream: {tasks: 8}\n")
+    sweep = plan_sweep(str(own), "clora", None, [0], [], tmp_path)
+    flat = sweep.plan[0].resolved.flat()
+    assert (flat["data.skip"], flat["data.concepts"], flat["stream.tasks"]) == (14, SWEEP_CONCEPTS, SWEEP_CONCEPTS)
+    before = plan_sweep(str(own), "clora", None, [0], ["data.skip=0", "data.concepts=6"], tmp_path)
+    assert before.measured_on == "6 other concepts (data.skip=0)"
+    with pytest.raises(UserError, match="number 7 to 14"):
+        plan_sweep(str(own), "clora", None, [0], ["data.skip=0", "data.concepts=7"], tmp_path)
+
+
+def test_a_sweep_on_photographs_runs_on_validation_concepts(tmp_path: Path) -> None:
+    flat = plan_sweep("celeba-hq-10", "clora", None, [0], [], tmp_path).plan[0].resolved.flat()
+    # chosen by rule: the five after the ten that are reported on
+    assert [flat[f"data.{k}"] for k in ("concepts", "validation", "tuning")] == [10, SWEEP_CONCEPTS, True]
+    assert flat["stream.tasks"] == SWEEP_CONCEPTS
+    for preset, sets in (
+        ("celeba-hq-10", ["data.identities=[1,2,3]"]),
+        ("landmarks-10", ["data.landmarks=[1,2,3]"]),
+        ("dreambooth", []),
+        ("concept-folder", []),
+    ):
+        with pytest.raises(UserError, match="has no concepts but those that are reported on"):
+            plan_sweep(preset, "clora", None, [0], sets, tmp_path)
+        sweep = plan_sweep(preset, "clora", None, [0], [*sets, "data.validation=2"], tmp_path)
+        assert sweep.measured_on == "2 validation concepts (data.validation=2, to be set in every run)"
+        flat = sweep.plan[0].resolved.flat()
+        assert flat["data.tuning"] is True
+        assert flat["stream.tasks"] in (None, 2)

@@ -9,21 +9,26 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+from dualcl.benchmark.cli import main
 from dualcl.benchmark.errors import UserError
 from dualcl.results.plots import (
     PLOTS,
+    critical_difference_diagram,
     drift_curves,
     heat_maps,
     loss_curves,
     quality_curves,
     quality_forgetting,
     quality_storage,
+    save_figure,
     styles,
     update_norms,
 )
 from dualcl.results.records import find_records, load_record
 from dualcl.results.report import build_report, command
+from dualcl.results.statistics import Ranking, rank_methods
 
 WriteRun = Callable[..., Path]
 
@@ -249,3 +254,104 @@ def test_a_page_with_both_domains_has_a_part_for_each(
     assert text.count("no task id given") == 1
     assert "Generated images" not in text  # no samples, no heading
     assert "concept order</dt><dd>0 1 2" in text
+
+
+def test_a_page_shows_differences_caveats_and_ranks(
+    write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dualcl.results.plots.PLOTS", {})  # those of single streams take long
+    caveats = {"er": ["stores <40> images"]}
+    for preset in ("one", "two", "three"):
+        for seed in range(3):
+            for label, last in {"clora": 80, "lora": 60 + seed, "er": 70 + 2 * seed}.items():
+                write_run(
+                    [[90], [last, last]], label=label, method=label, seed=seed, preset=preset,
+                    edit=lambda d, label=label: d["run"].update(caveats=caveats.get(label, [])),
+                )  # fmt: skip
+    files = build_report([tmp_path / "runs"], tmp_path / "out")
+    names = {p.name for p in files.plots if p.name.startswith("critical")}
+    assert names == {"critical-difference-classification.png", "critical-difference-classification.svg"}
+    assert files.differences == tmp_path / "out" / "differences.csv"
+    assert len(list(csv.DictReader(files.differences.open()))) == 3 * 4 * 2
+    assert files.html is not None
+    text = files.html.read_text(encoding="utf-8")
+    assert text.count("<h4>Differences to clora, paired over seeds 0, 1, 2</h4>") == 3
+    assert "<td class=sig>-19.00 ± 1.00*<span>[" in text
+    assert text.count("er †: stores &lt;40&gt; images") == 3
+    assert text.count("All metrics of the matrix</summary>") == 3
+    assert "Ranks over streams" in text
+    assert "clora 1.00, er † 2.00, lora 3.00" in text
+    alone = build_report([tmp_path / "runs"], tmp_path / "html", ["html"])
+    assert alone.html is not None
+    assert [p.name for p in alone.html.parent.iterdir()] == ["report.html"]
+    assert "Critical difference diagram" in alone.html.read_text(encoding="utf-8")
+
+
+def test_two_streams_have_no_diagram_and_one_says_nothing(
+    write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dualcl.results.plots.PLOTS", {})
+    for preset, count in {"one": 0, "two": 1}.items():
+        for label in ("clora", "lora", "ncm"):
+            write_run(label=label, method=label, preset=preset)
+        files = build_report([tmp_path / "runs"], tmp_path / preset, ["html"])
+        assert files.html is not None
+        text = files.html.read_text(encoding="utf-8")
+        assert text.count("No ranks over streams") == count
+        assert "Critical difference diagram" not in text
+
+
+def test_the_critical_difference_diagram_shows_the_ranks(tmp_path: Path) -> None:
+    # eight methods on six streams: a steady order, but for the two first, which take turns
+    labels = ["clora", "lora", "ewc", "l2p", "dualprompt", "coda_prompt", "er", "_x$y"]
+    streams = {
+        f"s{i}": {label: {0: float(-place if place > 1 or i % 2 else place - 1)} for place, label in enumerate(labels)}
+        for i in range(6)
+    }
+    ranking = rank_methods(streams, True)
+    assert isinstance(ranking, Ranking)
+    figure = critical_difference_diagram(ranking, "eight methods", {label: f"{label} †" for label in ["er"]})
+    axes = figure.axes[0]
+    texts = [text.get_text().strip() for text in axes.texts]
+    for label in labels[2:6]:
+        assert f"{label}  ({ranking.ranks[label]:.2f})" in texts or f"({ranking.ranks[label]:.2f})  {label}" in texts
+    assert "(7.00)  er †" in texts
+    assert "critical difference 4.29" in texts  # 3.031 sqrt(8 * 9 / 36)
+    bars = [line.get_xdata() for line in axes.lines if line.get_linewidth() > 4]
+    assert len(bars) == len(ranking.groups) > 1
+    for (low, high), group in zip(bars, ranking.groups, strict=True):
+        inside = {label for label, rank in ranking.ranks.items() if low <= rank <= high}
+        assert inside == set(group)
+    drops = {line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 3}
+    assert drops == set(ranking.ranks.values())
+    for suffix in (".png", ".svg"):
+        assert save_figure(figure, tmp_path / f"cd{suffix}").stat().st_size > 5000
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
+    page = figure.bbox
+    assert all(box.x0 >= page.x0 and box.x1 <= page.x1 for box in boxes)
+
+
+def test_the_command_takes_a_baseline_and_a_confidence(
+    write_run: WriteRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in range(3):
+        write_run([[90], [80 + seed, 80]], seed=seed)
+        write_run([[90], [70 + 3 * seed, 70]], label="lora", method="lora", seed=seed)
+    command = ["report", str(tmp_path / "runs"), "--format", "md"]
+    assert main([*command, "--baseline", "lora"]) == 0
+    default = capsys.readouterr().out
+    assert "Differences to lora, paired over seeds 0, 1, 2" in default
+    assert "corrected p \\< 0.05" in default
+    assert main([*command, "--baseline", "lora", "--confidence", "0.9"]) == 0
+    assert "corrected p \\< 0.1" in capsys.readouterr().out
+    assert main([*command, "--baseline", "lara"]) == 2
+    assert "no run of the baseline 'lara'; did you mean 'lora'" in capsys.readouterr().err
+    for wrong in ("95", "0.5", "nan", "x"):
+        assert main([*command, "--confidence", wrong]) == 2
+        assert "argument --confidence: wants a" in capsys.readouterr().err
+    assert main(["compare", "glyphs", "--methods", "ncm", "--baseline", "nmc", "--out", str(tmp_path / "o")]) == 2
+    assert "the baseline 'nmc' is not compared; did you mean 'ncm'" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
