@@ -160,12 +160,19 @@ def _name(record: Record) -> str:
     return f"{record.label} seed {record.seed}"
 
 
+def _budget(record: Record) -> dict[str, Any]:
+    """What every method of a table gets beside the data: the training budget, and how the classifier starts."""
+    config = record.data["config"]
+    flat = dict(_flat({name: config[name] for name in ("train", "head") if isinstance(config.get(name), Mapping)}))
+    return {key: value for key, value in flat.items() if key.split(".")[-1] not in _FREE_CONFIG}
+
+
 def _identity_conflicts(records: Sequence[Record]) -> list[str]:
     """One line per identity key on which runs disagree that would share a table."""
     conflicts: dict[str, str] = {}
     first: dict[tuple[str, int | None], tuple[Any, Record]] = {}
     flat = [
-        (r, dict(_flat({**r.data["identity"], "n_tasks": r.n_tasks, "matrix": r.data["matrix"]["kind"]})))
+        (r, dict(_flat({**r.data["identity"], "n_tasks": r.n_tasks, "matrix": r.data["matrix"]["kind"], **_budget(r)})))
         for r in records
     ]
     for key in dict.fromkeys(k for _, identity in flat for k in identity):

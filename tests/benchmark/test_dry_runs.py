@@ -369,6 +369,9 @@ def small_run(web: Web, tmp_path_factory: pytest.TempPathFactory) -> Callable[..
         ("data.holdout=0.5", "split_name"),
         ("data.limit=1", "split_name"),
         ("backbone.kwargs.depth=3", "weights_sha256"),
+        ("train.schedule=constant", "train.schedule"),
+        ("train.optimizer=sgd", "train.optimizer"),
+        ("head.init=zeros", "head.init"),
     ],
 )
 def test_a_changed_protocol_is_refused_beside_the_presets_own(

@@ -287,6 +287,7 @@ def test_ablations_have_rows_under_their_own_labels(write_concept_run: WriteRun,
         (lambda d: d["identity"].update(features="clip"), "features"),
         (lambda d: d["identity"]["eval"].update(n=9), "eval.n"),
         (lambda d: d["identity"].update(class_order=[2, 1, 0]), "class_order"),
+        (lambda d: d["config"]["train"].update(steps=7), "train.steps"),
     ],
 )
 def test_images_measured_differently_do_not_share_a_table(
