@@ -6,6 +6,7 @@ one; values are coerced by the declared type (`1e-3` is a float). Nothing change
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -246,6 +247,10 @@ def bundled_presets() -> dict[str, Path]:
     return {p.stem: p for p in sorted(PRESET_DIR.glob("*.yaml"))}
 
 
+#: a plan resolves the same files many times over, and parsing is most of that
+_parsed = functools.lru_cache(maxsize=64)(read_yaml)
+
+
 def load_preset(name_or_path: str, _chain: tuple[str, ...] = ()) -> Preset:
     """A bundled preset by name, or a YAML file by path; `extends: NAME` takes another one as its base."""
     path = bundled_presets().get(name_or_path)
@@ -262,7 +267,7 @@ def load_preset(name_or_path: str, _chain: tuple[str, ...] = ()) -> Preset:
     if str(path) in _chain:
         raise UserError(f"preset {label} extends itself")
     try:
-        tree = read_yaml(path.read_text(encoding="utf-8"), f"preset {path}")
+        tree = copy.deepcopy(_parsed(path.read_text(encoding="utf-8"), f"preset {path}"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read preset {path}: {error}") from None
     if not isinstance(tree, dict):
