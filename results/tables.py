@@ -189,19 +189,32 @@ def _identity_conflicts(records: Sequence[Record]) -> list[str]:
     return list(conflicts.values())
 
 
+def _set(value: Any) -> Any:
+    """A setting, None where nothing is set: older records lack later keys, whose defaults are off or empty."""
+    return None if value is None or value is False or value in ("", [], {}) else value
+
+
+def _written(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def tell_apart(records: Sequence[Record]) -> list[Record]:
-    """The records of a stream; where one label stands for several settings (a sweep), the label names them."""
+    """The records of a stream; where one label stands for several settings (a sweep), the label names them.
+
+    A record in which none of the varied keys is set keeps its label.
+    """
     groups: dict[str, list[tuple[Record, dict[str, Any]]]] = {}
     for record in records:
-        flat = {k: v for k, v in _flat(record.data["config"]) if k.split(".")[-1] not in _FREE_CONFIG}
+        flat = {k: _set(v) for k, v in _flat(record.data["config"]) if k.split(".")[-1] not in _FREE_CONFIG}
         groups.setdefault(record.label, []).append((record, flat))
     out = []
     for label, group in groups.items():
         keys = dict.fromkeys(key for _, flat in group for key in flat)
         varied = [k for k in keys if any(flat.get(k) != group[0][1].get(k) for _, flat in group)]
         for record, flat in group:
-            settings = ", ".join(f"{k.removeprefix('method.')}={flat.get(k)}" for k in varied)
-            run = {**record.data["run"], "label": f"{label} ({settings})" if settings else label}
+            names = [f"{k.removeprefix('method.')}={_written(flat.get(k))}" for k in varied]
+            plain = all(flat.get(k) is None for k in varied)
+            run = {**record.data["run"], "label": label if plain else f"{label} ({', '.join(names)})"}
             out.append(Record(record.path, {**record.data, "run": run}))
     return out
 

@@ -132,6 +132,16 @@ def test_unfinished_runs_of_another_split_do_not_stop_a_report(write_run: WriteR
     assert len(summarise([tmp_path]).tables[0].rows) == 1
 
 
+def test_a_run_without_a_later_key_shares_a_row_with_one_where_it_is_not_set(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    method = ({"rank": 8}, {"rank": 8, "quirks": []}, {"rank": 8, "quirks": False}, {"rank": 8, "quirks": ["a", "b"]})
+    for seed, values in enumerate(method):
+        write_run(seed=seed, edit=lambda d, values=values: d["config"].update(method=values))
+    (table,) = summarise([tmp_path]).tables
+    assert [(row.label, row.seeds) for row in table.rows] == [("clora", (0, 1, 2)), ("clora (quirks=a,b)", (3,))]
+
+
 def test_a_sweep_gets_a_row_per_setting(write_run: WriteRun, tmp_path: Path) -> None:
     for rank in (4, 8):
         for seed in (0, 1):
