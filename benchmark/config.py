@@ -550,9 +550,9 @@ def resolve(
 def _tuning_line(line: str | None, sources: Mapping[str, str]) -> str:
     """Who tuned the method: the preset's line, after the keys that `--set` gave."""
     own = {key: source for key, source in sources.items() if key.startswith("method.")}
-    by_hand = [key for key, source in own.items() if source == "--set"]
+    by_hand = [key for key, source in own.items() if source.startswith("--set")]
     if line is None:
-        presets = sorted({source for source in own.values() if source != "--set"})
+        presets = sorted({source for key, source in own.items() if key not in by_hand})
         line = f"not tuned: values of {', '.join(presets)}" if presets else "not tuned: code defaults"
     return f"--set {', '.join(by_hand)}; the rest: {line}" if by_hand else line
 

@@ -136,7 +136,7 @@ def test_show_tells_value_source_and_meaning(capsys: pytest.CaptureFixture[str])
 
 
 def test_show_without_method_says_who_tuned_what(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["show", "imagenet-r-20", "--set", "method.lambda_=3", "methods.l2p.top_k=2"]) == 0
+    assert main(["show", "imagenet-r-20", "--set", "methods.clora.lambda=3", "methods.l2p.top_k=2"]) == 0
     out = capsys.readouterr().out
     assert not any(line.startswith("method.") for line in out.splitlines())
     assert "compared by default: joint" in out

@@ -65,7 +65,7 @@ def test_every_command_is_one_that_the_command_line_takes(tmp_path: Path) -> Non
         args = parser.parse_args(_expand_sets(words))
         used.add(args.command)
         if args.command in ("run", "show"):
-            resolve(args.preset, args.method, args.sets)
+            resolve(args.preset, args.method or load_preset(args.preset).compare[0], args.sets)
         elif args.command == "compare":
             for method in args.methods.split(",") if args.methods else load_preset(args.preset).compare:
                 resolve(args.preset, method, args.sets)
