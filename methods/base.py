@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from dualcl.benchmark.domain import Domain
@@ -19,6 +19,13 @@ def check(condition: bool, message: str) -> None:
     """Raises UserError with `message` unless `condition` holds; for values that a user sets."""
     if not condition:
         raise UserError(message)
+
+
+def check_quirks(quirks: tuple[str, ...], known: Mapping[str, str]) -> None:
+    """Raises UserError unless `quirks` are distinct names among `known`."""
+    for name in quirks:
+        check(name in known, f"unknown name {name!r} in method.reference_quirks; {nearest(name, known, 'quirks')}")
+    check(len(set(quirks)) == len(quirks), f"method.reference_quirks must not name a quirk twice, got {list(quirks)}")
 
 
 @dataclass(frozen=True)
@@ -119,8 +126,12 @@ class Method(nn.Module):
         return {}
 
     def caveats(self) -> list[str]:
-        """What a reader must know before comparing the run with others, e.g. that it stores data; marked in tables."""
-        return []
+        """What a reader must know before comparing the run with others, e.g. that it stores data; marked in tables.
+
+        By default each active quirk of the reference in words: of configurations with `reference_quirks` and `QUIRKS`.
+        """
+        quirks = getattr(self.config, "reference_quirks", ())
+        return [f"{name}: {self.config.QUIRKS[name]}" for name in quirks]
 
 
 T = TypeVar("T", bound=type[Method])

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dualcl.methods.base import MethodConfig, ParamGroup, check, register_method
-from dualcl.methods.prompting import PromptMethod, check_blocks, check_depth, check_length, check_quirks, halves
+from dualcl.methods.base import MethodConfig, ParamGroup, check, check_quirks, register_method
+from dualcl.methods.prompting import PromptMethod, check_blocks, check_depth, check_length, halves
 
 if TYPE_CHECKING:
     from dualcl.benchmark.domain import Domain

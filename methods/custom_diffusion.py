@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from dualcl.benchmark.domain import PriorDomain
-from dualcl.methods.base import check, register_method
+from dualcl.methods.base import check, check_quirks, register_method
 from dualcl.methods.finetune import Finetune, FinetuneConfig
-from dualcl.methods.prompting import check_quirks
 
 if TYPE_CHECKING:
     from dualcl.benchmark.domain import Domain
@@ -83,7 +82,3 @@ class CustomDiffusion(Finetune):
     def __init__(self, config: CustomDiffusionConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         set_up(config, domain)
         super().__init__(config, domain, n_tasks, seed)
-
-    def caveats(self) -> list[str]:
-        """Each active quirk of the reference in words."""
-        return [f"{name}: {self.config.QUIRKS[name]}" for name in self.config.reference_quirks]

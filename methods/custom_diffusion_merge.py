@@ -117,10 +117,6 @@ class CustomDiffusionMerge(SiteWeights):
             parts.append((start + torch.cat(moved, dim=1) @ project).float().reshape(-1))
         return torch.cat(parts)
 
-    def caveats(self) -> list[str]:
-        """Each active quirk of the reference in words."""
-        return [f"{name}: {self.config.QUIRKS[name]}" for name in self.config.reference_quirks]
-
     def stored_parameters(self) -> int:
         """Every concept's weights."""
         return self.tasks * self.pretrained.numel()

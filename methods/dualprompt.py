@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dualcl.methods.base import MethodConfig, ParamGroup, register_method
+from dualcl.methods.base import MethodConfig, ParamGroup, check_quirks, register_method
 from dualcl.methods.prompting import (
     PromptMethod,
     check_blocks,
     check_depth,
     check_length,
-    check_quirks,
     cosine,
     count_choices,
     halves,

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dualcl.methods.base import MethodConfig, ParamGroup, check, register_method
+from dualcl.methods.base import MethodConfig, ParamGroup, check, check_quirks, register_method
 from dualcl.methods.prompting import (
     PromptMethod,
     check_blocks,
     check_depth,
     check_length,
-    check_quirks,
     cosine,
     count_choices,
     halves,

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dualcl.benchmark.errors import nearest
 from dualcl.methods.base import Method, ParamGroup, check
 
 if TYPE_CHECKING:
@@ -45,13 +44,6 @@ def check_depth(name: str, field: str, blocks: tuple[int, ...], n_blocks: int) -
         f"{name} asks for blocks {missing}, but the backbone has {n_blocks} attention blocks (0..{n_blocks - 1}); "
         f"set {field}={mend} or take a deeper backbone",
     )
-
-
-def check_quirks(quirks: tuple[str, ...], known: Mapping[str, str]) -> None:
-    """Raises UserError unless `quirks` are distinct names among `known`."""
-    for name in quirks:
-        check(name in known, f"unknown name {name!r} in method.reference_quirks; {nearest(name, known, 'quirks')}")
-    check(len(set(quirks)) == len(quirks), f"method.reference_quirks must not name a quirk twice, got {list(quirks)}")
 
 
 def halves(prompts: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,10 +98,6 @@ class PromptMethod(Method):
         """The key loss of the last training forward pass, a scalar; handed out once."""
         loss, self._key_loss = self._key_loss, None
         return loss
-
-    def caveats(self) -> list[str]:
-        """Each active quirk of the reference in words."""
-        return [f"{name}: {self.config.QUIRKS[name]}" for name in self.config.reference_quirks]
 
     def uniform(self, generator: torch.Generator, *shape: int) -> nn.Parameter:
         """A parameter drawn from uniform(0, 1), the reference's initialisation of L2P and DualPrompt."""

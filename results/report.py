@@ -342,7 +342,7 @@ def _html_run(record: Record) -> str:
 def _published(summary: Summary, form: str, *, ascii_only: bool = False, width: int | None = None) -> str:
     """Published numbers beside the tables, never in them: text, md, tex, csv or html."""
     from dualcl.results.published import render as published
-    from dualcl.results.tables import _tex_text
+    from dualcl.results.tables import tex_text
 
     if form == "csv":
         return published.to_csv(summary)
@@ -351,7 +351,7 @@ def _published(summary: Summary, form: str, *, ascii_only: bool = False, width: 
     if form == "text":
         return published.section_text(summary, ascii_only=ascii_only, width=width)
     blocks = published.blocks_for(summary)
-    return published.to_latex(blocks, _tex_text) if form == "tex" else published.to_html(blocks)
+    return published.to_latex(blocks, tex_text) if form == "tex" else published.to_html(blocks)
 
 
 def _html_sheet(sheet: Sheet, link: str | None, caption: bool = True) -> str:

@@ -753,7 +753,8 @@ _TEX = {
 }
 
 
-def _tex_text(text: str) -> str:
+def tex_text(text: str) -> str:
+    """Text that LaTeX shows as it is, on one line."""
     return "".join(_TEX.get(character, character) for character in " ".join(text.split()))
 
 
@@ -798,18 +799,18 @@ def _tex_differences(table: Table) -> list[str]:
         for index, row in enumerate(compared_rows(table)):
             difference = found.by_metric[metric.key][row.label]
             mean, interval, p = difference_parts(difference, metric)
-            cells = [_tex_text(text).replace("-", "$-$").replace(DASH, "--") for text in (mean, interval, p)]
-            first = f"{metric.latex} [{_tex_text(difference_unit(metric))}] {_tex_way(metric)}" if index == 0 else ""
-            name, n = _tex_text(row_name(row)), str(len(difference.seeds))
+            cells = [tex_text(text).replace("-", "$-$").replace(DASH, "--") for text in (mean, interval, p)]
+            first = f"{metric.latex} [{tex_text(difference_unit(metric))}] {_tex_way(metric)}" if index == 0 else ""
+            name, n = tex_text(row_name(row)), str(len(difference.seeds))
             cells[2] += r"\,*" if difference.significant else ""
             body.append(" & ".join([first, name, n, *cells]) + r" \\")
-    baseline = _tex_text(found.baseline)
+    baseline = tex_text(found.baseline)
     return _tex_grid(
-        f"{_tex_text(table.preset)}: {_tex_text(difference_title(table))}.",
+        f"{tex_text(table.preset)}: {tex_text(difference_title(table))}.",
         "llrrrr",
         ["metric", rf"method $-$ {baseline}", "seeds", "difference", "interval", "$p$ (Holm)"],
         body,
-        [_tex_text(line) for line in difference_notes(table)],
+        [tex_text(line) for line in difference_notes(table)],
     )
 
 
@@ -818,13 +819,13 @@ def to_latex(table: Table) -> str:
 
     All metrics follow in a table of their own where the first does not show them, then the differences.
     """
-    heads = [f"{m.latex} [{_tex_text(unit(table, m))}] {_tex_way(m)}" for m in table.metrics]
+    heads = [f"{m.latex} [{tex_text(unit(table, m))}] {_tex_way(m)}" for m in table.metrics]
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{_tex_text(table.preset)}: {_tex_text(table.subtitle)}. "
-        + _tex_text(seeds_note(table))
-        + (f" {_tex_text(table.measured)}." if table.measured else "")
+        rf"\caption{{{tex_text(table.preset)}: {tex_text(table.subtitle)}. "
+        + tex_text(seeds_note(table))
+        + (f" {tex_text(table.measured)}." if table.measured else "")
         + "}",
         rf"\begin{{tabular}}{{lr{'r' * len(heads)}}}",
         r"\toprule",
@@ -833,17 +834,17 @@ def to_latex(table: Table) -> str:
     ]
     for row in table.rows:
         cells = _tex_cells(table, row, table.metrics)
-        lines.append(" & ".join([_tex_text(row_name(row)), str(len(row.seeds)), *cells]) + r" \\")
+        lines.append(" & ".join([tex_text(row_name(row)), str(len(row.seeds)), *cells]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    caveats = [_tex_text(line) for line in caveat_lines(table)]
+    caveats = [tex_text(line) for line in caveat_lines(table)]
     lines += [*(rf"\par\footnotesize {line}" for line in caveats), r"\end{table}"]
     lines += [f"% without a result: {' '.join(line.split())}" for line in table.unfinished]
     if every := table.all_metrics:
         lines += _tex_grid(
-            f"{_tex_text(table.preset)}: all metrics of the matrix.",
+            f"{tex_text(table.preset)}: all metrics of the matrix.",
             "l" + "r" * len(every),
-            ["method", *(f"{m.latex} [{_tex_text(unit(table, m))}] {_tex_way(m)}" for m in every)],
-            [" & ".join([_tex_text(row_name(row)), *_tex_cells(table, row, every)]) + r" \\" for row in table.rows],
+            ["method", *(f"{m.latex} [{tex_text(unit(table, m))}] {_tex_way(m)}" for m in every)],
+            [" & ".join([tex_text(row_name(row)), *_tex_cells(table, row, every)]) + r" \\" for row in table.rows],
             caveats,
         )
     return "\n".join([*lines, *_tex_differences(table), ""])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,15 @@ FOLDER = Path(__file__).parent
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`pytest tests/reference --write-reference` stores the outputs of the public code anew."""
     parser.addoption("--write-reference", action="store_true", help="store what the public code gives")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Sums in the order of one thread, whatever the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -241,14 +241,6 @@ def shorten(kind: str, notes: Notes, run: Run) -> Notes:
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def begun(preset: str, tmp_path: Path) -> Callable[..., tuple[Run, list[torch.nn.Parameter]]]:
     """begun(kind, *assignments) -> a run in its first task, not a step taken, and the token rows."""

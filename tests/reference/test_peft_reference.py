@@ -50,14 +50,6 @@ def measured(writes_reference: bool, write_table: Callable[[str, str], None]) ->
         write_table("peft", "\n".join(lines))
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def make_domain(preset: str) -> tuple[Any, list[torch.nn.Parameter]]:
     """A fresh domain on the preset's bundled model with its first task begun, and that task's own parameters."""
     resolved = resolve(preset, "lora", ["threads=1", "method.rank=4", *SETS[preset]])

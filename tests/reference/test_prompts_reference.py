@@ -567,14 +567,6 @@ def table(found: dict[str, tuple[dict[str, float], dict[str, float]]]) -> str:
 # --- tests ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def root(checkout: Callable[[str, str], Path]) -> Path:
     return checkout(VARIABLE, REPOSITORY)
