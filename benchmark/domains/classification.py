@@ -20,7 +20,14 @@ from dualcl.benchmark.config import Resolved, positive
 from dualcl.benchmark.domain import Domain, PrefixProvider, Site, Task
 from dualcl.benchmark.errors import UserError
 from dualcl.benchmark.seeding import torch_generator
-from dualcl.benchmark.vit import BackboneConfig, attention_sites, load_backbone, wrap_prefix_attention
+from dualcl.benchmark.vit import (
+    BackboneConfig,
+    attention_sites,
+    checkpoint_blocks,
+    load_backbone,
+    read_class_token_only,
+    wrap_prefix_attention,
+)
 from dualcl.datasets import dataset_class
 from dualcl.datasets.base import ClassData, ClassStream, ImageSet, make_class_stream
 from dualcl.datasets.loader import Batch, ImageLoader, View
@@ -122,7 +129,11 @@ class Classification(Domain):
         self.stream: ClassStream = make_class_stream(
             data, stream_config.tasks, stream_config.class_order, self.order_seed
         )
-        self.model, self.backbone = load_backbone(resolved.section("backbone", BackboneConfig))
+        backbone_config = resolved.section("backbone", BackboneConfig)
+        self.model, self.backbone = load_backbone(backbone_config)
+        read_class_token_only(self.model)
+        if backbone_config.gradient_checkpointing:
+            checkpoint_blocks(self.model)
         self.model.to(device)
         self._sites = attention_sites(self.model)
         self._network_size = sum(p.numel() for p in self.model.parameters())
@@ -146,6 +157,9 @@ class Classification(Domain):
         self._train_loader: tuple[int | None, ImageLoader] | None = None
         self._test_loaders: dict[int, ImageLoader] = {}
         self._frozen_features: dict[int, tuple[tuple[int, ...], Tensor]] = {}
+        self._view_features: tuple[int | None, Tensor] | None = None
+        #: the training batch given out last
+        self._latest: Batch | None = None
 
     # --- what is learnt ---------------------------------------------------------------------------------------------
 
@@ -179,6 +193,7 @@ class Classification(Domain):
                 head.bias.uniform_(-bound, bound, generator=generator)
             self.heads.append(head.to(self.device))
         self._current, self._scope = task, scope
+        self._view_features = None
         every = task is None or scope == "seen"
         for index, rows in enumerate(self.heads):
             rows.requires_grad_(every or index == task)
@@ -235,18 +250,20 @@ class Classification(Domain):
     def batches(self, task: int | None, start_step: int) -> Iterator[Batch]:
         """Augmented training batches from optimiser step `start_step` on."""
         train = self.resolved.train
-        return self._training_loader(task).train_batches(
+        for batch in self._training_loader(task).train_batches(
             seed=self.seed,
             task=-1 if task is None else task,
             epochs=train.epochs,
             batch_size=train.batch_size,
             start_step=start_step,
             drop_last=train.drop_last,
-        )
+        ):
+            self._latest = batch
+            yield batch
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy over the current task's classes, or over all seen ones under scope "seen"."""
-        features = self._features(batch.images.to(self.device), training=True)
+        features = self._batch_features(batch)
         labels = batch.labels.to(self.device)
         if self._current is None or self._scope == "seen":
             return F.cross_entropy(self._logits(features), labels)
@@ -269,6 +286,11 @@ class Classification(Domain):
     # --- forward passes ---------------------------------------------------------------------------------------------
 
     def _plain_features(self, images: Tensor, model: Any = None) -> Tensor:
+        for attention in self._attention:
+            attention.prefix = None
+        return self._run(images, model)
+
+    def _run(self, images: Tensor, model: Any = None) -> Tensor:
         model = self.model if model is None else model
         features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
         return features
@@ -280,14 +302,44 @@ class Classification(Domain):
         if query is None:
             with torch.no_grad():
                 query = self._plain_features(images).float()
-        prefixes = self._provider(query, training)
-        try:
-            for block, prefix in prefixes.items():
-                self._attention[block].prefix = prefix
-            return self._plain_features(images)
-        finally:
-            for attention in self._attention:
-                attention.prefix = None
+        # stay in place until the next pass: checkpointed blocks need them again in the backward
+        for block, prefix in self._provider(query, training).items():
+            self._attention[block].prefix = prefix
+        return self._run(images)
+
+    def _batch_features(self, batch: Batch) -> Tensor:
+        """Features (B, D) of a training batch, with gradient; what the frozen backbone gives may have been kept."""
+        kept = self._kept_views(batch)
+        if kept is not None and self._provider is None:
+            return kept
+        return self._features(batch.images.to(self.device), training=True, query=kept)
+
+    def _kept_views(self, batch: Batch) -> Tensor | None:
+        """Features (B, D) float32 of the frozen backbone for a batch's images, from one pass over all they can be.
+
+        None where that would not save passes (an image is seen as often as there are epochs, in one way or two: as it
+        is and mirrored), and for batches that a method put together itself. Made from batches of their own, in a fixed
+        order, so that a resumed run finds the same bits.
+        """
+        views = {"none": 1, "flip": 2}.get(self.view.augment)
+        saves = views is not None and self.resolved.train.epochs > views
+        if not saves or batch is not self._latest or any(p.requires_grad for p in self.model.parameters()):
+            return None
+        task = self._current
+        if self._view_features is None or self._view_features[0] != task:
+            self._view_features = (task, self._all_views(task, mirrored=views == 2))
+        return self._view_features[1][batch.flipped.long(), batch.indices].to(self.device)
+
+    @torch.no_grad()
+    def _all_views(self, task: int | None, mirrored: bool) -> Tensor:
+        """Features (1 or 2, n, D) float32, without prefixes, of the task's training images and mirrored."""
+        parts = []
+        size = self.resolved.section("eval", EvalConfig).batch_size
+        for batch in self._training_loader(task).eval_batches(size):
+            images = batch.images.to(self.device)
+            ways = (images, images.flip(-1)) if mirrored else (images,)
+            parts.append(torch.stack([self._plain_features(way).float() for way in ways]))
+        return torch.cat(parts, dim=1)
 
     def set_prefix_provider(self, provider: PrefixProvider | None) -> None:
         """Every later pass over images asks `provider` for the prefixes of its batch."""
@@ -353,8 +405,9 @@ class Classification(Domain):
         return kept[1]
 
     def forget_features(self) -> None:
-        """Drops the kept features of test images, as a change of the weights does."""
+        """Drops the kept features of the frozen backbone, as a change of the weights does."""
         self._frozen_features.clear()
+        self._view_features = None
 
     # --- capability: features ---------------------------------------------------------------------------------------
 
@@ -379,7 +432,7 @@ class Classification(Domain):
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, number of classes begun) of a batch, float32, with gradient."""
-        return self._logits(self._features(batch.images.to(self.device), training=True))
+        return self._logits(self._batch_features(batch))
 
     def targets(self, batch: Batch) -> Tensor:
         """Output index (B,) of each image, on the domain's device."""
@@ -474,7 +527,7 @@ class Classification(Domain):
     @torch.no_grad()
     def _measure_features(self) -> int:
         size = self.view.size
-        return int(self._plain_features(torch.zeros(1, 3, size, size, device=self.device)).shape[1])
+        return int(self._run(torch.zeros(1, 3, size, size, device=self.device)).shape[1])
 
 
 DOMAIN = Classification

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -106,6 +107,53 @@ def test_features_are_kept_while_nothing_changes(build):
         p.data.add_(1)
     domain.evaluate(range(3))
     assert domain._test_features(1, domain._weights_version()) is kept
+
+
+@pytest.mark.parametrize("name", ["linear_probe", *WITH_PREFIX])
+@pytest.mark.parametrize("augment", ["none", "flip"])
+def test_features_of_training_images_are_kept_across_epochs(name, augment, build):
+    domain, _ = begun(build, name, 2, f"input.augment={augment}", "train.epochs=4", "head.init=linear")
+    passes = []
+    domain.model.patch_embed.register_forward_hook(lambda module, args, out: passes.append(len(out)))
+    domain.begin_task(2)
+    n, ways = len(domain.stream.tasks[2].train), 1 + (augment == "flip")
+    kept, flipped = [], 0
+    for batch in domain.batches(2, 0):
+        kept.append(domain.loss(batch).item())
+        flipped += int(batch.flipped.sum())
+    assert (flipped > 0) == (augment == "flip")
+    assert sum(passes) == ways * n + (0 if name == "linear_probe" else 4 * n)
+    # a batch that is not the domain's own, and one of a model that is trained, are computed from their images
+    copies = [dataclasses.replace(batch) for batch in domain.batches(2, 0)]
+    torch.testing.assert_close(kept, [domain.loss(batch).item() for batch in copies], rtol=1e-5, atol=0)
+    changed = dataclasses.replace(copies[0], images=-copies[0].images)
+    assert abs(domain.loss(changed).item() - kept[0]) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "epochs", "augment"), [("lora", 4, "flip"), ("l2p", 2, "flip"), ("l2p", 4, "crop_flip")]
+)
+def test_features_that_change_or_never_come_again_are_not_kept(name, epochs, augment, build):
+    domain, _ = begun(build, name, 1, f"train.epochs={epochs}", f"input.augment={augment}")
+    for batch in domain.batches(0, 0):
+        domain.loss(batch)
+    assert domain._view_features is None
+
+
+@pytest.mark.parametrize("name", ["clora", "coda_prompt"])
+def test_checkpointing_changes_no_bit(name, build):
+    def gradients(checkpointing):
+        domain, method = begun(build, name, 1, f"backbone.gradient_checkpointing={checkpointing}")
+        params = [p for g in method.trained() for p in g.params]
+        for p in params:
+            p.grad = None
+        domain.heads[0].weight.data.fill_(0.01).mul_(torch.arange(32.0))
+        domain.loss(next(iter(domain.batches(0, 0)))).backward()
+        return [p.grad for p in params]
+
+    found, expected = gradients("true"), gradients("false")
+    assert any(g.abs().max() > 0 for g in expected)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def test_predictions_are_over_all_classes_seen_so_far(build):

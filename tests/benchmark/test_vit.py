@@ -18,7 +18,9 @@ from dualcl.benchmark.vit import (
     PrefixAttention,
     attention_sites,
     bundled_backbones,
+    checkpoint_blocks,
     load_backbone,
+    read_class_token_only,
     read_safetensors,
     state_hash,
     wrap_prefix_attention,
@@ -202,6 +204,84 @@ def test_a_mask_cannot_be_combined_with_a_prefix():
     with pytest.raises(UserError, match=r"attn_mask.* cannot be combined with prefixes"):
         attention(x, attn_mask=torch.zeros(5, 5, dtype=torch.float64))
     assert attention(x, attn_mask=None, is_causal=False).shape == x.shape
+
+
+# --- cheaper passes -------------------------------------------------------------------------------------------------
+
+CLASS_TOKEN = {
+    "plain": {},
+    "layer scale": {"init_values": 0.5},
+    "registers": {"reg_tokens": 3},
+    "norms": {"qk_norm": True},
+}
+
+
+@pytest.mark.parametrize("more", CLASS_TOKEN.values(), ids=CLASS_TOKEN)
+@pytest.mark.parametrize("prefix", [False, True], ids=["bare", "prefix"])
+def test_the_class_token_alone_is_that_of_the_whole_block(more, prefix):
+    def passes(short):
+        model, info = backbone("fused", **more)
+        last = model.blocks[-1]
+        factors = []
+        if not prefix:
+            inject(model, {n: s for n, s in attention_sites(model).items() if n.startswith("blocks.1.")}, 2)
+            factors = [p for n, p in model.named_parameters() if n.endswith((".A", ".B"))]
+            for update in last.attn.qkv.updates:
+                update.active = True
+        for i, p in enumerate(factors):
+            p.data.normal_(generator=torch.Generator().manual_seed(i))
+            p.requires_grad_(True)
+        extra = torch.randn(2, 2, 4, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+        extra.requires_grad_(True)
+        if short:
+            read_class_token_only(model)
+        if prefix:
+            wrap_prefix_attention(model)[1].prefix = (extra[0], extra[1])
+        seen = []
+        last.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+        out = features(model, pictures(info))
+        out.square().sum().backward()
+        return seen[0], [out.detach(), *(p.grad for p in factors), *([extra.grad] if prefix else [])]
+
+    tokens, expected = passes(short=False)
+    assert tokens >= 5
+    tokens, found = passes(short=True)
+    assert tokens == 1
+    assert all(t.abs().max() > 0 for t in expected)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("fused", {"global_pool": "avg"}), ("fused", {"global_pool": "map"}), ("relative positions", {})]
+)
+def test_models_that_read_more_than_the_class_token_stay_whole(kind, more):
+    model, info = backbone(kind, **more)
+    expected = features(model, pictures(info))
+    read_class_token_only(model)
+    assert torch.equal(features(model, pictures(info)), expected)
+
+
+def test_checkpointed_blocks_give_the_same_bits_and_keep_their_inputs_alone():
+    def gradients(checkpointed):
+        model, info = backbone("fused")
+        if checkpointed:
+            checkpoint_blocks(model)
+        weights = [block.attn.qkv.weight.requires_grad_(True) for block in model.blocks]
+        kept = []
+
+        def pack(tensor):
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = features(model, pictures(info)).square().sum()
+        loss.backward()
+        return sum(kept), [w.grad for w in weights]
+
+    much, expected = gradients(False)
+    little, found = gradients(True)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert little < much / 4
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
