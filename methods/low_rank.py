@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ class LowRankUpdate(nn.Module):
         self.A = nn.Parameter(torch.zeros(site.d_out, rank, **like), requires_grad=False)
         self.B = nn.Parameter(torch.zeros(rank, site.d_in, **like), requires_grad=False)
         self.register_buffer("summed", torch.zeros(site.d_out, site.d_in, **like))
-        self.w_init = site.weight.clone()
+        #: a copy from the first fold on: until then the frozen weight is W_init
+        self.w_init: Tensor | None = None
         #: False while A is zero for good (between tasks): the side path is then left out
         self.active = False
 
@@ -86,18 +87,57 @@ class LowRankUpdate(nn.Module):
     @torch.no_grad()
     def refold(self) -> None:
         """Sets the frozen weight to W_init + S."""
+        if self.w_init is None:
+            self.w_init = self.site.weight.clone()
         self.site.weight.copy_(self.w_init + self.summed)
 
     @torch.no_grad()
     def unfold(self) -> None:
         """Sets the frozen weight back to W_init, bit for bit."""
-        self.site.weight.copy_(self.w_init)
+        if self.w_init is not None:
+            self.site.weight.copy_(self.w_init)
+
+
+class _MergedLinear(torch.autograd.Function):
+    """x (n, d_in) -> x (W + sum of A B)' + bias, with r-sized gradients of the factors and none of W.
+
+    Keeps x and the factors for the backward, which merges again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, base: nn.Linear, rows: Sequence[slice], *factors: Tensor) -> Tensor:
+        ctx.base, ctx.rows = base, rows
+        ctx.save_for_backward(x, *factors)
+        return F.linear(x, _merged(base.weight, rows, factors), base.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *factors = ctx.saved_tensors
+        grad = grads[0]
+        a, b = factors[::2], factors[1::2]
+        parts = [grad[:, r] for r in ctx.rows]
+        sizes = [f.shape[0] for f in b]
+        hidden = (x @ torch.cat(b).T).split(sizes, dim=1)
+        grad_hidden = torch.cat([part @ f for part, f in zip(parts, a, strict=True)], dim=1)
+        grad_b = (grad_hidden.T @ x).split(sizes)
+        grad_a = [part.T @ h for part, h in zip(parts, hidden, strict=True)]
+        grad_x = grad @ _merged(ctx.base.weight, ctx.rows, factors) if ctx.needs_input_grad[0] else None
+        pairs = [f for pair in zip(grad_a, grad_b, strict=True) for f in pair]
+        return grad_x, None, None, *pairs
+
+
+def _merged(weight: Tensor, rows: Sequence[slice], factors: Sequence[Tensor]) -> Tensor:
+    merged = weight.detach().clone()
+    for r, a, b in zip(rows, factors[::2], factors[1::2], strict=True):
+        merged[r].addmm_(a, b)
+    return merged
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen Linear with low-rank side paths on slices of its rows.
+    """A frozen Linear with low-rank updates of slices of its rows.
 
-    The side path keeps the backward at r-sized products: a merged weight would need a full (d_out, d_in) gradient.
+    Many inputs of a fused Linear go through the merged weight, whose gradient is never formed. Others take side paths:
+    a merge would cost more than it saves, and in 16 bits round the update away.
     """
 
     def __init__(self, base: nn.Linear, updates: Iterable[LowRankUpdate]) -> None:
@@ -110,12 +150,26 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""
-        y = self.base(x)
         active = [u for u in self._updates() if u.active]
         if not active:
-            return y
+            return self.base(x)  # type: ignore[no-any-return]
+        if self._merges(x, active):
+            rows = [slice(u.site.start, u.site.stop) for u in active]
+            factors = [f for u in active for f in (u.A, u.B)]
+            y: Tensor = _MergedLinear.apply(x.flatten(0, -2), self.base, rows, *factors)
+            return y.unflatten(0, x.shape[:-1])
+        return self.side_paths(x, active)
+
+    def side_paths(self, x: Tensor, active: list[LowRankUpdate]) -> Tensor:
+        """The frozen Linear plus the low-rank products, x (..., d_in) -> (..., d_out)."""
+        y: Tensor = self.base(x)
         hidden = F.linear(x, torch.cat([u.B for u in active]))
         return y + F.linear(hidden, self._blocks(active))
+
+    def _merges(self, x: Tensor, active: list[LowRankUpdate]) -> bool:
+        many = len(active) > 1 and x.dim() > 1 and x.numel() > self.in_features**2
+        exact = {x.dtype, self.base.weight.dtype, *(u.A.dtype for u in active)} == {x.dtype}
+        return many and exact and not torch.is_autocast_enabled(x.device.type) and not self.base.weight.requires_grad
 
     def _updates(self) -> list[LowRankUpdate]:
         return list(self.updates)  # type: ignore[arg-type]

@@ -44,16 +44,18 @@ def direct(updates, weight, s=None):
     return torch.cat(rows)
 
 
+@pytest.mark.parametrize("rows", [4, 20], ids=["side paths", "merged"])
 @pytest.mark.parametrize("parts", ["qkv", "kv", "q", "qv"])
-def test_side_path_and_fold_equal_the_direct_weight(parts):
+def test_adapters_and_folds_equal_the_direct_weight(parts, rows):
     model, w_init, updates = fused(parts)
     bias = model.qkv.base.bias
     s = {p: torch.zeros(D, D_IN, dtype=torch.float64) for p in "qkv"}
-    x = torch.randn(2, 4, D_IN, dtype=torch.float64)
+    x = torch.randn(2, rows, D_IN, dtype=torch.float64)
     for task in range(3):
         begin(updates, seed=task)
+        assert model.qkv._merges(x, list(updates.values())) == (rows == 20 and parts != "q")
         factors = [p for u in updates.values() for p in (u.A, u.B)]
-        mix = torch.randn(2, 4, 3 * D, dtype=torch.float64)
+        mix = torch.randn(2, rows, 3 * D, dtype=torch.float64)
         inputs = [x.requires_grad_(), *factors]
         fast, slow = model(x), F.linear(x, direct(updates, w_init, s), bias)
         torch.testing.assert_close(fast, slow, rtol=0, atol=1e-10)
@@ -70,6 +72,29 @@ def test_side_path_and_fold_equal_the_direct_weight(parts):
         folded = torch.cat([w_init[i * D : (i + 1) * D] + s[p] for i, p in enumerate("qkv")])
         torch.testing.assert_close(model.qkv.base.weight, folded, rtol=0, atol=1e-10)
         torch.testing.assert_close(model(x), F.linear(x, folded, bias), rtol=0, atol=1e-10)
+
+
+def test_inputs_without_gradient_and_frozen_factors_get_none():
+    model, _, updates = fused("qv")
+    begin(updates, seed=0)
+    x = torch.randn(20, D_IN, dtype=torch.float64)
+    updates["q"].A.requires_grad_(False)
+    model(x).square().sum().backward()
+    assert x.grad is None
+    assert updates["q"].A.grad is None
+    for p in (updates["q"].B, updates["v"].A, updates["v"].B):
+        assert p.grad.abs().max() > 0
+
+
+def test_sixteen_bit_inputs_never_meet_a_merged_weight():
+    model, _, updates = fused(dtype=torch.float32)
+    begin(updates, seed=0)
+    active = list(updates.values())
+    x = torch.randn(20, D_IN)
+    assert model.qkv._merges(x, active)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not model.qkv._merges(x, active)
+    assert not model.qkv._merges(x.bfloat16(), active)
 
 
 def test_rows_outside_the_sites_stay_bit_equal():
@@ -139,10 +164,16 @@ def test_factors_are_never_in_half_precision(weights, factors):
     assert update.A.dtype == update.B.dtype == update.summed.dtype == factors
 
 
-def test_the_backward_keeps_no_full_weight_gradient():
+@pytest.mark.parametrize("rows", [4, 20], ids=["side paths", "merged"])
+def test_the_backward_keeps_no_full_weight_gradient(rows):
     model, _, updates = fused(dtype=torch.float32)
     begin(updates, seed=0)
-    model(torch.randn(4, D_IN)).sum().backward()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        loss = model(torch.randn(rows, D_IN).requires_grad_(True)).sum()
+    loss.backward()
+    # the frozen weight itself may be kept, never a merged copy beside it
+    assert kept.count((3 * D, D_IN)) + kept.count((D_IN, 3 * D)) == (rows == 4)
     assert isinstance(model.qkv, AdaptedLinear)
     assert model.qkv.base.weight.grad is None
     assert {tuple(p.grad.shape) for u in updates.values() for p in (u.A, u.B)} == {(D, RANK), (RANK, D_IN)}
