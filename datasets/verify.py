@@ -12,13 +12,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from dualcl.datasets.cache import cache_dir
 from dualcl.datasets.download import Progress
 from dualcl.datasets.loader import cpus, decode_image, in_threads
-
-
-def cache_dir() -> Path:
-    """Where the suite keeps what it can make again: $DUALCL_CACHE, else ~/.cache/dualcl."""
-    return Path(os.environ.get("DUALCL_CACHE") or Path.home() / ".cache" / "dualcl")
 
 
 def why_unreadable(path: Path) -> str | None:

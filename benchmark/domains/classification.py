@@ -30,7 +30,7 @@ from dualcl.benchmark.vit import (
 )
 from dualcl.datasets import dataset_class
 from dualcl.datasets.base import ClassData, ClassStream, ImageSet, make_class_stream
-from dualcl.datasets.loader import Batch, ImageLoader, View
+from dualcl.datasets.loader import Batch, ImageLoader, KeptImages, View
 
 PREPROCESS = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
@@ -66,14 +66,26 @@ class InputConfig:
     )
     resize: int | None = field(default=None, metadata={"help": "evaluation: shorter side before the centre crop"})
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-    workers: int | Literal["auto"] = field(default="auto", metadata={"help": "loader processes", "volatile": True})
+    cache_size: int | None = field(
+        default=None,
+        metadata={"help": "crop_flip: crops are cut from images kept with this shorter side; null: decoded each time"},
+    )
+    workers: int | Literal["auto"] = field(
+        default="auto", metadata={"help": "loader processes or threads", "volatile": True}
+    )
     cache_mib: int = field(
         default=1024, metadata={"help": "largest set of decoded images that is kept in memory", "volatile": True}
+    )
+    cache_gib: float = field(
+        default=16.0, metadata={"help": "most disk space of all decoded images; 0 keeps none", "volatile": True}
     )
 
     def __post_init__(self) -> None:
         positive("input.resize", self.resize)
+        positive("input.cache_size", self.cache_size)
         positive("input.cache_mib", self.cache_mib, 0)
+        if not 0 <= self.cache_gib < math.inf:
+            raise UserError(f"input.cache_gib must be a number of at least 0, got {self.cache_gib}")
         if isinstance(self.workers, int):
             positive("input.workers", self.workers, 0)
 
@@ -156,6 +168,8 @@ class Classification(Domain):
         self._attention: list[Any] = []
         self._train_loader: tuple[int | None, ImageLoader] | None = None
         self._test_loaders: dict[int, ImageLoader] = {}
+        #: decoded images on disk, by part of the data
+        self._kept: dict[str, KeptImages] = {}
         self._frozen_features: dict[int, tuple[tuple[int, ...], Tensor]] = {}
         self._view_features: tuple[int | None, Tensor] | None = None
         #: the training batch given out last
@@ -222,9 +236,19 @@ class Classification(Domain):
         position[list(self.stream.class_order)] = np.arange(len(self.stream.class_order))
         return train.subset(np.arange(len(train)), position[train.labels])
 
-    def _loader(self, images: ImageSet) -> ImageLoader:
+    def _loader(self, images: ImageSet, part: Literal["train", "test"] = "train") -> ImageLoader:
         config = self.resolved.section("input", InputConfig)
-        return ImageLoader(images, self.view, workers=config.workers, cache_mib=config.cache_mib)
+        if part not in self._kept:
+            whole = self.stream.data.train if part == "train" else self.stream.data.test
+            self._kept[part] = KeptImages(whole, self.view, gib=config.cache_gib, workers=config.workers)
+        return ImageLoader(
+            images,
+            self.view,
+            workers=config.workers,
+            cache_mib=config.cache_mib,
+            kept=self._kept[part],
+            device=self.device,
+        )
 
     def _training_loader(self, task: int | None) -> ImageLoader:
         if self._train_loader is None or self._train_loader[0] != task:
@@ -377,7 +401,7 @@ class Classification(Domain):
 
     def _test_loader(self, task: int) -> ImageLoader:
         if task not in self._test_loaders:
-            self._test_loaders[task] = self._loader(self.stream.tasks[task].test)
+            self._test_loaders[task] = self._loader(self.stream.tasks[task].test, "test")
         return self._test_loaders[task]
 
     def _weights_version(self) -> tuple[int, ...]:
@@ -485,6 +509,9 @@ class Classification(Domain):
         """Data, split, order, weights and preprocessing."""
         data = self.stream.data
         order = json.dumps(self.stream.class_order)
+        preprocess = dataclasses.asdict(self.view)
+        if self.view.cache_size is None:
+            del preprocess["cache_size"]  # older records have none
         return {
             "data": data.name,
             "split_name": data.split_name,
@@ -495,7 +522,7 @@ class Classification(Domain):
             "backbone": self.backbone.name,
             "weights": self.backbone.weights,
             "weights_sha256": self.backbone.weights_sha256,
-            "preprocess": dataclasses.asdict(self.view),
+            "preprocess": preprocess,
         }
 
     def facts(self) -> dict[str, Any]:
@@ -522,6 +549,7 @@ class Classification(Domain):
             mean=tuple(mean),
             std=tuple(std),
             augment=config.augment,
+            cache_size=config.cache_size,
         )
 
     @torch.no_grad()

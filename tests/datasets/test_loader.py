@@ -14,8 +14,17 @@ from dualcl.benchmark.errors import UserError
 from dualcl.benchmark.seeding import numpy_generator
 from dualcl.datasets.base import ImageSet
 from dualcl.datasets.cifar100 import ArrayImages
-from dualcl.datasets.image_folder import FolderImages
-from dualcl.datasets.loader import Batch, ImageLoader, View, evaluation_view, random_resized_crop
+from dualcl.datasets.image_folder import FolderImages, folder_set
+from dualcl.datasets.loader import (
+    Batch,
+    ImageLoader,
+    KeptImages,
+    View,
+    decode_image,
+    evaluation_view,
+    random_resized_crop,
+    reduced,
+)
 
 N, SIZE = 11, 8
 
@@ -209,3 +218,156 @@ def test_wrong_loader_options_name_the_key():
         ImageLoader(noise(8, 8), View(SIZE), workers=-1)
     with pytest.raises(UserError, match=r"input\.cache_mib"):
         ImageLoader(noise(8, 8), View(SIZE), cache_mib=-1)
+
+
+# --- images kept on disk ----------------------------------------------------------------------------------------------
+
+
+def photograph(seed: int, width: int = 120, height: int = 90) -> Image.Image:
+    """An image with the spectrum of photographs (1/f), an edge and a grain."""
+    rng = np.random.default_rng(seed)
+    falling = 1 / np.maximum(np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]), 1 / width)
+    plane = np.fft.irfft2(np.fft.rfft2(rng.normal(size=(height, width))) * falling, (height, width))
+    plane = (
+        128 + 45 * plane / plane.std() + 40 * (np.arange(width) > rng.integers(width)) + rng.normal(0, 3, plane.shape)
+    )
+    return Image.fromarray(np.repeat(np.clip(plane, 0, 255).astype(np.uint8)[..., None], 3, axis=2))
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> ImageSet:
+    """Nine JPEG files of three sizes, as a set."""
+    root = tmp_path_factory.mktemp("photographs")
+    names = [f"{k}.jpg" for k in range(9)]
+    for k, name in enumerate(names):
+        photograph(k, *((120, 90), (90, 120), (30, 20))[k % 3]).save(root / name, quality=90)
+    return folder_set(root, names, np.arange(9) % 2)
+
+
+KEPT = View(16, resize=18, augment="crop_flip", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4), cache_size=40)
+
+
+def kept_loader(images: ImageSet, view: View, part: list[int], workers: int = 2) -> ImageLoader:
+    kept = KeptImages(images, view, gib=1, workers=workers)
+    return ImageLoader(images.subset(part), view, workers=workers, cache_mib=0, kept=kept)
+
+
+PLAN = {"seed": 3, "task": 1, "epochs": 2, "batch_size": 3}
+
+
+def test_batches_are_the_same_from_disk_and_decoded_each_time(photographs: ImageSet, own_cache: Path):
+    part = [8, 1, 5, 4, 0]
+    plain = ImageLoader(photographs.subset(part), KEPT, workers=0, cache_mib=0)
+    expected = list(plain.train_batches(**PLAN))
+    for workers in (0, 2):
+        loader = kept_loader(photographs, KEPT, part, workers)
+        assert same(expected, loader.train_batches(**PLAN))
+        assert same(expected[3:], loader.train_batches(**PLAN, start_step=3))
+        assert same(plain.eval_batches(2), loader.eval_batches(2))
+        assert len(list((own_cache / "decoded").iterdir())) == 2  # of the whole set, for all its parts
+
+
+def test_batches_come_from_disk_without_the_files(photographs: ImageSet, tmp_path: Path):
+    root = tmp_path / "copy"
+    root.mkdir()
+    for name in photographs.ids:
+        (root / name).write_bytes((photographs.load.root / name).read_bytes())
+    images = folder_set(root, photographs.ids, photographs.labels)
+    loader = kept_loader(images, KEPT, [2, 3])
+    training, evaluation = list(loader.train_batches(**PLAN)), list(loader.eval_batches(2))
+    for name in photographs.ids:
+        (root / name).unlink()
+    assert same(training, loader.train_batches(**PLAN))
+    assert same(evaluation, loader.eval_batches(2))
+
+
+def test_a_changed_file_is_another_set(tmp_path: Path):
+    def shown() -> torch.Tensor:
+        images = folder_set(tmp_path, ["a.png"], [0])
+        return next(kept_loader(images, KEPT, [0]).train_batches(**PLAN)).images
+
+    photograph(0).save(tmp_path / "a.png")
+    first = shown()
+    photograph(1).save(tmp_path / "a.png")
+    assert not torch.equal(first, shown())
+
+
+def test_without_room_on_disk_batches_are_the_same(photographs: ImageSet, own_cache: Path, capsys):
+    kept = KeptImages(photographs, KEPT, gib=1e-9, workers=1)
+    loader = ImageLoader(photographs, KEPT, workers=0, cache_mib=0, kept=kept)
+    expected = list(ImageLoader(photographs, KEPT, workers=0, cache_mib=0).train_batches(**PLAN))
+    assert same(expected, loader.train_batches(**PLAN))
+    assert same(expected, loader.train_batches(**PLAN))
+    assert capsys.readouterr().err.count("not kept") == 1
+
+
+def test_a_small_set_and_crops_of_whole_images_stay_off_the_disk(photographs: ImageSet, own_cache: Path):
+    view = View(16, augment="crop_flip")
+    kept = KeptImages(photographs, view, gib=1, workers=1)
+    loader = ImageLoader(photographs, view, workers=0, kept=kept)
+    assert list(loader.eval_batches(4))
+    assert list(loader.train_batches(**PLAN))
+    assert not (own_cache / "decoded").exists()
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_crops_of_a_kept_image_show_the_same_part(interpolation):
+    """Levels of 255; without a reduction the crops are equal, so the difference is that of the lost detail."""
+    differences = {}
+    for cache_size in (40, 60, 90):
+        view = View(32, augment="crop_flip", interpolation=interpolation, cache_size=cache_size)
+        pairs = []
+        for k in range(6):
+            image = photograph(k)
+            kept = reduced(image, view)
+            assert min(kept.pixels.shape[:2]) == cache_size
+            for draw in range(10):
+                whole, near = (random_resized_crop(of, view, numpy_generator(k, draw)) for of in (image, kept))
+                pairs.append(np.abs(np.asarray(whole, dtype=int) - np.asarray(near)))
+        differences[cache_size] = np.stack(pairs)
+    means = {size: d.mean() for size, d in differences.items()}
+    assert differences[90].max() == 0
+    assert 0 < means[60] < means[40] < 6
+    # the edges move by a fraction of a pixel of the kept image at most: a shift by one is far worse
+    shifted = [np.abs(np.diff(np.asarray(photograph(k).resize((80, 60)), dtype=int), axis=1)).mean() for k in range(6)]
+    assert means[60] < np.mean(shifted) / 2
+
+
+def test_an_image_smaller_than_the_kept_size_stays_as_it_is():
+    image = photograph(0, 30, 20)
+    assert np.array_equal(reduced(image, KEPT).pixels, np.asarray(image))
+    view = View(16, augment="crop_flip")
+    crops = [random_resized_crop(of, view, numpy_generator(5)) for of in (image, reduced(image, KEPT))]
+    assert np.array_equal(*map(np.asarray, crops))
+
+
+def test_evaluation_pixels_from_disk_are_those_of_torchvision(photographs: ImageSet):
+    loader = kept_loader(photographs, View(16, resize=18, interpolation="bilinear"), list(range(9)))
+    list(loader.eval_batches(4))
+    shown = torch.cat([b.images for b in loader.eval_batches(4)])
+    mode = transforms.InterpolationMode.BILINEAR
+    usual = transforms.Compose([transforms.Resize(18, mode), transforms.CenterCrop(16), transforms.ToTensor()])
+    expected = [usual(decode_image(photographs.load.root / name)) for name in photographs.ids]
+    assert torch.equal(shown, torch.stack(expected))
+
+
+def test_a_reader_who_leaves_in_mid_epoch_stops_the_makers(photographs: ImageSet):
+    import threading
+
+    before = threading.active_count()
+    batches = kept_loader(photographs, KEPT, list(range(9))).train_batches(**{**PLAN, "epochs": 50})
+    next(batches)
+    batches.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"cache_size": SIZE - 1, "augment": "crop_flip"}, r"input\.cache_size must be at least"),
+        ({"cache_size": 20, "augment": "flip"}, r"input\.cache_size is for input\.augment=crop_flip"),
+    ],
+)
+def test_wrong_cache_sizes_name_the_key(options, named):
+    with pytest.raises(UserError, match=named):
+        View(SIZE, **options)
