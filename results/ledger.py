@@ -37,7 +37,7 @@ RULE = (
 )
 NOT_PUBLISHED = "no published number for this stream"
 #: last parts of keys that cannot change a result: no part of the command
-_IDLE = frozenset({"threads", "device", "checkpoint_seconds", "log_every", "workers", "cache_mib", "seed"})
+_IDLE = frozenset({"threads", "device", "checkpoint_seconds", "log_every", "workers", "cache_mib", "cache_gib", "seed"})
 #: data sets that are the user's own
 _OWN_DATA = {"image-folder": "photographs of your own", "concept-folder": "photographs of your own"}
 _PARITY = "tests/reference/README.md"

@@ -11,12 +11,15 @@ import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil, isfinite, nan
+from itertools import islice
+from math import ceil, inf, isfinite, nan
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import matplotlib.ticker
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
@@ -34,6 +37,7 @@ _RC: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.titlesize": 10,
+    "axes.titley": 1.0,  # nothing is above the axes: no need to look for it at every drawing
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
@@ -45,6 +49,10 @@ _RC: Any = {
     "figure.dpi": 100,
 }
 _JOINT = "#000000"
+#: more methods than this do not fit a plot: it shows the best, and says so
+MAX_METHODS = 24
+#: seeds per panel of training losses: more lines hide each other
+MAX_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -70,12 +78,33 @@ def _shown(name: str, width: int = 26) -> str:
     return textwrap.fill(" " * name.startswith("_") + name, width, drop_whitespace=False).replace("$", r"\$")
 
 
-def _by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
+def _unlabelled(axes: Any) -> None:
+    """Says where the labels that a panel does not have would be, or every drawing measures all ticks to place them."""
+    axes.xaxis.set_label_coords(0.5, 0)
+    axes.yaxis.set_label_coords(0, 0.5)
+
+
+def _all_by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
     groups: dict[str, list[Record]] = {}
     for record in sorted(records, key=lambda r: (r.joint, r.label, r.seed)):
         if record.finished:
             groups.setdefault(record.label, []).append(record)
     return groups
+
+
+def _by_label(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """The finished runs of every method that is drawn: all, or the MAX_METHODS best beside joint training."""
+    groups = _all_by_label(records)
+    methods = [label for label, group in groups.items() if not group[0].joint]
+    if len(methods) <= MAX_METHODS:
+        return groups
+    metric = METRICS[records[0].kind.quality]
+    sign = -1 if metric.higher_is_better else 1
+    order = {
+        label: sign * statistics.fmean(v) if (v := _known(groups[label], metric.key)) else inf for label in methods
+    }
+    left_out = {*sorted(methods, key=lambda label: (order[label], label))[MAX_METHODS:]}
+    return {label: group for label, group in groups.items() if label not in left_out}
 
 
 def _moments(values: Sequence[float]) -> tuple[float, float]:
@@ -87,9 +116,12 @@ def _known(group: Sequence[Record], metric: str) -> list[float]:
 
 
 def _title(records: Sequence[Record], what: str) -> str:
-    counts = sorted({len(group) for group in _by_label(records).values()})
+    groups = _all_by_label(records)
+    counts = sorted({len(group) for group in groups.values()})
     seeds = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"{_shown(records[0].table, 60)}: {what} ({seeds} seed{'' if counts == [1] else 's'})"
+    methods = sum(not group[0].joint for group in groups.values())
+    best = f", best {MAX_METHODS} of {methods} methods" if methods > MAX_METHODS else ""
+    return f"{_shown(records[0].table, 60)}: {what} ({seeds} seed{'' if counts == [1] else 's'}{best})"
 
 
 def _joint_lines(axes: Any, records: Sequence[Record], metric: str) -> list[Any]:
@@ -224,13 +256,14 @@ def heat_maps(records: Sequence[Record]) -> Figure | None:
                         dark = ((value - low) / (high - low) < 0.48) == kind.higher_is_better
                         axes.text(
                             j + 0.5, i + 0.5, f"{value:.{decimals}f}", ha="center", va="center",
-                            fontsize=9 if n <= 6 else 6.5, color="white" if dark else "black",
+                            fontsize=9 if n <= 6 else 6.5, color="white" if dark else "black", in_layout=False,
                         )  # fmt: skip
             step = ceil(n / 10)
             ticks = range(0, n, step)
+            axes.tick_params(length=0, labelsize=7.5)
             axes.set_xticks([t + 0.5 for t in ticks], [str(t + 1) for t in ticks])
             axes.set_yticks([t + 0.5 for t in ticks], [str(t + 1) for t in ticks])
-            axes.tick_params(length=0, labelsize=7.5)
+            _unlabelled(axes)
             axes.invert_yaxis()
             axes.set_aspect("equal")
             axes.spines[:].set_visible(False)
@@ -347,13 +380,19 @@ def _loss_series(record: Record) -> tuple[list[int], list[float], list[int]]:
 
 
 def loss_curves(records: Sequence[Record]) -> Figure | None:
-    """Training loss against steps from log.jsonl: a panel per method, a thin line per seed, tasks set apart."""
+    """Training loss against steps from log.jsonl: a panel per method, a thin line per seed, tasks set apart.
+
+    Of more than MAX_LINES seeds, the first are drawn.
+    """
     look = styles(records)
     groups = {}
+    what = "training loss"
     for label, group in _by_label(records).items():
-        series = [s for r in group if (s := _loss_series(r))[0]]
+        series = list(islice((s for r in group if (s := _loss_series(r))[0]), MAX_LINES))
         if series:
             groups[label] = series
+        if len(group) > MAX_LINES == len(series):
+            what = f"training loss of the first {MAX_LINES} seeds"
     losses = [y for series in groups.values() for _, ys, _ in series for y in ys if isfinite(y)]
     if not losses:
         return None
@@ -371,6 +410,7 @@ def loss_curves(records: Sequence[Record]) -> Figure | None:
             axes.grid(visible=False, axis="x")
             axes.set_title(_shown(label, 36), loc="left", fontsize=9.5)
             axes.tick_params(labelsize=7.5)
+            _unlabelled(axes)
             axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4, integer=True))
         if min(losses) > 0 and max(losses) > 50 * min(losses):
             grid.flat[0].set_yscale("log")
@@ -378,7 +418,7 @@ def loss_curves(records: Sequence[Record]) -> Figure | None:
             axes.set_visible(False)
         figure.supxlabel(f"optimiser step (dotted: next {records[0].kind.item})", fontsize=9)
         figure.supylabel("training loss", fontsize=9)
-        figure.suptitle(_title(records, "training loss"), fontsize=10, x=0.01, ha="left")
+        figure.suptitle(_title(records, what), fontsize=10, x=0.01, ha="left")
     return figure
 
 
@@ -523,9 +563,18 @@ PLOTS: dict[str, Plot] = {
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Writes the figure as the suffix of `path` says (.png at 200 dpi, .svg); returns `path`."""
+    """Writes the figure as the suffix of `path` says (.png at 200 dpi, .svg); returns `path`.
+
+    The figure is laid out for the first file, and stays so: `savefig` would do that again, with a drawing, each time.
+    """
     buffer = io.BytesIO()
-    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": "dualcl"}
     with matplotlib.rc_context(_RC):
-        figure.savefig(buffer, format=path.suffix[1:], dpi=200, metadata=metadata)
+        figure.dpi = 200
+        if (layout := figure.get_layout_engine()) is not None:
+            layout.execute(figure)
+            figure.set_layout_engine("none")
+        if path.suffix == ".svg":
+            FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None})
+        else:
+            FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": "dualcl"})
     return write_bytes(path, buffer.getvalue())

@@ -36,6 +36,7 @@ from dualcl.results.tables import (
     few_seeds,
     markdown_text,
     ranking_lines,
+    rare_collections,
     render,
     row_name,
     runs_csv,
@@ -471,8 +472,17 @@ def _html(
     return "\n".join([*parts, "</section></body></html>", ""])
 
 
+def _summary(
+    source: Iterable[str | os.PathLike[str]] | Summary, allow_mixed: bool, baseline: str | None, confidence: float
+) -> Summary:
+    if isinstance(source, Summary):
+        return source
+    return summarise(source, allow_mixed=allow_mixed, baseline=baseline, confidence=confidence)
+
+
+@rare_collections()
 def build_report(
-    dirs: Iterable[str | os.PathLike[str]],
+    source: Iterable[str | os.PathLike[str]] | Summary,
     out: str | os.PathLike[str],
     formats: Sequence[str] = REPORT_FORMATS,
     allow_mixed: bool = False,
@@ -480,7 +490,10 @@ def build_report(
     confidence: float = CONFIDENCE,
     with_published: bool = False,
 ) -> ReportFiles:
-    """Writes the files of a report into `out`, as far as `formats` asks.
+    """Writes the files of a report on `source` into `out`, as far as `formats` asks.
+
+    `source`: directories with runs below them, or what `summarise` made of them with its own settings; those here
+    count for directories only.
 
     table.md/.csv/.tex; with csv also runs.csv and differences.csv; with png plots/*.png and *.svg, and samples/*.png
     (contact sheets of generated images); report.html.
@@ -492,7 +505,7 @@ def build_report(
     for name in formats:
         if name not in REPORT_FORMATS:
             raise UserError(f"unknown report format {name!r}; {nearest(name, REPORT_FORMATS, 'formats')}")
-    summary = summarise(dirs, allow_mixed=allow_mixed, baseline=baseline, confidence=confidence)
+    summary = _summary(source, allow_mixed, baseline, confidence)
     out = Path(out)
     files = ReportFiles(out, warnings=summary.warnings)
     try:
@@ -533,7 +546,7 @@ def build_report(
 
 
 def terminal_table(
-    dirs: Iterable[str | os.PathLike[str]],
+    source: Iterable[str | os.PathLike[str]] | Summary,
     form: str = "text",
     *,
     allow_mixed: bool = False,
@@ -543,7 +556,7 @@ def terminal_table(
     width: int | None = None,
     with_published: bool = False,
 ) -> str:
-    """All tables below `dirs` for stdout, as text, md, csv or tex; `baseline` and `confidence` as in `build_report`.
+    """All tables of `source` for stdout, as text, md, csv or tex; `source`, `baseline` and more as in `build_report`.
 
     `with_published` appends published numbers to any form but csv, whose columns are ours.
 
@@ -554,7 +567,7 @@ def terminal_table(
         ascii_only = not _can_print("±↑↓–×³−†")
     if width is None and sys.stdout.isatty():
         width = shutil.get_terminal_size().columns
-    summary = summarise(dirs, allow_mixed=allow_mixed, baseline=baseline, confidence=confidence)
+    summary = _summary(source, allow_mixed, baseline, confidence)
     text = render(summary, form, ascii_only=ascii_only, width=width)
     if with_published and form != "csv":
         text += "\n" + _published(summary, form, ascii_only=ascii_only, width=width)

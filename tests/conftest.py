@@ -89,3 +89,69 @@ def build(tiny: Callable[..., Any]) -> Callable[..., Any]:
         return domain, method_class(name)(resolved.sections["method"], domain, len(domain.tasks), 0)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def save_tiny_sd() -> Callable[..., Path]:
+    """save_tiny_sd(folder, vae_channels, draw=None) -> `folder`: a Stable Diffusion as diffusers saves it.
+
+    Epsilon prediction, 4 narrow cross-attention layers, latents of 8 px; the VAE doubles the size for every entry of
+    `vae_channels` but one. Weights are random, or set by `draw(module)` in each part.
+    """
+    import dualcl.benchmark.compat  # noqa: F401
+
+    # isort: split
+    import torch
+    from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from dualcl.benchmark.backbones import bundled_diffusion
+
+    def save(
+        folder: Path, vae_channels: tuple[int, ...], draw: Callable[[torch.nn.Module], object] | None = None
+    ) -> Path:
+        tokenizer = CLIPTokenizer.from_pretrained(str(bundled_diffusion()["glyph-diffusion"]), subfolder="tokenizer")
+        torch.manual_seed(0)
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=24,
+                intermediate_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=24,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            attention_head_dim=2,
+            cross_attention_dim=24,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        )
+        vae = AutoencoderKL(
+            block_out_channels=vae_channels,
+            down_block_types=("DownEncoderBlock2D",) * len(vae_channels),
+            up_block_types=("UpDecoderBlock2D",) * len(vae_channels),
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=8 * 2 ** (len(vae_channels) - 1),
+        )
+        if draw is not None:
+            for part in (text_encoder, unet, vae):
+                draw(part)
+        scheduler = DDPMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+        )
+        StableDiffusionPipeline(
+            vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
+        ).save_pretrained(folder)
+        return folder
+
+    return save

@@ -16,7 +16,7 @@ from dualcl.methods import available_methods
 # a module set to None cannot be imported
 BLOCKED = """
 import sys, time
-for name in ("torch", "torchvision", "timm", "diffusers", "transformers", "matplotlib", "pandas"):
+for name in ("torch", "torchvision", "timm", "diffusers", "transformers", "matplotlib", "pandas", "numpy", "scipy"):
     sys.modules[name] = None
 from dualcl.benchmark.cli import main
 code = main(sys.argv[1:])
@@ -29,7 +29,13 @@ def run_blocked(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", BLOCKED, *args], capture_output=True, text=True, timeout=60)
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["list"], ["run", "--help"], ["compare", "--help"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        *(["--help"], ["--version"], ["run", "--help"], ["compare", "--help"], ["report", "--help"]),
+        *(["list"], ["list", "published"]),
+    ],
+)
 def test_light_commands_import_nothing_heavy_and_start_fast(args: list[str]) -> None:
     done = run_blocked(*args)
     assert done.returncode == 0, done.stderr

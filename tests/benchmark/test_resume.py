@@ -293,7 +293,9 @@ def test_sigterm_keeps_the_folder_resumable_and_a_second_process_is_refused(
     child = runs.start("clora", out, long)
     wait_for(out / "checkpoints" / "partial")
     command = [sys.executable, "-m", "dualcl.benchmark.cli", "run", str(runs.preset), "clora", "--out", str(out)]
+    os.kill(child, signal.SIGSTOP)  # it holds the folder all the same, and leaves the cores to the second
     second = subprocess.run([*command, "--set", long], capture_output=True, text=True, cwd=tmp_path)
+    os.kill(child, signal.SIGCONT)
     assert second.returncode == 2
     assert second.stderr == f"dualcl: error: {out} is in use by another dualcl process; " + (
         "wait for it or choose another --out\n"

@@ -81,3 +81,42 @@ def concepts(concepts_preset: str, small_diffusion: Any) -> Callable[..., Any]:
 def empty_record() -> Callable[[], dict[str, Any]]:
     """empty_record() -> what `Run.execute` fills."""
     return lambda: {"tasks": [], "matrix": {"rows": []}, "measured": {"tasks": []}}
+
+
+@pytest.fixture(scope="session")
+def executed(empty_record: Callable[[], dict[str, Any]]) -> Callable[..., Any]:
+    """executed(resolved, folder, kind=Run) -> the run of a resolved configuration, done."""
+    from dualcl.benchmark.progress import Reporter
+    from dualcl.benchmark.record import RunFolder
+    from dualcl.benchmark.runner import Run
+
+    def execute(resolved: Any, folder: Path, kind: type[Run] = Run) -> Run:
+        work = kind(resolved, RunFolder(folder), Reporter(quiet=True))
+        work.execute(empty_record())
+        return work
+
+    return execute
+
+
+@pytest.fixture
+def resumed(executed: Callable[..., Any], tmp_path: Path) -> Callable[..., dict[str, torch.Tensor]]:
+    """resumed(resolved, where) -> the tensors that a run ends with, whether interrupted at step `where` or not."""
+    from dualcl.benchmark.runner import Run
+
+    def run_twice(resolved: Any, where: str) -> dict[str, torch.Tensor]:
+        class Killed(Run):
+            def step(self, batch: Any, optimizer: Any, factor: float, at: str) -> Any:
+                if at == where:
+                    raise KeyboardInterrupt
+                return super().step(batch, optimizer, factor, at)
+
+        whole: dict[str, torch.Tensor] = executed(resolved, tmp_path / "whole").tensors()
+        with pytest.raises(KeyboardInterrupt):
+            executed(resolved, tmp_path / "run", Killed)
+        assert (tmp_path / "run" / "checkpoints" / "partial").is_dir()
+        again = executed(resolved, tmp_path / "run").tensors()
+        assert again.keys() == whole.keys()
+        assert [n for n, t in again.items() if not torch.equal(t, whole[n])] == []
+        return whole
+
+    return run_twice

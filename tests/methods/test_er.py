@@ -10,8 +10,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.progress import Reporter
-from dualcl.benchmark.record import RunFolder
 from dualcl.benchmark.runner import Run, run
 from dualcl.datasets.loader import ImageLoader, View
 from dualcl.methods import available_methods
@@ -28,12 +26,6 @@ def learnt(domain, method, tasks):
     for task in range(tasks):
         begin(domain, method, task)
         method.end_task(task)
-
-
-def executed(resolved, folder, kind=Run):
-    work = kind(resolved, RunFolder(folder), Reporter(quiet=True))
-    work.execute({"tasks": [], "matrix": {"rows": []}, "measured": {"tasks": []}})
-    return work
 
 
 def views(domain, task):
@@ -230,7 +222,7 @@ class Poisoned(Run):
 
 
 @pytest.mark.parametrize("cache", ["1024", "0"])
-def test_earlier_images_are_replayed_but_never_read_again(tiny, tmp_path, cache):
+def test_earlier_images_are_replayed_but_never_read_again(tiny, executed, tmp_path, cache):
     sets = (f"input.cache_mib={cache}", "method.memory=9")
     poisoned = executed(tiny("er", *sets), tmp_path / "poisoned", Poisoned).tensors()
     plain = executed(tiny("er", *sets), tmp_path / "plain").tensors()
@@ -239,24 +231,9 @@ def test_earlier_images_are_replayed_but_never_read_again(tiny, tmp_path, cache)
     assert not torch.equal(finetuned["domain.heads.0.weight"], plain["domain.heads.0.weight"])
 
 
-class KilledRun(Run):
-    """Is interrupted in the third task's third step."""
-
-    def step(self, batch, optimizer, factor, where):
-        if where == "task 3, step 2":
-            raise KeyboardInterrupt
-        return super().step(batch, optimizer, factor, where)
-
-
-def test_an_interrupted_run_ends_as_an_undisturbed_one(tiny, tmp_path):
+def test_an_interrupted_run_ends_as_an_undisturbed_one(tiny, resumed):
     sets = ("train.checkpoint_seconds=0", "train.batch_size=3", "method.memory=9", "input.augment=flip")
-    whole = executed(tiny("er", *sets), tmp_path / "whole").tensors()
-    with pytest.raises(KeyboardInterrupt):
-        executed(tiny("er", *sets), tmp_path / "run", KilledRun)
-    assert (tmp_path / "run" / "checkpoints" / "partial").is_dir()
-    again = executed(tiny("er", *sets), tmp_path / "run").tensors()
-    assert again.keys() == whole.keys() >= {"method.pixels", "method.targets", "method.seen"}
-    assert [n for n, t in again.items() if not torch.equal(t, whole[n])] == []
+    assert resumed(tiny("er", *sets), "task 3, step 2").keys() >= {"method.pixels", "method.targets", "method.seen"}
 
 
 @pytest.mark.parametrize(

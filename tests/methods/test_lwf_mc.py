@@ -9,8 +9,6 @@ import torch
 from torch.nn.functional import binary_cross_entropy
 
 from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.progress import Reporter
-from dualcl.benchmark.record import RunFolder
 from dualcl.benchmark.runner import Run
 from dualcl.methods.lwf_mc import LwFMCConfig, distillation_loss
 
@@ -42,12 +40,6 @@ def begun(build):
         return domain, method, next(domain.batches(1, 0))
 
     return make
-
-
-def executed(resolved, folder, kind=Run):
-    work = kind(resolved, RunFolder(folder), Reporter(quiet=True))
-    work.execute({"tasks": [], "matrix": {"rows": []}, "measured": {"tasks": []}})
-    return work
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------------
@@ -154,7 +146,7 @@ def test_the_copy_is_neither_trained_nor_saved_nor_kept(begun):
     assert method.teacher is None
 
 
-def test_what_it_remembers_stays_nearer_with_the_term(tiny, tmp_path):
+def test_what_it_remembers_stays_nearer_with_the_term(tiny, executed, tmp_path):
     """Rows of old classes answer the images of a new task as before, at the price of the weight."""
     drift = []
     for weight in (0, 1):
@@ -173,24 +165,9 @@ def test_what_it_remembers_stays_nearer_with_the_term(tiny, tmp_path):
     assert drift[1] < 0.5 * drift[0]
 
 
-class KilledRun(Run):
-    """Is interrupted in the third task's third step."""
-
-    def step(self, batch, optimizer, factor, where):
-        if where == "task 3, step 2":
-            raise KeyboardInterrupt
-        return super().step(batch, optimizer, factor, where)
-
-
-def test_an_interrupted_run_ends_as_an_undisturbed_one(tiny, tmp_path):
+def test_an_interrupted_run_ends_as_an_undisturbed_one(tiny, resumed):
     sets = ("train.checkpoint_seconds=0", "train.batch_size=3", "method.lr=1e-3", "head.init=linear")
-    whole = executed(tiny("lwf_mc", *sets), tmp_path / "whole").tensors()
-    with pytest.raises(KeyboardInterrupt):
-        executed(tiny("lwf_mc", *sets), tmp_path / "run", KilledRun)
-    assert (tmp_path / "run" / "checkpoints" / "partial").is_dir()
-    again = executed(tiny("lwf_mc", *sets), tmp_path / "run").tensors()
-    assert again.keys() == whole.keys()
-    assert [n for n, t in again.items() if not torch.equal(t, whole[n])] == []
+    resumed(tiny("lwf_mc", *sets), "task 3, step 2")
 
 
 def test_a_negative_weight_is_refused():

@@ -10,9 +10,6 @@ import torch
 
 from dualcl.benchmark.domain import Domain, Site, Task
 from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.progress import Reporter
-from dualcl.benchmark.record import RunFolder
-from dualcl.benchmark.runner import Run
 from dualcl.methods.ewc import EWC, EWCConfig
 from dualcl.methods.l2 import L2Config
 from dualcl.methods.site_weights import whole_weights
@@ -29,15 +26,6 @@ def move(method, seed=0, size=0.01):
 def begin(domain, method, task):
     domain.begin_task(task, method.output_scope)
     method.begin_task(task)
-
-
-class KilledRun(Run):
-    """Is interrupted in the third task's second step."""
-
-    def step(self, batch, optimizer, factor, where):
-        if where == "task 3, step 1":
-            raise KeyboardInterrupt
-        return super().step(batch, optimizer, factor, where)
 
 
 # --- the weights ------------------------------------------------------------------------------------------------------
@@ -345,12 +333,6 @@ def test_with_lambda_one_ewc_of_two_quadratics_finds_their_joint_solution():
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
-def execute(resolved, folder, kind=Run):
-    work = kind(resolved, RunFolder(folder), Reporter(quiet=True))
-    work.execute({"tasks": [], "matrix": {"rows": []}, "measured": {"tasks": []}})
-    return work
-
-
 @pytest.mark.parametrize("name", ["l2", "ewc"])
 def test_a_large_lambda_holds_the_weights(build, name):
     moved = []
@@ -377,23 +359,16 @@ def test_a_large_lambda_holds_the_weights(build, name):
 
 
 @pytest.mark.parametrize("name", ["l2", "ewc"])
-def test_lambda_zero_is_training_without_penalty(tiny, tmp_path, name):
-    l2 = execute(tiny("l2", "method.lambda_=0"), tmp_path / "l2")
-    this = execute(tiny(name, "method.lambda_=0"), tmp_path / "this")
+def test_lambda_zero_is_training_without_penalty(tiny, executed, tmp_path, name):
+    l2 = executed(tiny("l2", "method.lambda_=0"), tmp_path / "l2")
+    this = executed(tiny(name, "method.lambda_=0"), tmp_path / "this")
     assert this.method.penalty() is None
     assert torch.equal(this.method.flat(), l2.method.flat())
 
 
 @pytest.mark.parametrize("sets", [("l2",), ("l2", "method.reference=pretrained"), ("ewc",)])
-def test_an_interrupted_run_ends_as_an_undisturbed_one(tiny, tmp_path, sets):
-    resolved = tiny(*sets, "train.checkpoint_seconds=0", "train.batch_size=3", "method.lr=1e-3")
-    whole = execute(resolved, tmp_path / "whole").tensors()
-    with pytest.raises(KeyboardInterrupt):
-        execute(resolved, tmp_path / "run", KilledRun)
-    assert (tmp_path / "run" / "checkpoints" / "partial").is_dir()
-    again = execute(resolved, tmp_path / "run").tensors()
-    assert again.keys() == whole.keys()
-    assert [n for n, t in again.items() if not torch.equal(t, whole[n])] == []
+def test_an_interrupted_run_ends_as_an_undisturbed_one(tiny, resumed, sets):
+    resumed(tiny(*sets, "train.checkpoint_seconds=0", "train.batch_size=3", "method.lr=1e-3"), "task 3, step 1")
 
 
 @pytest.mark.parametrize(

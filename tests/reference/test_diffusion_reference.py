@@ -20,16 +20,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor
 
-import dualcl.benchmark.compat  # noqa: F401 - before diffusers
-
-# isort: split
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from dualcl.benchmark.backbones import bundled_diffusion
 from dualcl.benchmark.config import resolve
 from dualcl.benchmark.domains.customization import ConceptBatch, Entries
 from dualcl.benchmark.progress import Reporter
@@ -68,50 +61,9 @@ def draw_weights(module: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(save_tiny_sd: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion of 32 px with four narrow cross-attention layers, as diffusers saves it."""
-    tokenizer = CLIPTokenizer.from_pretrained(str(bundled_diffusion()["glyph-diffusion"]), subfolder="tokenizer")
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=24,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=24,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=2,
-        cross_attention_dim=24,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=SIDE,
-    )
-    for part in (text_encoder, unet, vae):
-        draw_weights(part)
-    scheduler = DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
-    )
-    folder = tmp_path_factory.mktemp("reference") / "tiny-sd"
-    StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, None, None, requires_safety_checker=False
-    ).save_pretrained(folder)
-    return folder
+    return save_tiny_sd(tmp_path_factory.mktemp("reference") / "tiny-sd", (8, 8, 16), draw_weights)
 
 
 @pytest.fixture(scope="module")

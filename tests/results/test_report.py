@@ -1,19 +1,30 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import csv
+import gc
 import html
+import io
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
+import matplotlib
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from PIL import Image
 
 from dualcl.benchmark.cli import main
 from dualcl.benchmark.errors import UserError
+from dualcl.results import plots
 from dualcl.results.plots import (
+    MAX_LINES,
+    MAX_METHODS,
     PLOTS,
     critical_difference_diagram,
     drift_curves,
@@ -27,8 +38,9 @@ from dualcl.results.plots import (
     update_norms,
 )
 from dualcl.results.records import find_records, load_record
-from dualcl.results.report import build_report, command
+from dualcl.results.report import build_report, command, terminal_table
 from dualcl.results.statistics import Ranking, rank_methods
+from dualcl.results.tables import rare_collections, summarise
 
 WriteRun = Callable[..., Path]
 
@@ -166,6 +178,51 @@ def test_plots_show_the_recorded_numbers(runs: Path) -> None:
     losses = loss_curves(records)
     assert losses is not None
     assert max(losses.axes[0].lines[0].get_xdata()) == 110  # two tasks of 50 steps before step 10 of the third
+
+
+@pytest.mark.parametrize("name", sorted(set(PLOTS) - ELSEWHERE))
+def test_pictures_are_those_of_savefig(runs: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = find_records([runs])
+    figure = PLOTS[name].draw(records)
+    assert figure is not None
+    for suffix in (".svg", ".png"):  # the second finds the layout made
+        save_figure(figure, tmp_path / f"ours{suffix}")
+    # what spares matplotlib work is left out
+    rc = {key: value for key, value in plots._RC.items() if key != "axes.titley"}
+    monkeypatch.setattr(plots, "_RC", rc)
+    monkeypatch.setattr(plots, "_unlabelled", lambda axes: None)
+    figure = PLOTS[name].draw(records)
+    assert figure is not None
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(rc):
+        figure.savefig(buffer, dpi=200)
+    ours, theirs = (np.asarray(Image.open(file).convert("RGB")) for file in (tmp_path / "ours.png", buffer))
+    assert np.array_equal(ours, theirs)
+
+
+def test_a_crowded_plot_shows_the_best_and_says_so(write_run: WriteRun, tmp_path: Path) -> None:
+    for i in range(MAX_METHODS + 6):
+        write_run([[90], [50, 60 + i]], label=f"m{i:02}", log=LOG)
+    write_run([None, [99, 99]], label="joint", method="joint", joint=True)
+    records = find_records([tmp_path])
+    best = [f"m{i:02}" for i in range(6, MAX_METHODS + 6)]
+    maps, curve = heat_maps(records), quality_curves(records)
+    assert maps is not None
+    assert curve is not None
+    assert [t for axes in maps.axes if (t := axes.get_title(loc="left"))] == best
+    assert {line.get_label() for line in curve.axes[0].lines} == {*best, "joint (upper bound)"}
+    for title in (maps.get_suptitle(), curve.axes[0].get_title(loc="left")):
+        assert title.endswith(f"(1 seed, best {MAX_METHODS} of {MAX_METHODS + 6} methods)")
+
+
+def test_a_panel_of_losses_shows_the_first_seeds(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed in range(MAX_LINES + 2):
+        log = [{"task": 0, "step": s, "loss": 1.0 + seed} for s in (0, 5)]
+        write_run([[90]], seed=seed, log=log)
+    losses = loss_curves(find_records([tmp_path]))
+    assert losses is not None
+    assert [line.get_ydata()[0] for line in losses.axes[0].lines] == [1.0 + seed for seed in range(MAX_LINES)]
+    assert f"training loss of the first {MAX_LINES} seeds ({MAX_LINES + 2} seeds)" in losses.get_suptitle()
 
 
 def test_plots_with_nothing_to_draw_are_left_out(write_run: WriteRun, tmp_path: Path) -> None:
@@ -332,6 +389,36 @@ def test_the_critical_difference_diagram_shows_the_ranks(tmp_path: Path) -> None
     assert not [(a, b) for i, a in enumerate(boxes) for b in boxes[:i] if a.overlaps(b)]
     page = figure.bbox
     assert all(box.x0 >= page.x0 and box.x1 <= page.x1 for box in boxes)
+
+
+def test_a_summary_gives_the_report_of_its_directories(runs: Path, tmp_path: Path) -> None:
+    tables = ["md", "csv", "tex"]
+    one = build_report([runs], tmp_path / "one", tables, baseline="lora", confidence=0.9)
+    summary = summarise([runs], baseline="lora", confidence=0.9)
+    two = build_report(summary, tmp_path / "two", tables)
+    assert [p.read_bytes() for p in one.tables] == [p.read_bytes() for p in two.tables]
+    assert one.warnings == two.warnings
+    assert terminal_table(summary) == terminal_table([runs], baseline="lora", confidence=0.9)
+
+
+def test_the_command_prints_the_table_before_it_can_draw(runs: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(['torch', 'matplotlib', 'pandas', 'PIL']));"
+        "from dualcl.benchmark.cli import main; main(sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", code, "report", str(runs), "--out", str(tmp_path / "out"), "--format", "png"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    assert done.returncode == 1
+    assert "import of matplotlib halted" in done.stderr
+    assert done.stdout == terminal_table([runs])
+
+
+def test_collections_are_as_rare_as_before_afterwards() -> None:
+    usual = gc.get_threshold()
+    with contextlib.suppress(KeyError), rare_collections():
+        assert gc.get_threshold()[0] > usual[0]
+        raise KeyError
+    assert gc.get_threshold() == usual
 
 
 def test_the_command_takes_a_baseline_and_a_confidence(
