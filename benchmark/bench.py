@@ -24,7 +24,10 @@ PRESET = "imagenet-r-10"
 METHODS = "clora,lora,coda_prompt,dualprompt,l2p"
 #: tasks a method is told of, where the measured ones do not ask for more: prompt pools are shared out among them
 PLANNED_TASKS = 10
-MAY_SET = ("methods.", "method.", "backbone.kwargs.", "train.optimizer", "train.grad_clip")
+MAY_SET = (
+    *("methods.", "method.", "backbone.kwargs.", "backbone.gradient_checkpointing"),
+    *("train.optimizer", "train.grad_clip"),
+)
 SETUP = ("backbone", "image_size", "batch", "precision", "repeats", "device", "threads", "torch", "timm", "dualcl")
 
 J = TypeVar("J")
@@ -110,7 +113,7 @@ def add_shared(parser: argparse.ArgumentParser, example: str) -> None:
     )
 
 
-def main_step(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> int:
     """Measures, prints the table and writes `--out`; returns the exit code."""
     return measure_all(args, [(job.method or "backbone", job) for job in plan(args)], measure, render)
 
@@ -133,18 +136,18 @@ def measure_all(
     results: list[tuple[str, dict[str, Any]]] = []
     errors: list[Exception] = []
     for number, (name, job) in enumerate(jobs, start=1):
-        _say(f"[{number}/{len(jobs)}] {name}")
+        say(f"[{number}/{len(jobs)}] {name}")
         try:
             results.append((name, work(job)))
         except (UserError, RunFailed) as error:
-            _say(f"{name}: {error}")
+            say(f"{name}: {error}")
             errors.append(error)
     if results:
         text = show(args, results)
         print(text, end="")
         if args.out is not None:
             write_text(args.out, text)
-            _say(f"written to {args.out}")
+            say(f"written to {args.out}")
     if errors:
         raise errors[0]
     return 0
@@ -155,28 +158,9 @@ def plan(args: argparse.Namespace) -> list[Job]:
     from dualcl.methods import method_class, method_info
 
     tasks = args.grow or [args.task]
-    for key, _ in map(parse_assignment, args.sets):
-        if not key.startswith(MAY_SET):
-            raise UserError(
-                f"--set {key}: bench step takes only {', '.join(k + '*' * k.endswith('.') for k in MAY_SET)}"
-            )
-    sets = [
-        *args.sets,
-        f"backbone.name={json.dumps(args.backbone)}",
-        "backbone.pretrained=false",
-        f"backbone.kwargs.img_size={args.image_size}",
-        f"precision={args.precision}",
-        f"device={json.dumps(args.device)}",
-        f"threads={'none' if args.threads is None else args.threads}",
-        f"train.batch_size={args.batch}",
-        f"train.epochs={args.repeats + 16}",  # one batch each; a few more than are timed
-        "train.drop_last=true",
-        f"eval.batch_size={args.batch}",
-        f"stream.tasks={max(tasks[-1], 1 if args.grow else PLANNED_TASKS)}",
-        "input.augment=flip",
-        "input.resize=none",
-        "input.workers=0",
-    ]
+    planned = max(tasks[-1], 1 if args.grow else PLANNED_TASKS)
+    sets = settings(args, "step", tasks=planned, precision=args.precision)
+    sets += [f"device={json.dumps(args.device)}", f"threads={'none' if args.threads is None else args.threads}"]
     domain = load_preset(PRESET).domain
     names: list[str | None] = [*parse_names(args.methods, "methods")]
     for name in names:
@@ -188,6 +172,30 @@ def plan(args: argparse.Namespace) -> list[Job]:
     if not args.grow:
         names.insert(0, None)
     return [Job(PRESET, name, sets, tasks, args.repeats, bool(args.grow)) for name in names]
+
+
+def settings(args: argparse.Namespace, kind: str, tasks: int, precision: str) -> list[str]:
+    """What a run on random images is told, --set included. UserError for a --set that would change more than speed."""
+    for key, _ in map(parse_assignment, args.sets):
+        if not key.startswith(MAY_SET):
+            raise UserError(
+                f"--set {key}: bench {kind} takes only {', '.join(k + '*' * k.endswith('.') for k in MAY_SET)}"
+            )
+    return [
+        *args.sets,
+        f"backbone.name={json.dumps(args.backbone)}",
+        "backbone.pretrained=false",
+        f"backbone.kwargs.img_size={args.image_size}",
+        f"precision={precision}",
+        f"train.batch_size={args.batch}",
+        f"train.epochs={args.repeats + 16}",  # one batch each; a few more than are timed
+        "train.drop_last=true",
+        f"eval.batch_size={args.batch}",
+        f"stream.tasks={tasks}",
+        "input.augment=flip",
+        "input.resize=none",
+        "input.workers=0",
+    ]
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -209,14 +217,20 @@ def in_process(module: str, name: str, job: dict[str, Any]) -> dict[str, Any]:
         raise RunFailed(f"{name}: killed by signal {-done.returncode}{why}")
     if done.returncode or not done.stdout.strip():
         raise RunFailed(f"{name}: its process ended with code {done.returncode}; its own message is above")
-    reply: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result_of(name, done.stdout)
+
+
+def result_of(name: str, stdout: str) -> dict[str, Any]:
+    """The result in the last line that a process printed. Raises UserError."""
+    reply: dict[str, Any] = json.loads(stdout.strip().splitlines()[-1])
     if "error" in reply:
         raise UserError(f"{name}: {reply['error']}")
     result: dict[str, Any] = reply["result"]
     return result
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Prints a line to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, "methods.clora.rank=16")
 
 
-def main_concepts(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace) -> int:
     """Measures, prints the table and writes `--out`; returns the exit code."""
     return measure_all(args, [(job.method, job) for job in plan(args)], measure, render)
 

@@ -33,7 +33,6 @@ from dualcl.datasets.base import ClassData, ImageSet
 WARM_UP = 2
 #: batches of test images in a measured evaluation
 TEST_BATCHES = 2
-CLASSES_PER_TASK = 2
 CPU = torch.device("cpu")
 
 
@@ -50,15 +49,15 @@ class Noise:
         return Image.fromarray(rng.integers(0, 256, (self.size, self.size, 3), dtype=np.uint8))
 
 
-def noise(tasks: int, train: int, test: int, size: int) -> ClassData:
-    """Random images: `train` and `test` of them per task, two classes per task, `size` x `size` pixels."""
+def noise(tasks: int, train: int, test: int, size: int, classes: int = 2) -> ClassData:
+    """Random images: `train` and `test` of them per task, `classes` classes per task, `size` x `size` pixels."""
 
     def part(name: str, count: int) -> ImageSet:
-        labels = np.concatenate([CLASSES_PER_TASK * t + np.arange(count) % CLASSES_PER_TASK for t in range(tasks)])
+        labels = np.concatenate([classes * t + np.arange(count) % classes for t in range(tasks)])
         ids = tuple(f"{name}/{i}" for i in range(len(labels)))
         return ImageSet(ids, labels, Noise(name, size), "noise")
 
-    names = tuple(f"class {c}" for c in range(CLASSES_PER_TASK * tasks))
+    names = tuple(f"class {c}" for c in range(classes * tasks))
     return ClassData("noise", names, part("train", train), part("test", test), "noise", "noise")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from dualcl.benchmark.progress import Reporter, printable
 if TYPE_CHECKING:
     from dualcl.benchmark.compare import Outcome
     from dualcl.benchmark.config import Preset, Resolved
+    from dualcl.results.tables import Summary
 
 RUNS = Path("runs")
 REPORT_FORMATS = ("md", "csv", "tex", "html", "png")
@@ -252,13 +254,11 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
 
 
 def _add_bench(command: argparse.ArgumentParser) -> None:
-    from dualcl.benchmark import bench, bench_concepts
+    from dualcl.benchmark.bench_pairs import KINDS
 
     kinds = command.add_subparsers(dest="kind", required=True, metavar="WHAT")
-    step = kinds.add_parser("step", help="time and memory of one training step per method (classification)")
-    bench.add_arguments(step)
-    concepts = kinds.add_parser("concepts", help="the same for customization: at full size, or as concepts are added")
-    bench_concepts.add_arguments(concepts)
+    for name, (module, summary) in KINDS.items():
+        importlib.import_module(module).add_arguments(kinds.add_parser(name, help=summary))
 
 
 # --- sub-commands -----------------------------------------------------------------------------------------------------
@@ -276,18 +276,10 @@ def _formats(text: str | None) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _write_report(
-    dirs: Sequence[Path],
-    out: Path,
-    formats: tuple[str, ...],
-    allow_mixed: bool,
-    baseline: str | None = None,
-    confidence: float = 0.95,
-    with_published: bool = False,
-) -> None:
+def _write_report(summary: Summary, out: Path, formats: tuple[str, ...], with_published: bool = False) -> None:
     from dualcl.results.report import build_report
 
-    files = build_report(dirs, out, formats, allow_mixed, baseline, confidence, with_published)
+    files = build_report(summary, out, formats, with_published=with_published)
     _say(f"report: {files.html or files.out}")
 
 
@@ -331,11 +323,12 @@ def _compare(args: argparse.Namespace) -> int:
     code = _conclude(outcomes, args.quiet)
     if any(o.code == 0 for o in outcomes):
         from dualcl.results.report import terminal_table
+        from dualcl.results.tables import summarise
 
         dirs = [p.out for p in plan if (p.out / "record.json").is_file()]
-        how = {"allow_mixed": args.allow_mixed, "baseline": args.baseline, "confidence": args.confidence}
-        print(terminal_table(dirs, **how).rstrip("\n"))
-        _write_report(dirs, out / "report", formats, **how)
+        summary = summarise(dirs, allow_mixed=args.allow_mixed, baseline=args.baseline, confidence=args.confidence)
+        print(terminal_table(summary).rstrip("\n"), flush=True)
+        _write_report(summary, out / "report", formats)
     return code
 
 
@@ -360,6 +353,7 @@ def _quickstart(args: argparse.Namespace) -> int:
     from dualcl.benchmark.compare import default_methods, execute, parse_names, plan_comparison
     from dualcl.benchmark.environment import usable_cpus
     from dualcl.results.report import terminal_table
+    from dualcl.results.tables import summarise
 
     args.place = args.out
     plan = []
@@ -371,13 +365,15 @@ def _quickstart(args: argparse.Namespace) -> int:
     code = _conclude(outcomes, args.quiet)
     if any(o.code == 0 for o in outcomes):
         dirs = [p.out for p in plan if (p.out / "record.json").is_file()]
-        print(terminal_table(dirs).rstrip("\n"))
-        _write_report(dirs, args.out / "report", REPORT_FORMATS, False)
+        summary = summarise(dirs)
+        print(terminal_table(summary).rstrip("\n"), flush=True)
+        _write_report(summary, args.out / "report", REPORT_FORMATS)
     return code
 
 
 def _report(args: argparse.Namespace) -> int:
     from dualcl.results.report import terminal_table
+    from dualcl.results.tables import summarise
 
     if args.ledger is not None:
         return _write_ledger(args)
@@ -389,15 +385,11 @@ def _report(args: argparse.Namespace) -> int:
         raise UserError(
             "--with-published keeps published numbers out of our table: with --format csv give --out DIR too"
         )
-    how = {
-        "allow_mixed": args.allow_mixed,
-        "baseline": args.baseline,
-        "confidence": args.confidence,
-        "with_published": args.with_published,
-    }
-    print(terminal_table(args.dirs, alone or "text", **how).rstrip("\n"))
+    summary = summarise(args.dirs, allow_mixed=args.allow_mixed, baseline=args.baseline, confidence=args.confidence)
+    # the table first: pictures take longer
+    print(terminal_table(summary, alone or "text", with_published=args.with_published).rstrip("\n"), flush=True)
     if args.out is not None or not alone:
-        _write_report(args.dirs, args.out or args.dirs[0] / "report", formats, **how)
+        _write_report(summary, args.out or args.dirs[0] / "report", formats, args.with_published)
     return 0
 
 
@@ -639,10 +631,9 @@ def _pretrain(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from dualcl.benchmark.bench import main_step
-    from dualcl.benchmark.bench_concepts import main_concepts
+    from dualcl.benchmark.bench_pairs import KINDS
 
-    return int({"step": main_step, "concepts": main_concepts}[args.kind](args))
+    return int(importlib.import_module(KINDS[args.kind][0]).main(args))
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from dualcl.benchmark.backbones import bundled_diffusion
 from dualcl.benchmark.domain import Site
 from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.lean import make_lean
 from dualcl.benchmark.vit import state_hash
 
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
@@ -81,6 +82,7 @@ class Diffusion:
         self.device = torch.device(device)
         for part in (text_encoder, unet, vae):
             part.requires_grad_(False).eval().to(self.device)
+        make_lean(unet)
         factor = 2 ** (len(vae.config.block_out_channels) - 1)
         size = unet.config.sample_size
         hashes = {p: state_hash(getattr(self, p).state_dict()) for p in ("text_encoder", "unet", "vae")}

@@ -55,6 +55,11 @@ def source_state() -> tuple[str | None, bool | None]:
     return commit, None if changes is None else bool(changes)
 
 
+def checkout_commit(root: Path) -> str | None:
+    """The short commit of a git checkout; None where the folder is none of its own."""
+    return _git(root, "rev-parse", "--short", "HEAD") if (root / ".git").exists() else None
+
+
 def environment() -> dict[str, Any]:
     """Versions, commit and platform for a record; no host name, no user name, no path."""
     commit, dirty = source_state()

@@ -152,7 +152,8 @@ class AdaptedLinear(nn.Module):
         """x (..., d_in) -> (..., d_out)."""
         active = [u for u in self._updates() if u.active]
         if not active:
-            return self.base(x)  # type: ignore[no-any-return]
+            plain: Tensor = self.base(x)
+            return plain
         if self._merges(x, active):
             rows = [slice(u.site.start, u.site.stop) for u in active]
             factors = [f for u in active for f in (u.A, u.B)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # the tests share the cores among their processes, not among threads
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 N_CLASSES = 7  # in 3 tasks: 3, 2 and 2 classes
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,39 @@ def grown(method: str, tasks: str, *words: str) -> list[dict[str, Any]]:
     return points
 
 
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Jobs are done by the same `main` as in a process of their own, without its start."""
+    import torch
+
+    from dualcl.benchmark import bench_step
+
+    def job_done(module: str, name: str, job: dict[str, Any]) -> dict[str, Any]:
+        assert module == bench_step.__name__
+        monkeypatch.setattr(sys, "stdin", io.StringIO(json.dumps(job)))
+        replies = io.StringIO()
+        with contextlib.redirect_stdout(replies):
+            assert bench_step.main() == 0
+        return bench.result_of(name, replies.getvalue())
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(bench, "in_process", job_done)
+    yield
+    torch.set_num_threads(threads)
+
+
+def check_row(row: dict[str, str], parts: list[str]) -> None:
+    for part in parts:
+        least, middle, most = (float(row[f"{part}_time_ratio{end}"]) for end in ("_min", "", "_max"))
+        assert 0 < least <= middle <= most
+        assert float(row[f"{part}_images_per_s"]) > 0
+    assert float(row["peak_process_mib"]) > 10
+    assert row["peak_cuda_mib"] == ""
+    assert (row["device"], row["threads"], row["precision"], row["batch"]) == ("cpu", "1", "fp32", "4")
+    assert row["torch"]
+
+
+@pytest.mark.usefixtures("in_this_process")
 def test_command_measures_every_method_it_can_beside_the_backbone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,17 +87,18 @@ def test_command_measures_every_method_it_can_beside_the_backbone(
     rows = {row["method"]: row for row in csv.DictReader(io.StringIO(text))}
     assert list(rows) == ["backbone", "clora", "l2p"]
     for row in rows.values():
-        parts = ["train", "first", *(["later"] if row["method"] == "l2p" else [])]
-        for part in parts:
-            least, middle, most = (float(row[f"{part}_time_ratio{end}"]) for end in ("_min", "", "_max"))
-            assert 0 < least <= middle <= most
-            assert float(row[f"{part}_images_per_s"]) > 0
-        assert float(row["peak_process_mib"]) > 10
-        assert row["peak_cuda_mib"] == ""
-        assert (row["device"], row["threads"], row["precision"], row["batch"]) == ("cpu", "1", "fp32", "4")
-        assert row["torch"]
+        check_row(row, ["train", "first", *(["later"] if row["method"] == "l2p" else [])])
     assert float(rows["backbone"]["train_time_ratio"]) == 1
     assert rows["clora"]["later_images_per_s"] == ""
+
+
+def test_command_measures_in_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "step", *TINY, "--methods", "coda_prompt", "--repeats", "1", "--format", "csv"]) == 2
+    text, errors = capsys.readouterr()
+    assert errors.splitlines()[-1].startswith("dualcl: error: coda_prompt: method.blocks")
+    (row,) = csv.DictReader(io.StringIO(text))
+    assert row["method"] == "backbone"
+    check_row(row, ["train", "first"])
 
 
 @pytest.mark.parametrize("method", ["clora", "lora"])
@@ -157,7 +193,7 @@ def test_mistakes_are_named_before_anything_is_measured(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "measure", lambda job: pytest.fail("measured"))
     with pytest.raises(UserError, match=culprit):
-        bench.main_step(arguments("--methods", "lora", *words))
+        bench.main(arguments("--methods", "lora", *words))
 
 
 def test_growth_wants_ascending_tasks(capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,8 +202,8 @@ def test_growth_wants_ascending_tasks(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_process_that_dies_is_a_failed_run() -> None:
-    with pytest.raises(RunFailed, match="lora"):
-        bench.measure(bench.Job(bench.PRESET, "lora", [3], [2], 1, False))  # type: ignore[list-item]
+    with pytest.raises(RunFailed, match=r"lora: .* code 2"):
+        bench.in_process("dualcl.benchmark.cli", "lora", {})
 
 
 def test_help_needs_no_torch() -> None:

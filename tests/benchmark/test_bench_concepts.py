@@ -259,7 +259,7 @@ def test_mistakes_are_named_before_anything_is_measured(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench_concepts, "measure", lambda job: pytest.fail("measured"))
     with pytest.raises(UserError, match=culprit):
-        bench_concepts.main_concepts(arguments(*what, *words))
+        bench_concepts.main(arguments(*what, *words))
 
 
 @pytest.mark.parametrize("words", [[], ["--full-size", "--grow", "2,30"], ["--grow", "30,2"]])
