@@ -80,11 +80,7 @@ class TrainConfig:
             raise UserError(f"train.grad_clip must be positive, got {self.grad_clip}")
 
 
-#: libyaml's where PyYAML has it: ten times as fast
-_SafeLoader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-class _Loader(_SafeLoader):  # type: ignore[misc, valid-type]
+class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-3 as a float, as YAML 1.2 does, and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
