@@ -33,7 +33,7 @@ class LowRankUpdate(nn.Module):
         self.A = nn.Parameter(torch.zeros(site.d_out, rank, **like), requires_grad=False)
         self.B = nn.Parameter(torch.zeros(rank, site.d_in, **like), requires_grad=False)
         self.register_buffer("summed", torch.zeros(site.d_out, site.d_in, **like))
-        #: a copy from the first fold on: until then the frozen weight is W_init
+        #: a copy on the CPU from the first fold on: until then the frozen weight is W_init
         self.w_init: Tensor | None = None
         #: False while A is zero for good (between tasks): the side path is then left out
         self.active = False
@@ -88,8 +88,8 @@ class LowRankUpdate(nn.Module):
     def refold(self) -> None:
         """Sets the frozen weight to W_init + S."""
         if self.w_init is None:
-            self.w_init = self.site.weight.clone()
-        self.site.weight.copy_(self.w_init + self.summed)
+            self.w_init = self.site.weight.to("cpu", copy=True)
+        self.site.weight.copy_(self.w_init.to(self.summed.device) + self.summed)
 
     @torch.no_grad()
     def unfold(self) -> None:

@@ -19,6 +19,10 @@ What `dualcl bench` measured, each quantity beside the code that a user would pi
 machine that take turns, with the same weights, batch, resolution, threads and, unless a row says otherwise, precision.
 Ratios count, not seconds. Weights and images are random where a section says nothing else: speed does not depend on
 them.
+
+Two things are tests instead of rows: each test image passes the model once per evaluation of all tasks
+(`tests/benchmark/test_evaluation_passes.py`), and `dualcl --help`, `list` and `report` print without importing torch
+(`tests/benchmark/test_cli_start.py`).
 """
 
 
