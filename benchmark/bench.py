@@ -69,13 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of its own; its steps alternate with the bare backbone's."
     )
     parser.add_argument("--methods", default=METHODS, metavar="A,B,C", help="default %(default)s")
-    parser.add_argument(
-        "--backbone", default="vit_base_patch16_224", metavar="NAME", help="a ViT of timm; default %(default)s"
-    )
-    parser.add_argument("--image-size", type=positive_count, default=224, metavar="PX", help="default %(default)s")
-    parser.add_argument(
-        "--batch", type=positive_count, default=16, metavar="N", help="images per step; default %(default)s"
-    )
+    add_sizes(parser, batch=16)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default %(default)s")
     parser.add_argument(
         "--repeats", type=positive_count, default=7, metavar="N", help="timed pairs; default %(default)s"
@@ -93,10 +87,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_shared(parser, "methods.clora.rank=16 or backbone.kwargs.depth=6")
 
 
-def add_shared(parser: argparse.ArgumentParser, example: str) -> None:
-    """Adds the arguments of every kind of measurement; `example` of what --set takes."""
-    parser.add_argument("--threads", type=positive_count, metavar="N", help="CPU threads; default: torch's")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default %(default)s")
+def add_sizes(parser: argparse.ArgumentParser, batch: int) -> None:
+    """Adds --backbone, --image-size and --batch."""
+    parser.add_argument(
+        "--backbone", default="vit_base_patch16_224", metavar="NAME", help="a ViT of timm; default %(default)s"
+    )
+    parser.add_argument("--image-size", type=positive_count, default=224, metavar="PX", help="default %(default)s")
+    parser.add_argument(
+        "--batch", type=positive_count, default=batch, metavar="N", help="images per step; default %(default)s"
+    )
+
+
+def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
+    """Adds --set; `example` of what it takes."""
     parser.add_argument(
         "--set",
         dest="sets",
@@ -105,6 +108,13 @@ def add_shared(parser: argparse.ArgumentParser, example: str) -> None:
         metavar="KEY=VALUE",
         help=f"other settings, such as {example}",
     )
+
+
+def add_shared(parser: argparse.ArgumentParser, example: str) -> None:
+    """Adds the arguments of every kind of measurement; `example` of what --set takes."""
+    parser.add_argument("--threads", type=positive_count, metavar="N", help="CPU threads; default: torch's")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps; default %(default)s")
+    add_settings(parser, example)
     parser.add_argument("--format", choices=("text", "md", "csv", "json"), default="text", help="default %(default)s")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the output to this file too")
     # SUPPRESS: `dualcl bench --debug step` has set it already

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dualcl.benchmark.bench import PLANNED_TASKS, PRESET, positive_count, settings
+from dualcl.benchmark.bench import PLANNED_TASKS, PRESET, add_settings, add_sizes, settings
 from dualcl.benchmark.bench_pairs import OURS, Comparison, Side, Target, add_pair_arguments, run_comparisons
 from dualcl.benchmark.config import resolve
 
@@ -33,6 +33,7 @@ ADAPTER = "ours_classification"
 TEST_BATCHES = 2
 LATE = 50
 NO_TARGET = Target("-")
+SET_EXAMPLE = "methods.clora.rank=16, or backbone.kwargs.depth=6 (of both sides)"
 GROUPS = ("step", "eval", "eval_later", "fetched", "step_low", "clora", "l_forget")
 
 IN_MEMORY = "batches lie in memory; an optimiser step each"
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"depends on neither; nothing is downloaded), with the hyper-parameters of the preset {PRESET}."
     )
     add_sizes(parser, batch=16)
+    add_settings(parser, SET_EXAMPLE)
     parser.add_argument(
         "--low",
         choices=("bf16", "fp16"),
@@ -58,25 +60,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=("fp32", "bf16"), default="fp32", help="of both sides for C-LoRA; default %(default)s"
     )
     add_pair_arguments(parser, GROUPS)
-
-
-def add_sizes(parser: argparse.ArgumentParser, batch: int) -> None:
-    """Adds --backbone, --image-size, --batch and --set."""
-    parser.add_argument(
-        "--backbone", default="vit_base_patch16_224", metavar="NAME", help="a ViT of timm; default %(default)s"
-    )
-    parser.add_argument("--image-size", type=positive_count, default=224, metavar="PX", help="default %(default)s")
-    parser.add_argument(
-        "--batch", type=positive_count, default=batch, metavar="N", help="images per step; default %(default)s"
-    )
-    parser.add_argument(
-        "--set",
-        dest="sets",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="other settings, such as methods.clora.rank=16, or backbone.kwargs.depth=6 (of both sides)",
-    )
 
 
 def main(args: argparse.Namespace) -> int:

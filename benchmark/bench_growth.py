@@ -14,8 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dualcl.benchmark.bench import PLANNED_TASKS, PRESET, ascending_counts, fixed, positive_count, say, settings
-from dualcl.benchmark.bench_classification import ADAPTER, CLASSES_PER_TASK, add_sizes, write_batch
+from dualcl.benchmark.bench import (
+    PLANNED_TASKS,
+    PRESET,
+    add_settings,
+    add_sizes,
+    ascending_counts,
+    fixed,
+    positive_count,
+    say,
+    settings,
+)
+from dualcl.benchmark.bench_classification import ADAPTER, CLASSES_PER_TASK, SET_EXAMPLE, write_batch
 from dualcl.benchmark.bench_pairs import PEERS, WORKER, WorkerProcess, command_line
 from dualcl.benchmark.compare import align, parse_names
 from dualcl.benchmark.config import resolve
@@ -64,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"{text}; default {values}",
         )
     add_sizes(parser, batch=4)
+    add_settings(parser, SET_EXAMPLE)
     parser.add_argument(
         "--repeats", type=positive_count, default=3, metavar="N", help="timed steps; default %(default)s"
     )

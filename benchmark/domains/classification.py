@@ -171,7 +171,8 @@ class Classification(Domain):
         #: decoded images on disk, by part of the data
         self._kept: dict[str, KeptImages] = {}
         self._frozen_features: dict[int, tuple[tuple[int, ...], Tensor]] = {}
-        self._view_features: tuple[int | None, Tensor] | None = None
+        #: of the begun task's training images
+        self._view_features: Tensor | None = None
         #: the training batch given out last
         self._latest: Batch | None = None
 
@@ -349,10 +350,9 @@ class Classification(Domain):
         saves = views is not None and self.resolved.train.epochs > views
         if not saves or batch is not self._latest or any(p.requires_grad for p in self.model.parameters()):
             return None
-        task = self._current
-        if self._view_features is None or self._view_features[0] != task:
-            self._view_features = (task, self._all_views(task, mirrored=views == 2))
-        return self._view_features[1][batch.flipped.long(), batch.indices].to(self.device)
+        if self._view_features is None:
+            self._view_features = self._all_views(self._current, mirrored=views == 2)
+        return self._view_features[batch.flipped.long(), batch.indices].to(self.device)
 
     @torch.no_grad()
     def _all_views(self, task: int | None, mirrored: bool) -> Tensor:
