@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,10 +20,11 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from dualcl.benchmark.backbones import bundled_diffusion
+from dualcl.benchmark.backbones import bundled_diffusion, check_bundled
 from dualcl.benchmark.domain import Site
 from dualcl.benchmark.errors import UserError, nearest
 from dualcl.benchmark.lean import make_lean
+from dualcl.benchmark.reading import check_text, no_pickles, read_json
 from dualcl.benchmark.vit import state_hash
 
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
@@ -104,6 +104,8 @@ class Diffusion:
     def token_ids(self, prompts: Sequence[str]) -> Tensor:
         """Token ids (N, L) of the prompts, padded; UserError when a prompt does not fit the text encoder."""
         length = self.text_length
+        for prompt in prompts:
+            check_text(prompt, "a prompt")
         rows = self.tokenizer(list(prompts), padding="max_length", truncation=False, max_length=length).input_ids
         for prompt, row in zip(prompts, rows, strict=True):
             if len(row) > length:
@@ -145,6 +147,9 @@ def load_diffusion(config: BaseConfig, device: torch.device | str = "cpu") -> Di
     bundled = bundled_diffusion()
     source, name, weights = _locate(config.model, bundled)
     _check_layout(source, config.model)
+    if config.model in bundled:
+        for file, digest in read_json(bundled[config.model] / "card.json")["weights_sha256"].items():
+            check_bundled(bundled[config.model] / file, digest)
     dtype = DTYPES[config.weights_dtype]
     common: dict[str, Any] = {}
     if isinstance(source, str):
@@ -167,7 +172,10 @@ def load_diffusion(config: BaseConfig, device: torch.device | str = "cpu") -> Di
             # the name of the argument changed between versions of the libraries, converting afterwards works in all
             extra = {"use_safetensors": True, "variant": config.variant, "output_loading_info": True}
         try:
-            loaded = cls.from_pretrained(source, subfolder=part, **common, **extra)
+            with no_pickles(f"base.model={config.model}"):
+                loaded = cls.from_pretrained(source, subfolder=part, **common, **extra)
+        except UserError:
+            raise
         except Exception as error:  # each of the libraries raises kinds of its own
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise _unusable(part, config.model, source, first if len(first) <= 200 else f"{first[:200]}...") from None
@@ -221,7 +229,7 @@ def _check_layout(source: Path | str, given: str) -> None:
     if not (source / "model_index.json").is_file():
         raise UserError(f"{given} holds no model_index.json; give a directory in diffusers layout (save_pretrained)")
     try:
-        index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+        index = read_json(source / "model_index.json")
     except ValueError:
         index = None
     if not isinstance(index, dict):

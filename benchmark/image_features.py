@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from dualcl.benchmark.backbones import bundled_backbones, bundled_diffusion
 from dualcl.benchmark.diffusion import offline
 from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.reading import no_pickles
 from dualcl.benchmark.vit import BackboneConfig, load_backbone, state_hash
 
 Estimator = Literal["biased", "unbiased"]
@@ -120,7 +121,8 @@ class ClipFeatures(ImageFeatures):
             processor: Any = CLIPImageProcessor.from_pretrained(where, **common)
             self.tokenizer: Any = CLIPTokenizer.from_pretrained(where, **common)
             loader: Any = CLIPModel
-            model, info = loader.from_pretrained(where, use_safetensors=True, output_loading_info=True, **common)
+            with no_pickles(f"eval.features={source}"):
+                model, info = loader.from_pretrained(where, use_safetensors=True, output_loading_info=True, **common)
             if info["missing_keys"]:
                 raise ValueError(f"its weights lack {min(info['missing_keys'])}")
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from dualcl.benchmark.config import GeneralConfig, Resolved, TrainConfig, coerce
+from dualcl.benchmark.config import Resolved, coerce, section_classes
 from dualcl.benchmark.domain import Domain
-from dualcl.benchmark.domains import domain_class, domain_sections
+from dualcl.benchmark.domains import domain_class
 from dualcl.benchmark.environment import package_version, pick_device
 from dualcl.benchmark.errors import UserError
 from dualcl.benchmark.progress import Reporter
@@ -31,15 +31,14 @@ def recorded_config(config: Mapping[str, Any], **general: Any) -> Resolved:
 
     Keys that the record lacks take their defaults. Raises UserError for keys this version of the suite does not know.
     """
-    domain, method = str(config["domain"]), str(config["method_name"])
+    try:
+        domain, method = str(config["domain"]), str(config["method_name"])
+        data = dict(config["data"])
+        data_name, preset = str(data.pop("name")), str(config["preset"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the record's config is not one that dualcl wrote ({error!r}); run it again") from None
     method_info(method, domain)
-    data = dict(config["data"])
-    classes: dict[str, type] = {
-        "general": GeneralConfig,
-        "train": TrainConfig,
-        **domain_sections(domain, str(data.pop("name"))),
-        "method": method_class(method).Config,
-    }
+    classes = section_classes(domain, data_name, method_class(method).Config)
     top = {k: v for k, v in config.items() if k not in (*classes, "preset", "domain", "method_name")}
     given: dict[str, Any] = {**config, "data": data, "general": {**top, **general}}
     sections: dict[str, Any] = {}
@@ -47,6 +46,8 @@ def recorded_config(config: Mapping[str, Any], **general: Any) -> Resolved:
         hints = typing.get_type_hints(cls)
         fields = {f.name for f in dataclasses.fields(cls)}
         values = given.get(name, {})
+        if not isinstance(values, Mapping):
+            raise UserError(f"the record's config.{name} is no mapping; run it again")
         unknown = sorted(values.keys() - fields)
         if unknown:
             key = unknown[0] if name == "general" else f"{name}.{unknown[0]}"
@@ -55,7 +56,7 @@ def recorded_config(config: Mapping[str, Any], **general: Any) -> Resolved:
                 "use the version that made the run (environment.dualcl in its record.json)"
             )
         sections[name] = cls(**{k: coerce(v, hints[k], f"{name}.{k}") for k, v in values.items()})
-    return Resolved(str(config["preset"]), domain, method, sections, sources={}, volatile=frozenset())
+    return Resolved(preset, domain, method, sections, sources={}, volatile=frozenset())
 
 
 def restore(
@@ -94,7 +95,14 @@ def restore(
     run = Run(resolved, folder, Reporter(quiet=True), domain=domain)
     for task in range(done[-1] + 1):
         run.begin(task)
-    run.restore(checkpoint[0], done[-1] + 1)
+    try:
+        run.restore(checkpoint[0], done[-1] + 1)
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        why = (str(error).splitlines() or [""])[0]
+        raise UserError(
+            f"the checkpoint of task {last} in {run_dir} does not fit its record ({type(error).__name__}: {why}); "
+            "delete the folder and call its dualcl run again"
+        ) from error
     return run
 
 
@@ -106,12 +114,16 @@ def _domain(resolved: Resolved, record: Mapping[str, Any], device: torch.device)
     if not {"concepts", "nouns", "prompts"} <= network.keys():
         domain = cls(resolved, device)
         return domain
-    concepts = tuple(
-        Concept(name, noun, ImageSet(("not loaded",), np.zeros(1, dtype=np.int64), _no_photograph, ""), tuple(prompts))
-        for name, noun, prompts in zip(network["concepts"], network["nouns"], network["prompts"], strict=True)
-    )
     identity = record["identity"]
-    data = ConceptData(identity["data"], concepts, identity["split_name"], identity["split_hash"])
+    image = ImageSet(("not loaded",), np.zeros(1, dtype=np.int64), _no_photograph, "")
+    try:
+        concepts = tuple(
+            Concept(str(name), str(noun), image, tuple(map(str, prompts)))
+            for name, noun, prompts in zip(network["concepts"], network["nouns"], network["prompts"], strict=True)
+        )
+        data = ConceptData(identity["data"], concepts, identity["split_name"], identity["split_hash"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the record's network or identity is damaged ({error!r}); run it again") from None
     # the concepts are listed in the order of the stream already
     stream = dataclasses.replace(resolved.sections["stream"], tasks=None, class_order="natural")
     ordered = dataclasses.replace(resolved, sections={**resolved.sections, "stream": stream})

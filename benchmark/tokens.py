@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.reading import check_text
 
 
 def table_hash(table: Tensor) -> str:
@@ -82,6 +83,8 @@ class ConceptTokens(nn.Module):
         vocabulary has is renamed (`<c1>` to `<c1-2>`), or refused with `rename=False`. Raises UserError also when
         `word` is not one token.
         """
+        check_text(placeholder, "concept.placeholder")
+        check_text(word, "a class noun")
         if not rename:
             self.check_free(placeholder)
         name, tried = placeholder, 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +24,21 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model
 from timm.layers import apply_rot_embed_cat
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
-from dualcl.benchmark.backbones import bundled_backbones
+from dualcl.benchmark.backbones import bundled_backbones, check_bundled
 from dualcl.benchmark.domain import Site
 from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.reading import CONVERT, no_pickles, read_json
+
+#: arguments of timm's that are not the user's: where weights come from, above all
+_RESERVED = {
+    "pretrained",
+    "num_classes",
+    "checkpoint_path",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "cache_dir",
+}
 
 
 @dataclass(frozen=True)
@@ -74,10 +85,10 @@ def read_safetensors(path: str | Path, key: str = "backbone.weights") -> dict[st
     if not file.is_file():
         raise UserError(f"{key}: {file} does not exist")
     if file.suffix in (".pth", ".pt", ".bin", ".ckpt", ".tar"):
-        raise UserError(f"{key}: {file} is a pickle file, which is never loaded; convert it to .safetensors first")
+        raise UserError(f"{key}: {file} is a pickle file, which is never loaded; {CONVERT}")
     try:
         return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{key}: {file} is no valid safetensors file (truncated?): {error}") from None
 
 
@@ -102,17 +113,18 @@ def _load_into(model: nn.Module, state: dict[str, Tensor], file: str) -> None:
 def load_backbone(config: BackboneConfig) -> tuple[nn.Module, BackboneInfo]:
     """The timm model without classifier, frozen and in evaluation mode, and what is known of its weights."""
     kwargs = dict(config.kwargs)
-    reserved = {"pretrained", "num_classes", "checkpoint_path"} & set(kwargs)
+    reserved = _RESERVED & set(kwargs)
     if reserved:
         raise UserError(f"backbone.kwargs.{min(reserved)} is set by the suite itself; leave it out")
     timm_name, pretrained, file = config.name, config.pretrained and config.weights is None, config.weights
     described: dict[str, Any] = {}
     bundled = bundled_backbones()
     if config.name in bundled:
-        described = json.loads(bundled[config.name].read_text(encoding="utf-8"))
+        described = read_json(bundled[config.name])
         timm_name, kwargs, pretrained = described["timm_name"], {**described["kwargs"], **kwargs}, False
         if file is None and config.pretrained:
             file = str(bundled[config.name].with_suffix(".safetensors"))
+            check_bundled(Path(file), described["sha256"])
     elif not timm.is_model(timm_name):
         known = [*bundled, *timm.list_models("*vit*"), *timm.list_models("*vit*", pretrained=True)]
         raise UserError(
@@ -120,7 +132,8 @@ def load_backbone(config: BackboneConfig) -> tuple[nn.Module, BackboneInfo]:
             " (see `dualcl list backbones` and timm.list_models())"
         )
     try:
-        model: Any = timm.create_model(timm_name, pretrained=pretrained, **{**kwargs, "num_classes": 0})
+        with no_pickles(f"backbone.name={timm_name}"):
+            model: Any = timm.create_model(timm_name, pretrained=pretrained, **{**kwargs, "num_classes": 0})
     except TypeError as error:
         raise UserError(f"backbone.kwargs does not fit {timm_name}: {error}") from None
     except (OSError, RuntimeError, ValueError, AssertionError) as error:

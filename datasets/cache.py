@@ -110,7 +110,8 @@ class PixelStore:
         pixels = self._pixels[self._starts[index] : self._starts[index + 1]]
         if not self._checked[index]:
             if zlib.crc32(pixels.data) != entry["crc"]:
-                self._path.unlink(missing_ok=True)  # to be made again by the next who asks for it
+                with contextlib.suppress(OSError):
+                    self._path.unlink()  # to be made again by the next who asks for it
                 return self._decode(index)
             self._checked[index] = True
         shape = int(entry["height"]), int(entry["width"]), 3

@@ -1,7 +1,8 @@
-"""CIFAR-100 (Krizhevsky, 2009), through torchvision."""
+"""CIFAR-100 (Krizhevsky, 2009)."""
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ class Cifar100:
     def load(cls, config: Config) -> ClassData:
         """Reads the official files; UserError when they are missing or damaged.
 
-        They are Python pickles: torchvision unpickles them, after it has compared their md5 with the official ones.
+        They are Python pickles: they are read only if their md5 is the official one, and even then nothing but arrays.
         """
         root = Path(config.root).expanduser()
         if not (root / FOLDER).is_dir():
@@ -64,23 +65,55 @@ class Cifar100:
         cls.load(config)
 
 
+class _Arrays(pickle.Unpickler):
+    """Reads plain containers and numpy arrays, and refuses everything else that a pickle may ask for."""
+
+    ALLOWED: ClassVar = {
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        # before and after numpy 2; in protocol 5
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy._core.multiarray", "_reconstruct"),
+        ("numpy.core.numeric", "_frombuffer"),
+        ("numpy._core.numeric", "_frombuffer"),
+    }
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        """What builds an array; UnpicklingError for any other name."""
+        if (module_name, global_name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
+
+
+def _read(root: Path, name: str, md5: str) -> dict[str, Any]:
+    """One of the official files; UserError when it is missing, another, or holds more than containers and arrays."""
+    path, mend = root / FOLDER / name, f"remove it and run: dualcl prepare cifar100-10 --root {root}"
+    try:
+        if not Checksum("md5", md5).matches(path):
+            raise pickle.UnpicklingError("it is not the official one")
+        with path.open("rb") as file:
+            content: dict[str, Any] = _Arrays(file, encoding="latin1").load()
+    except (OSError, pickle.UnpicklingError) as error:
+        raise UserError(f"the files in {root / FOLDER} are incomplete or damaged ({name}: {error}); {mend}") from error
+    return content
+
+
 def _official(root: Path, train: bool) -> tuple[ImageSet, list[str]]:
     import dualcl.benchmark.compat  # noqa: F401
 
     # isort: split
     from torchvision.datasets import CIFAR100
 
-    try:
-        official: Any = CIFAR100(str(root), train=train, download=False)
-    except RuntimeError as error:  # missing, or not the official md5
-        mend = f"remove it and run: dualcl prepare cifar100-10 --root {root}"
-        raise UserError(f"the files in {root / FOLDER} are incomplete or damaged; {mend}") from error
     part = "train" if train else "test"
-    files = official.train_list if train else official.test_list
+    # torchvision knows the checksums; its own reading would unpickle anything
+    ((name, md5),) = CIFAR100.train_list if train else CIFAR100.test_list
+    content = _read(root, name, md5)
+    meta = _read(root, str(CIFAR100.meta["filename"]), str(CIFAR100.meta["md5"]))
+    pixels = np.asarray(content["data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
     images = ImageSet(
-        ids=tuple(f"{part}/{i:05d}" for i in range(len(official.data))),
-        labels=np.asarray(official.targets, dtype=np.int64),
-        load=ArrayImages(official.data),
-        fingerprint=files[0][1],
+        ids=tuple(f"{part}/{i:05d}" for i in range(len(pixels))),
+        labels=np.asarray(content["fine_labels"], dtype=np.int64),
+        load=ArrayImages(pixels),
+        fingerprint=md5,
     )
-    return images, list(official.classes)
+    return images, list(meta[str(CIFAR100.meta["key"])])

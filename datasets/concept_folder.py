@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 
-from dualcl.benchmark.config import positive, read_yaml
+from dualcl.benchmark.config import positive
 from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.safe_yaml import read_yaml
 from dualcl.datasets.concepts import NOUN, TOKEN, Concept, ConceptData, check_template, concepts_hash
 from dualcl.datasets.image_folder import (
     SUFFIXES,
@@ -24,6 +24,7 @@ from dualcl.datasets.image_folder import (
     folder_set,
     image_files,
 )
+from dualcl.datasets.loader import open_image
 from dualcl.datasets.registry import register_dataset
 from dualcl.datasets.split import stable_order
 
@@ -224,7 +225,7 @@ def photo_concepts(
 
 
 def _shorter_side(path: Path) -> int:
-    with Image.open(path) as image:
+    with open_image(path) as image:
         return min(image.size)
 
 

@@ -9,6 +9,7 @@ import functools
 import gzip
 import hashlib
 import http.client
+import io
 import lzma
 import os
 import shutil
@@ -25,7 +26,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 from urllib.parse import urlsplit
 
 from dualcl.benchmark.errors import UserError
@@ -34,6 +35,12 @@ CHUNK = 1 << 20
 MIB = 1 << 20
 #: seconds between progress lines where stderr is no terminal
 LINE_SECONDS = 5.0
+#: an archive that grows by more is a bomb: images hardly shrink, deflate can reach a thousand
+MAX_RATIO = 100
+#: what a small archive may grow to whatever its ratio, and what one member's header and padding may take
+SLACK, PER_MEMBER = MIB, 8192
+#: no header of an archive's member is longer, though tarfile would read any into memory at once
+MAX_HEADER = 16 * MIB
 
 
 @dataclass(frozen=True)
@@ -62,16 +69,27 @@ class _Interrupted(Exception):
     """The connection broke or the server is busy: worth another try."""
 
 
+class _TooLarge(Exception):
+    """More bytes come than were allowed."""
+
+
 def download(
-    url: str, path: Path, checksum: Checksum | None, *, retries: int = 5, timeout: float = 30.0, pause: float = 1.0
+    url: str,
+    path: Path,
+    checksum: Checksum | None,
+    *,
+    retries: int = 5,
+    timeout: float = 30.0,
+    pause: float = 1.0,
+    max_bytes: int | None = None,
 ) -> Path:
     """Fetches `url` to `path` unless it is there, and returns `path`.
 
     An interrupted download goes on where it stopped (`path`.part), also in a later call; after `retries` tries in a row
     that bring nothing new, waiting `pause`, 2 `pause`, ... seconds, it gives up. Raises UserError when the host cannot
-    be reached, the file is not there, the checksum is wrong (the download is removed), the disk is full, or another
-    process fetches the file. Without a `checksum` (the source publishes none, or makes its archives anew) any complete
-    file will do.
+    be reached, the file is not there, the checksum is wrong or there are more than `max_bytes` (the download is
+    removed), the disk is full, or another process fetches the file. Without a `checksum` (the source publishes none, or
+    makes its archives anew) any complete file will do.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -81,7 +99,7 @@ def download(
         with _held(part, path):
             if _there(path, checksum):  # another process has just finished it
                 return path
-            _fetch(url, path, part, retries, timeout, pause)
+            _fetch(url, path, part, retries, timeout, pause, max_bytes)
             if checksum is not None and (found := checksum.of(part)) != checksum.digest:
                 page = "is a web page, not the file: its" if _is_page(part) else "has the"
                 part.unlink()
@@ -155,15 +173,21 @@ def _is_page(path: Path) -> bool:
     return start.startswith((b"<!doctype html", b"<html"))
 
 
-def _fetch(url: str, path: Path, part: Path, retries: int, timeout: float, pause: float) -> None:
+def _fetch(url: str, path: Path, part: Path, retries: int, timeout: float, pause: float, max_bytes: int | None) -> None:
     """Fills `part` until the server says it is complete."""
     host = urlsplit(url).hostname or url
     failures = 0
     while True:
         before = _size(part)
         try:
-            _fetch_once(url, part, before, timeout)
+            _fetch_once(url, part, before, timeout, max_bytes)
             return
+        except _TooLarge:
+            part.unlink()
+            raise UserError(
+                f"{url} holds more than the {max_bytes} bytes that are allowed, and was removed; fetch it by hand to "
+                f"{path} if that is right"
+            ) from None
         except urllib.error.HTTPError as error:
             by_hand = f"fetch {url} by hand, put it at {path} and run again"
             # of a redirection without end urllib tells in two lines
@@ -177,7 +201,7 @@ def _fetch(url: str, path: Path, part: Path, retries: int, timeout: float, pause
             time.sleep(pause * 2 ** (failures - 1))
 
 
-def _fetch_once(url: str, part: Path, have: int, timeout: float) -> None:
+def _fetch_once(url: str, part: Path, have: int, timeout: float, max_bytes: int | None) -> None:
     request = urllib.request.Request(url, headers={"User-Agent": "dualcl", "Accept-Encoding": "identity"})
     if have:
         request.add_header("Range", f"bytes={have}-")
@@ -203,12 +227,19 @@ def _fetch_once(url: str, part: Path, have: int, timeout: float) -> None:
         if total is not None and total - have > (free := shutil.disk_usage(part.parent).free):
             raise OSError(errno.ENOSPC, f"{(total - have) / MIB:.0f} MiB are needed, {free / MIB:.0f} MiB are free")
         with part.open("ab" if resumed else "wb") as file:
-            _copy(response, file, have, total, part.name.removesuffix(".part"))
+            _copy(response, file, have, total, part.name.removesuffix(".part"), max_bytes)
             file.flush()
             os.fsync(file.fileno())
 
 
-def _copy(response: http.client.HTTPResponse, file: IO[bytes], have: int, total: int | None, name: str) -> None:
+def _copy(
+    response: http.client.HTTPResponse,
+    file: IO[bytes],
+    have: int,
+    total: int | None,
+    name: str,
+    max_bytes: int | None,
+) -> None:
     progress = Progress(name, total, have)
     try:
         while True:
@@ -219,8 +250,10 @@ def _copy(response: http.client.HTTPResponse, file: IO[bytes], have: int, total:
                 raise _Interrupted(str(error) or type(error).__name__) from error
             if not chunk:
                 break
-            file.write(chunk)
             have += len(chunk)
+            if max_bytes is not None and have > max_bytes:
+                raise _TooLarge
+            file.write(chunk)
             progress.update(have)
     finally:
         progress.close()
@@ -278,7 +311,8 @@ class _Member:
     open: Callable[[], IO[bytes] | None]
 
 
-_Members = Callable[[Path], Iterator[_Member]]
+#: of an archive, of which no more than so many unpacked bytes are read where sizes are not known before
+_Members = Callable[[Path, int], Iterator[_Member]]
 
 #: what the readers of archives raise on damaged or unusual ones
 _DAMAGED = (
@@ -290,15 +324,18 @@ _DAMAGED = (
     struct.error,
     EOFError,
     ValueError,
+    LookupError,  # a name without letters
+    ArithmeticError,
+    TypeError,
     RuntimeError,  # encrypted; NotImplementedError: packed in a way that Python cannot read
 )
 
 
 def extract_tar(archive: Path, folder: Path, *, max_bytes: int, max_files: int) -> None:
-    """Unpacks regular files of a tar archive into `folder`, which appears only when all is there.
+    """Unpacks regular files of a tar archive, plain or gzipped, into `folder`, which appears only when all is there.
 
-    Raises UserError when a member is a link or a device, would leave the folder, or the sizes in the headers exceed the
-    limits; nothing is left behind then.
+    Raises UserError when a member is a link or a device, would leave the folder or comes twice, or when sizes, counts
+    (of files, and of folders), or the growth by more than MAX_RATIO exceed the limits; nothing is left behind then.
     """
     _unpack(archive, folder, _tar_members, max_bytes, max_files)
 
@@ -308,20 +345,57 @@ def extract_zip(archive: Path, folder: Path, *, max_bytes: int, max_files: int) 
     _unpack(archive, folder, _zip_members, max_bytes, max_files)
 
 
-def _tar_members(archive: Path) -> Iterator[_Member]:
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            opened = functools.partial(tar.extractfile, member)
-            yield _Member(member.name, member.isdir(), member.isreg(), member.size, opened)
+class _Bounded(io.RawIOBase):
+    """A stream that ends with an error: after `left` bytes, or when asked for a header too long for memory."""
+
+    def __init__(self, stream: IO[bytes], left: int) -> None:
+        self.stream, self.left = stream, left
+
+    def read(self, size: int = -1) -> bytes:
+        """As a file's; ValueError beyond the limits."""
+        if not 0 <= size <= MAX_HEADER:
+            raise ValueError(f"a header of {size} bytes")
+        data = self.stream.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise ValueError("it unpacks to more than its limits allow")
+        return data
+
+    def tell(self) -> int:
+        """As a file's."""
+        return self.stream.tell()
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """As a file's; what is jumped over counts."""
+        before = self.stream.tell()
+        after = self.stream.seek(offset, whence)
+        self.left -= max(after - before, 0)
+        if self.left < 0:
+            raise ValueError("it unpacks to more than its limits allow")
+        return after
+
+
+def _tar_members(archive: Path, max_stream: int) -> Iterator[_Member]:
+    # not tarfile's own opening: it would read headers of any length, and xz with dictionaries of any size
+    with archive.open("rb") as packed:
+        gzipped = packed.read(2) == b"\x1f\x8b"
+        packed.seek(0)
+        stream = cast("IO[bytes]", gzip.GzipFile(fileobj=packed)) if gzipped else packed
+        bounded = _Bounded(stream, max_stream)
+        with tarfile.open(fileobj=cast("IO[bytes]", bounded), mode="r:") as tar:
+            for member in tar:
+                opened = functools.partial(tar.extractfile, member)
+                yield _Member(member.name, member.isdir(), member.isreg(), member.size, opened)
         # the sum of a compressed archive stands at its end, which nothing has read so far
-        assert tar.fileobj is not None
-        while tar.fileobj.read(CHUNK):
+        while bounded.read(CHUNK):
             pass
 
 
-def _zip_members(archive: Path) -> Iterator[_Member]:
+def _zip_members(archive: Path, max_stream: int) -> Iterator[_Member]:
     with zipfile.ZipFile(archive) as packed:
         for info in packed.infolist():
+            if info.compress_type == zipfile.ZIP_LZMA:  # takes as much memory as the archive says
+                raise NotImplementedError("that compression method is not supported: LZMA")
             # 0 where the packer knew no Unix modes
             mode = stat.S_IFMT(info.external_attr >> 16)
             is_file = not info.is_dir() and mode in (0, stat.S_IFREG)
@@ -349,20 +423,23 @@ def _unpack(archive: Path, folder: Path, members: _Members, max_bytes: int, max_
 
 
 def _write(archive: Path, folder: Path, members: _Members, max_bytes: int, max_files: int) -> None:
-    size = files = 0
-    for member in members(archive):
+    size = files = folders = 0
+    growth = MAX_RATIO * archive.stat().st_size + SLACK
+    for member in members(archive, max_bytes + 2 * max_files * PER_MEMBER + SLACK):
         name = PurePosixPath(member.name)
         if name.is_absolute() or ".." in name.parts or "\\" in member.name or ":" in member.name:
             raise UserError(f"{archive} holds {member.name!r}, which would leave the folder; not unpacked")
+        if not member.is_file and not member.is_folder:
+            raise UserError(f"{archive} holds {member.name!r}, which is no regular file; not unpacked")
+        size, files, folders = size + member.size, files + member.is_file, folders + member.is_folder
+        if size > max_bytes or files > max_files or folders > max_files:
+            raise UserError(f"{archive} holds more than {max_files} files or {max_bytes} bytes; not unpacked")
+        if size > growth:
+            raise UserError(f"{archive} unpacks to more than {MAX_RATIO} times its size; not unpacked")
         target = folder.joinpath(*name.parts)
         if member.is_folder:
             target.mkdir(parents=True, exist_ok=True)
             continue
-        if not member.is_file:
-            raise UserError(f"{archive} holds {member.name!r}, which is no regular file; not unpacked")
-        size, files = size + member.size, files + 1
-        if size > max_bytes or files > max_files:
-            raise UserError(f"{archive} holds more than {max_files} files or {max_bytes} bytes; not unpacked")
         source = member.open()
         assert source is not None
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -76,7 +76,7 @@ class DreamBoothSubjects:
         """Downloads the official archive, unpacks its data set to `data.root`, and counts and decodes the images."""
         root = Path(config.root).expanduser().resolve()
         if not _complete(root):
-            archive = download(URL, root.parent / ARCHIVE, None)
+            archive = download(URL, root.parent / ARCHIVE, None, max_bytes=2 * 2**30)
             unpacked = root.with_name(root.name + ".unpacked")
             shutil.rmtree(unpacked, ignore_errors=True)
             extract_tar(archive, unpacked, max_bytes=2 * 2**30, max_files=10_000)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.reading import check_text, read_json
 from dualcl.datasets.base import ClassData, ImageSet
 from dualcl.datasets.loader import decode_image
 from dualcl.datasets.registry import register_dataset
@@ -75,9 +75,12 @@ def folder_set(root: Path, names: Sequence[str], labels: Sequence[int] | np.ndar
 
 def _entries(folder: Path) -> list[Path]:
     try:
-        return list(folder.iterdir())
+        found = list(folder.iterdir())
     except OSError as error:
         raise UserError(f"cannot read the folder {folder} ({error.strerror}); check its permissions") from error
+    for path in found:
+        check_text(path.name, f"the name of a file in {folder}")  # it goes into hashes and records
+    return found
 
 
 def class_folders(folder: Path) -> list[str]:
@@ -203,7 +206,7 @@ def _readable(root: Path, folders: Sequence[str]) -> list[str]:
     if not path.exists():
         return list(folders)
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path} ({error}); it must be a JSON object such as {{folder: name}}") from error
     if not isinstance(given, dict) or not all(isinstance(name, str) for name in given.values()):

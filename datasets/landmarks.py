@@ -16,6 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from dualcl.benchmark.config import positive
 from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.reading import read_json
 from dualcl.datasets.concept_folder import PhotosConfig, Words, check_numbers, photo_concepts
 from dualcl.datasets.concepts import ConceptData
 from dualcl.datasets.download import Progress, download
@@ -31,6 +32,8 @@ CHOICE = "concepts.json"
 FALLS = re.compile(r"\b(water)?falls?\b", re.IGNORECASE)
 #: as images are called; what is not called so must not become a path
 IMAGE_NAME = re.compile(r"[0-9a-z]{3,64}")
+#: no photograph is larger, whatever an address sends; nor is a file of metadata
+MAX_IMAGE, MAX_METADATA = 256 * 2**20, 4 * 2**30
 #: landmarks looked at per one that is wanted, as images vanish from the web
 CANDIDATES = 4
 
@@ -115,7 +118,7 @@ class Landmarks:
         """
         root = Path(config.root).expanduser()
         for name in (CATEGORIES, CLEAN, ADDRESSES):
-            download(f"{METADATA_URL}/{name}", root / name, None)
+            download(f"{METADATA_URL}/{name}", root / name, None, max_bytes=MAX_METADATA)
         categories = {int(row["landmark_id"]): _category(row["category"]) for row in _table(root / CATEGORIES)}
         clean = {
             int(row["landmark_id"]): [image for image in row["images"].split() if IMAGE_NAME.fullmatch(image)]
@@ -217,7 +220,7 @@ def _fetch_image(path: Path, address: str | None) -> bool:
     if address is None or urlsplit(address).scheme not in ("http", "https"):
         return False
     try:
-        download(address, path, None)
+        download(address, path, None, max_bytes=MAX_IMAGE)
     except UserError as error:
         if isinstance(error.__cause__, HTTPError) and error.__cause__.code in (404, 410):
             return False
@@ -233,7 +236,9 @@ def _read_choice(root: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"the landmarks are not at {root}; {_mend(root)}")
     try:
-        choice = json.loads(path.read_text(encoding="utf-8"))
+        choice = read_json(path)
+        if not all(IMAGE_NAME.fullmatch(image) for e in choice["landmarks"].values() for image in e["images"]):
+            raise ValueError("an image has no image's name")
         return {
             "by_rule": [int(number) for number in choice["by_rule"]],
             "landmarks": {

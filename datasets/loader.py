@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from PIL import Image, ImageOps, features
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dualcl.benchmark.environment import usable_cpus
 from dualcl.benchmark.errors import UserError, nearest
 from dualcl.benchmark.seeding import numpy_generator
 from dualcl.datasets.base import ImageSet
@@ -37,6 +37,10 @@ RESAMPLING = {
 #: longer : shorter side beyond which an image is cropped before it is resized, so that a 1 x 20000 strip stays small
 MAX_ASPECT = 16
 MAX_AUTO_WORKERS = 8
+#: of the files that are taken for images, whatever they are called
+FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")
+#: of an image, where Pillow too gives up: a file of kilobytes can ask for gigabytes
+MAX_PIXELS = 178_956_970
 
 
 @dataclass(frozen=True)
@@ -107,33 +111,73 @@ class Batch:
     flipped: Tensor
 
 
+def open_image(source: str | Path | IO[bytes]) -> Image.Image:
+    """Opens an image in one of FORMATS, of 1 to MAX_PIXELS pixels. Raises OSError otherwise."""
+    try:
+        # not any format: Pillow gives PostScript, whatever the file is called, to an interpreter
+        image = Image.open(source, formats=FORMATS)
+    except OSError:
+        raise
+    except Exception as error:
+        raise _as_os_error(error) from error
+    pixels = image.width * image.height
+    if not 0 < pixels <= MAX_PIXELS:
+        image.close()
+        raise OSError(f"too many pixels: {pixels}, at most {MAX_PIXELS}" if pixels else "it has no pixels")
+    return image
+
+
+def _as_os_error(error: Exception) -> OSError:
+    """One kind of error for the nearly every kind that Pillow's decoders raise on damaged files."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return OSError(f"too many pixels: {text}" if isinstance(error, Image.DecompressionBombError) else text)
+
+
 def decode_image(source: str | Path | IO[bytes]) -> Image.Image:
     """The whole image, upright (EXIF) and RGB, transparency over white; the first frame of an animation.
 
-    Any bit depth up to 16 is scaled to 8. Raises OSError or another error of Pillow when the file is damaged,
-    truncated, no image, or has pixels without a defined range (floating point).
+    Any bit depth up to 16 is scaled to 8. Raises OSError when the file is damaged, truncated, no image, too large (see
+    `open_image`), or has pixels without a defined range (floating point).
     """
-    with Image.open(source) as opened:
-        opened.load()
+    with open_image(source) as opened:
         try:
-            image = ImageOps.exif_transpose(opened)
-        except Exception:  # a damaged EXIF block (many error types) says nothing of the pixels, which are there
-            image = opened
-        if image.mode == "I" or image.mode.startswith("I;16"):
-            values = np.asarray(image)
-            if values.size and (values.min() < 0 or values.max() > 65535):
-                raise OSError("its pixels need more than 16 bits; save it with 8 or 16 bits per channel")
-            return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
-        if image.mode == "F":
-            raise OSError("its pixels are floating-point numbers; save it with 8 or 16 bits per channel")
-        if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-            if image.mode == "La":
-                image = image.convert("LA")
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            return Image.alpha_composite(white, image).convert("RGB")
-        # convert() copies even when the mode is right: the result outlives the file
-        return image.convert("RGB")
+            return _decoded(opened)
+        except OSError:
+            raise
+        except Exception as error:
+            raise _as_os_error(error) from error
+
+
+def _decoded(opened: Image.Image) -> Image.Image:
+    opened.load()
+    try:
+        image = ImageOps.exif_transpose(opened)
+    except Exception:  # a damaged EXIF block (many error types) says nothing of the pixels, which are there
+        image = opened
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if values.size and (values.min() < 0 or values.max() > 65535):
+            raise OSError("its pixels need more than 16 bits; save it with 8 or 16 bits per channel")
+        return Image.fromarray(np.round(values / 257).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise OSError("its pixels are floating-point numbers; save it with 8 or 16 bits per channel")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        if image.mode == "La":
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    # convert() copies even when the mode is right: the result outlives the file
+    return image.convert("RGB")
+
+
+def check_blocks(source: str | Path) -> None:
+    """Raises OSError when a block of a PNG differs from its checksum: decoding alone overlooks some of these."""
+    try:
+        with Image.open(source) as image:
+            image.verify()
+    except Exception as error:  # Pillow raises nearly every type on damaged files
+        raise error if isinstance(error, OSError) else OSError(str(error)) from None
 
 
 def evaluation_view(image: Image.Image, view: View) -> Image.Image:
@@ -258,7 +302,8 @@ class _Views(Dataset[Any]):
     def __getitems__(self, keys: list[_Key]) -> np.ndarray | UserError:
         # handed back, not raised: a DataLoader would wrap the one-line message in the worker's traceback
         try:
-            return np.stack([self.view_of(key) for key in keys])
+            size = self.view.size
+            return np.stack([self.view_of(key) for key in keys]) if keys else np.empty((0, 3, size, size), np.uint8)
         except UserError as error:
             return error
 
@@ -372,20 +417,23 @@ class ImageLoader:
         batch_size: int,
         start_step: int = 0,
         drop_last: bool = False,
+        rows: Callable[[int], slice] | None = None,
     ) -> Iterator[Batch]:
         """Batches from optimiser step `start_step` to the end of the last epoch.
+
+        Of a batch of n images only `rows(n)` are made, the others are 0; None: all.
 
         Order, crops and mirror images are functions of (seed, task, epoch, sample): batches from step k on equal
         batches k, k + 1, ... of an undisturbed pass bit for bit.
         """
         per_epoch = self.steps_per_epoch(batch_size, drop_last)
         plan = self._plan(range(start_step, epochs * per_epoch), per_epoch, batch_size, seed, task)
-        return self._batches(plan, self.view.augment == "crop_flip")
+        return self._batches(plan, self.view.augment == "crop_flip", rows)
 
-    def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Every image once, in natural order, in the evaluation view."""
+    def eval_batches(self, batch_size: int, share: tuple[int, int] = (0, 1)) -> Iterator[Batch]:
+        """Every image once, in natural order, in the evaluation view; with share (i, n) every n-th batch from i on."""
         self.steps_per_epoch(batch_size)
-        starts = range(0, len(self.images), batch_size)
+        starts = range(0, len(self.images), batch_size)[share[0] :: share[1]]
         chunks = (np.arange(i, min(i + batch_size, len(self.images))) for i in starts)
         return self._batches(((c, np.zeros(len(c), dtype=bool), None) for c in chunks), False)
 
@@ -429,7 +477,9 @@ class ImageLoader:
             indices = order[place * batch_size : (place + 1) * batch_size]
             yield indices, mirrored[indices], current
 
-    def _batches(self, plan: Iterator[_Step], crops: bool) -> Iterator[Batch]:
+    def _batches(
+        self, plan: Iterator[_Step], crops: bool, rows: Callable[[int], slice] | None = None
+    ) -> Iterator[Batch]:
         """The batches of a plan, from where their pixels are to be had at the least cost."""
         # what makes pixels runs ahead of the batches that come back, in the same order
         ahead: deque[_Step] = deque()
@@ -439,24 +489,27 @@ class ImageLoader:
                 ahead.append(step)
                 yield step
 
+        def own(of_batch: np.ndarray) -> np.ndarray:
+            return of_batch if rows is None else of_batch[rows(len(of_batch))]
+
         def keys(step: _Step) -> list[_Key]:
-            return [(step[2] if crops else None, int(i)) for i in step[0]]
+            return [(step[2] if crops else None, int(i)) for i in own(step[0])]
 
         made: Iterator[Tensor]
         pixels_of = self._reader(crops)
         if pixels_of is None:
             arrays = self._in_workers(map(keys, begun()))
-            made = (self._rows(array, ahead[0][1]) for array in arrays)
+            made = (self._rows(array, own(ahead[0][1])) for array in arrays)
         else:
             made = prepared(
-                lambda step: self._rows(map(pixels_of, keys(step)), step[1]),
+                lambda step: self._rows(map(pixels_of, keys(step)), own(step[1])),
                 begun(),
                 self.workers,
                 max(1, self.workers),
             )
-        for rows in made:
+        for pixels in made:
             indices, flipped, _ = ahead.popleft()
-            yield self._batch(rows, indices, flipped)
+            yield self._batch(pixels, indices, flipped, None if rows is None else rows(len(indices)))
 
     def _reader(self, crops: bool) -> Callable[[_Key], np.ndarray] | None:
         """Pixels uint8 (3, S, S) of a key out of memory or of the disk cache; None where neither has them."""
@@ -501,10 +554,18 @@ class ImageLoader:
             # its base seed would come from the global generator and move it; nothing here draws from it
             generator=torch.Generator(),
         )
-        for array in loader:
-            if isinstance(array, UserError):
-                raise array
-            yield array
+        try:
+            for array in loader:
+                if isinstance(array, UserError):
+                    raise array
+                yield array
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                f"a process that decodes images was killed ({str(error).splitlines()[0].rstrip('. ')}), perhaps as "
+                "memory ran out; lower input.workers, and call the same command again to go on"
+            ) from error
 
     def _rows(self, images: Iterable[np.ndarray], flipped: np.ndarray) -> Tensor:
         """Pixels uint8 (3, S, S) as one batch, mirrored as told: normalised on a CPU, pinned bytes for a GPU.
@@ -524,19 +585,18 @@ class ImageLoader:
                 row /= std
         return rows
 
-    def _batch(self, rows: Tensor, indices: np.ndarray, flipped: np.ndarray) -> Batch:
+    def _batch(self, made: Tensor, indices: np.ndarray, flipped: np.ndarray, rows: slice | None) -> Batch:
         if self.device.type != "cpu":
             # bytes, not floats, are moved, and nothing makes the host wait for the device
-            rows = self.normalise(rows.to(self.device, non_blocking=True))
+            made = self.normalise(made.to(self.device, non_blocking=True))
+        images = made
+        if rows is not None:
+            images = made.new_zeros(len(indices), *made.shape[1:])
+            images[rows] = made
         chosen = torch.from_numpy(indices)
-        return Batch(rows, self._labels[chosen], chosen, torch.from_numpy(flipped))
+        return Batch(images, self._labels[chosen], chosen, torch.from_numpy(flipped))
 
 
 def loader_workers(asked: int | Literal["auto"]) -> int:
     """Processes or threads that make batches."""
-    return min(cpus(), MAX_AUTO_WORKERS) if asked == "auto" else asked
-
-
-def cpus() -> int:
-    """CPUs this process may use (fewer than the machine has in a container or a batch job)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(usable_cpus(), MAX_AUTO_WORKERS) if asked == "auto" else asked

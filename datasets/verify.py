@@ -12,18 +12,19 @@ from pathlib import Path
 
 from PIL import Image
 
+from dualcl.benchmark.environment import usable_cpus
+from dualcl.benchmark.reading import read_json
 from dualcl.datasets.cache import cache_dir
 from dualcl.datasets.download import Progress
-from dualcl.datasets.loader import cpus, decode_image, in_threads
+from dualcl.datasets.loader import check_blocks, decode_image, in_threads
 
 
 def why_unreadable(path: Path) -> str | None:
     """One line on why `path` cannot be decoded in full, None when it can."""
     try:
         decode_image(path)
-    except Image.DecompressionBombError as error:
-        return f"too many pixels: {error}"
-    except Exception as error:  # Pillow's decoders raise nearly every type on damaged files
+        check_blocks(path)
+    except OSError as error:
         if isinstance(error, Image.UnidentifiedImageError):
             return "empty file" if path.stat().st_size == 0 else "not an image, or damaged at its start"
         return " ".join(str(error).split()) or type(error).__name__
@@ -51,7 +52,7 @@ def verify_images(root: Path, ids: Sequence[str]) -> dict[str, str]:
     with warnings.catch_warnings():
         # what Pillow only warns of (corrupt EXIF, one to two times its limit of pixels) can be decoded
         warnings.filterwarnings("ignore", module="PIL")
-        reasons = in_threads(lambda name: why_unreadable(root / name), new, cpus())
+        reasons = in_threads(lambda name: why_unreadable(root / name), new, usable_cpus())
         for done, (name, reason) in enumerate(zip(new, reasons, strict=True), 1):
             progress.update(done)
             if reason is not None:
@@ -65,7 +66,7 @@ def verify_images(root: Path, ids: Sequence[str]) -> dict[str, str]:
 
 def _read(path: Path) -> dict[str, list[int]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -75,8 +76,11 @@ def _write(path: Path, content: dict[str, list[int]]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):  # an unwritable cache costs time only
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -188,6 +188,16 @@ def test_a_wrong_file_put_there_by_hand_is_named_and_kept(server, tmp_path):
     assert (tmp_path / "d").read_bytes() == b"mine"
 
 
+def test_more_bytes_than_are_allowed(server, tmp_path):
+    for length in ("right", None):  # said before, or only found out
+        server.length = length
+        with pytest.raises(UserError, match=r"holds more than the 1000 bytes .* and was removed") as caught:
+            download(server.url, tmp_path / "d", None, max_bytes=1000)
+        one_line(caught)
+        assert list(tmp_path.iterdir()) == []
+    assert download(server.url, tmp_path / "d", GOOD, max_bytes=len(CONTENT)).read_bytes() == CONTENT
+
+
 def test_a_file_the_server_does_not_have(server, tmp_path):
     with pytest.raises(UserError, match=r"127\.0\.0\.1 answered 404 .*by hand") as caught:
         download(server.url + "x", tmp_path / "d", GOOD)

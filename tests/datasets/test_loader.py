@@ -3,6 +3,7 @@ import dualcl.benchmark.compat  # noqa: F401 - before torchvision
 # isort: split
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,7 +45,7 @@ def same(left: Iterable[Batch], right: Iterable[Batch]) -> bool:
     )
 
 
-def batches(view: View, **options: int) -> list[Batch]:
+def batches(view: View, **options: Any) -> list[Batch]:
     loader_options = {"cache_mib": options.pop("cache_mib", 1024), "workers": options.pop("workers", 0)}
     arguments = {"seed": 3, "task": 1, "epochs": 3, "batch_size": 4, **options}
     return list(ImageLoader(noise(10, 13), view, **loader_options).train_batches(**arguments))
@@ -67,6 +68,19 @@ def test_batches_depend_neither_on_workers_nor_on_the_cache(augment):
     assert same(reference, batches(view, workers=2))
     assert same(reference, batches(view, cache_mib=0, workers=0))
     assert same(reference, batches(view, cache_mib=0, workers=2))
+
+
+@pytest.mark.parametrize("augment", ["flip", "crop_flip"])
+@pytest.mark.parametrize("options", [{}, {"cache_mib": 0}, {"cache_mib": 0, "workers": 2}])
+def test_shares_of_batches_make_up_the_whole(augment, options):
+    view = View(SIZE, augment=augment)
+    whole = batches(view, **options)
+    # the last batch has 3 images, so that one of 5 shares is empty in every batch
+    shares = [batches(view, rows=lambda n, i=i: slice(n * i // 5, n * (i + 1) // 5), **options) for i in range(5)]
+    for batch, *parts in zip(whole, *shares, strict=True):
+        assert torch.equal(batch.images, torch.stack([part.images for part in parts]).sum(0))
+        assert all(torch.equal(batch.labels, part.labels) for part in parts)
+        assert all(int((part.images.flatten(1) != 0).any(1).sum()) <= 1 for part in parts)
 
 
 @pytest.mark.parametrize("change", [{"seed": 4}, {"task": 2}])
