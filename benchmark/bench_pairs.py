@@ -41,6 +41,9 @@ KINDS = {
     ),
     "input": ("dualcl.benchmark.bench_input", "batches out of JPEG files beside torchvision's ImageFolder"),
     "growth": ("dualcl.benchmark.bench_growth", "speed and memory against tasks, classes, rank and image size"),
+    "report": ("dualcl.benchmark.bench_report", "seconds and memory of a report on 10,000 records"),
+    "scale": ("dualcl.benchmark.bench_scale", "the page of what a full study costs, from what was measured"),
+    "grid": ("dualcl.benchmark.simulate", "a study's runs on Ray's scheduler with a faster clock (needs dualcl[ray])"),
     "page": ("dualcl.benchmark.bench_page", "the page of measured results, from --format json files"),
 }
 OURS = "dualcl"

@@ -1,5 +1,6 @@
 """Metrics, tables, plots and reports, rebuilt from run records alone: no torch, no weights, no data."""
 
+from dualcl.results.data import load
 from dualcl.results.records import Record, comparable, find_records, frame, load_record
 from dualcl.results.report import ReportFiles, build_report, terminal_table
 from dualcl.results.tables import Summary, Table, render, summarise
@@ -13,6 +14,7 @@ __all__ = [
     "comparable",
     "find_records",
     "frame",
+    "load",
     "load_record",
     "render",
     "summarise",

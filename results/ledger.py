@@ -23,7 +23,7 @@ from dualcl.results.published import Group, Number, groups, numbers_for, our_met
 from dualcl.results.published.differences import compare_number, is_of, variant
 from dualcl.results.records import Record, comparable, scan_records
 from dualcl.results.report import assignments, set_words
-from dualcl.results.tables import DASH, PER_SEED, markdown_text, tell_apart
+from dualcl.results.tables import DASH, PER_SEED, markdown_code, markdown_text, tell_apart
 
 #: seeds below which a mean is not held against a published one
 MIN_SEEDS = 3
@@ -390,7 +390,7 @@ def _section(section: Section) -> list[str]:
     lines += ["| " + " | ".join(_HEAD) + " |", "| --- |" + " --- |" * (len(_HEAD) - 1)]
     for line in section.lines:
         cells = [*map(markdown_text, (line.method, line.protocol, line.published, line.ours))]
-        cells += [f"`{line.command.replace('|', chr(92) + '|')}`", line.commit, markdown_text(line.verdict)]
+        cells += [markdown_code(line.command), markdown_text(line.commit), markdown_text(line.verdict)]
         lines.append("| " + " | ".join(cells) + " |")
     return [*lines, "", *(f"- {markdown_text(note)}" for note in section.notes), *([""] if section.notes else [])]
 

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
 from dualcl.results.files import write_bytes
-from dualcl.results.metrics import METRICS, Curve, Metric
+from dualcl.results.metrics import METRICS, Curve, MatrixKind, Metric
 from dualcl.results.records import Record
 from dualcl.results.statistics import Ranking
 
@@ -53,6 +53,10 @@ _JOINT = "#000000"
 MAX_METHODS = 24
 #: seeds per panel of training losses: more lines hide each other
 MAX_LINES = 20
+#: losses drawn per line: more do not fit a panel's pixels
+MAX_POINTS = 2000
+#: streams in an overview: more do not fit a page
+MAX_STREAMS = 150
 
 
 @dataclass(frozen=True)
@@ -366,7 +370,7 @@ def _loss_series(record: Record) -> tuple[list[int], list[float], list[int]]:
     y: list[float] = []
     bounds: list[int] = []
     offset, task = 0, None
-    for index, line in enumerate(record.log()):
+    for index, line in enumerate(record.log(MAX_POINTS)):
         if index and line["task"] != task:
             offset = max(offset + steps.get(task, 0), x[-1] if x else 0)
             bounds.append(offset)
@@ -449,6 +453,40 @@ def update_norms(records: Sequence[Record]) -> Figure | None:
         figure.supylabel("Frobenius norm", fontsize=9)
         figure.suptitle(_title(records, "size of the weight updates"), fontsize=10, x=0.01, ha="left")
         figure.legend(handles=handles, loc="outside right upper", handlelength=3.2)
+    return figure
+
+
+def overview(
+    means: Mapping[str, Mapping[str, float]], kind: MatrixKind, title: str, names: Mapping[str, str] | None = None
+) -> Figure:
+    """A map of streams (down) x methods (across): `means[stream][label]` of the kind's quality; bright is better.
+
+    At most MAX_STREAMS streams and MAX_METHODS methods, as the title says. `names`: how labels are written, where that
+    is not the label itself.
+    """
+    metric = METRICS[kind.quality]
+    streams, every = list(means)[:MAX_STREAMS], list(dict.fromkeys(label for row in means.values() for label in row))
+    labels = every[:MAX_METHODS]
+    values = [v for stream in streams for label in labels if (v := means[stream].get(label)) is not None]
+    shade = "cividis" if metric.higher_is_better else "cividis_r"
+    left_out = [f"{len(streams)} of {len(means)} streams"] if len(means) > len(streams) else []
+    left_out += [f"{len(labels)} of {len(every)} methods"] if len(every) > len(labels) else []
+    with matplotlib.rc_context(_RC), matplotlib.rc_context({"axes.grid": False}):
+        figure = Figure(figsize=(2.6 + 0.42 * len(labels), 2.2 + 0.16 * len(streams)), layout="constrained")
+        axes = figure.subplots()
+        table = [[means[stream].get(label, nan) for label in labels] for stream in streams]
+        image = axes.pcolormesh(
+            table, cmap=shade, vmin=min(values), vmax=max(values), edgecolors="white", linewidth=0.3
+        )
+        axes.set_xticks([i + 0.5 for i in range(len(labels))], [_shown((names or {}).get(n, n)) for n in labels])
+        axes.set_yticks([i + 0.5 for i in range(len(streams))], [_shown(name, 40) for name in streams])
+        axes.tick_params(length=0, labelsize=7)
+        axes.tick_params(axis="x", rotation=90)
+        _unlabelled(axes)
+        axes.invert_yaxis()
+        axes.spines[:].set_visible(False)
+        axes.set_title(f"{title} ({', '.join(left_out)})" if left_out else title, loc="left")
+        figure.colorbar(image, ax=axes, aspect=40, label=f"{metric.title} [{metric.unit}]")
     return figure
 
 

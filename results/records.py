@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from math import isfinite
+from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.reading import read_json
+from dualcl.results import shape
 from dualcl.results.metrics import KINDS, Grid, MatrixKind, run_metrics
 
 if TYPE_CHECKING:
@@ -27,7 +30,10 @@ STATUSES = ("running", "finished", "failed", "interrupted")
 MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 #: parts of a record that differ when the very same run is repeated
-VOLATILE = ("measured", "environment", "created", "finished")
+VOLATILE = ("measured", "environment", "created", "finished", "sha256")
+
+#: parts at the top of a record that are equal in many
+_REPEATED = ("sources", "environment")
 
 _RUN_FIELDS: dict[str, type] = {
     "preset": str,
@@ -115,28 +121,30 @@ class Record:
         """The matrix in the unit of its kind: row i lists tasks 0..i after task i (None: not evaluated) or is None."""
         return self.kind.cells(self.data["matrix"], self.n_tasks)
 
-    def log(self) -> list[dict[str, Any]]:
+    def log(self, most: int | None = None) -> list[dict[str, Any]]:
         """Lines of log.jsonl in order of training; of a step logged twice (after a resume) the later line.
 
-        A last line cut off by a crash is left out; a missing file is an empty log.
+        A last line cut off by a crash is left out; a missing file is an empty log. Of a log with more than `most`
+        lines, every second (third, ...) is read, at most so many.
         """
         lines: dict[tuple[int, int], dict[str, Any]] = {}
         try:
             text = (self.directory / "log.jsonl").read_text(encoding="utf-8", errors="replace")
         except OSError:
             return []
-        for line in text.splitlines():
+        found = text.splitlines()
+        for line in found[:: 1 if most is None else max(1, ceil(len(found) / most))]:
             try:
                 entry = json.loads(line)
                 key = (-1 if entry["task"] is None else int(entry["task"]), int(entry["step"]))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
                 continue
             lines[key] = entry
         return [lines[key] for key in sorted(lines)]
 
 
 def _broken(path: Path, why: str) -> UserError:
-    return UserError(f"{path} is not a usable record ({why}); run it again or remove its directory")
+    return UserError(f"{path} is not a usable record ({why}); delete it and call its dualcl run again")
 
 
 def _check(path: Path, data: dict[str, Any]) -> None:
@@ -167,12 +175,20 @@ def _check(path: Path, data: dict[str, Any]) -> None:
         )
         whole = whole and len(set(rows)) == len(rows) and all(0 <= i < run["n_tasks"] for i in rows)
         problems = [p for row in matrix["rows"] if whole and (p := kind.problem(row, run["n_tasks"], run["joint"]))]
-    except (KeyError, TypeError, ValueError) as error:
-        raise _broken(path, f"a row of the matrix is damaged: {error}") from None
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise _broken(path, f"a row of the matrix is damaged: {' '.join(str(error).split())}") from None
     if not whole:
         raise _broken(path, "the rows of the matrix do not fit run.n_tasks")
     if problems:
         raise _broken(path, f"in the matrix, {problems[0]}")
+    if (wrong := shape.problem(data)) is not None:
+        raise _broken(path, wrong)
+
+
+def record_checksum(data: Mapping[str, Any]) -> str:
+    """sha256 of a record as parsed from JSON, its own `sha256` aside."""
+    kept = {key: value for key, value in data.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def load_record(path: str | os.PathLike[str]) -> Record:
@@ -184,7 +200,7 @@ def load_record(path: str | os.PathLike[str]) -> Record:
     if path.is_dir():
         path = path / FILE_NAME
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; give a run directory, or a directory that holds some") from None
     except OSError as error:
@@ -200,6 +216,8 @@ def load_record(path: str | os.PathLike[str]) -> Record:
         raise UserError(
             f"{path} has record version {version}, this dualcl reads up to {VERSION}; read it with a newer dualcl"
         )
+    written = data.get("sha256")  # older records have none
+    intact = written is None or written == record_checksum(data)
     while version < VERSION:
         if version not in MIGRATIONS:
             raise _broken(path, f"record version {version} was never released")
@@ -207,7 +225,22 @@ def load_record(path: str | os.PathLike[str]) -> Record:
         version += 1
         data["version"] = version
     _check(path, data)
+    if not intact:
+        raise _broken(path, "its checksum differs: it is damaged, or was changed by hand")
+    data.pop("sha256", None)
     return Record(path, data)
+
+
+def _mappings(values: Iterable[Any]) -> list[dict[str, Any]]:
+    return [value for value in values if isinstance(value, dict)]
+
+
+def _shared(data: dict[str, Any], known: dict[str, Any]) -> None:
+    """Puts parts that are equal in many records (settings, names of classes, versions) in memory once."""
+    for place in (data, data["config"], data["identity"], data["network"], *_mappings(data["tasks"])):
+        for name, part in place.items():
+            if name in _REPEATED or (place is not data and isinstance(part, (dict, list)) and name != "diagnostics"):
+                place[name] = known.setdefault(json.dumps(part), part)
 
 
 def scan_records(dirs: Iterable[str | os.PathLike[str]]) -> tuple[list[Record], list[str]]:
@@ -215,10 +248,10 @@ def scan_records(dirs: Iterable[str | os.PathLike[str]]) -> tuple[list[Record], 
 
     Raises UserError for a directory that does not exist.
     """
-    files: dict[Path, Path] = {}
+    files: dict[str, Path] = {}
     for given in map(Path, dirs):
         if given.is_file():
-            files.setdefault(given.resolve(), given)
+            files.setdefault(os.path.realpath(given), given)
             continue
         if not given.is_dir():
             raise UserError(f"{given} does not exist; give a run directory, or a directory that holds some")
@@ -227,13 +260,17 @@ def scan_records(dirs: Iterable[str | os.PathLike[str]]) -> tuple[list[Record], 
             if FILE_NAME in names:
                 below.clear()  # checkpoints and samples: no runs in there
                 found = Path(folder) / FILE_NAME
-                files.setdefault(found.resolve(), found)
-    records, problems = [], []
+                files.setdefault(os.path.realpath(found), found)
+    records: list[Record] = []
+    problems: list[str] = []
+    known: dict[str, Any] = {}
     for path in sorted(files.values()):
         try:
             records.append(load_record(path))
         except UserError as error:
             problems.append(str(error))
+        else:
+            _shared(records[-1].data, known)
     return records, problems
 
 

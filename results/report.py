@@ -11,11 +11,12 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualcl.benchmark.errors import UserError, nearest
+from dualcl.results.data import need_parquet, write_parquet
 from dualcl.results.files import slugs, write_bytes, write_text
 from dualcl.results.metrics import COST, METRICS, MatrixKind, Metric
 from dualcl.results.records import Record
@@ -52,6 +53,14 @@ if TYPE_CHECKING:
     from dualcl.results.samples import Sheet
 
 REPORT_FORMATS = ("md", "csv", "tex", "html", "png")
+#: those, and what needs an extra
+FORMATS = (*REPORT_FORMATS, "parquet")
+#: the frames that --format parquet writes
+PARQUET = ("runs", "cells")
+#: with more runs, the page shows one run of each method in full
+LARGE = 1000
+#: with more than LARGE runs on more streams than this, an overview is drawn in place of the streams' own pictures
+FEW_STREAMS = 3
 
 
 @dataclass
@@ -66,12 +75,36 @@ class ReportFiles:
     plots: list[Path] = field(default_factory=list)
     samples: list[Path] = field(default_factory=list)
     html: Path | None = None
+    parquet: list[Path] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    #: what the report leaves out for being large
+    notes: list[str] = field(default_factory=list)
 
 
 def _prefixes(summary: Summary) -> list[str]:
     """What the file names of a table's plots and samples begin with."""
     return slugs([table.preset for table in summary.tables])
+
+
+def _only_overview(summary: Summary, all_plots: bool) -> bool:
+    """Whether the streams' own pictures, about six seconds each, are left out."""
+    return not all_plots and len(summary.records) > LARGE and len(summary.tables) > FEW_STREAMS
+
+
+def _notes(summary: Summary, all_plots: bool) -> list[str]:
+    """What a large report leaves out, and where it is."""
+    lines = []
+    if _only_overview(summary, all_plots):
+        lines.append(
+            f"{len(summary.tables)} streams are too many to draw each: plots and images of a stream are in a report on "
+            "its runs alone, or here with --all-plots"
+        )
+    if len(summary.records) > LARGE:
+        lines.append(
+            f"of {len(summary.records)} runs, the first of every method is shown in full; every run has a row in "
+            "runs.csv, with the path of its record"
+        )
+    return lines
 
 
 def _draw(
@@ -91,6 +124,30 @@ def _draw(
             for suffix in suffixes:
                 paths.append(save_figure(figure, folder / f"{slug}-{name}{suffix}"))
             pictures[index, name] = paths[-1].read_bytes()
+    return paths, pictures
+
+
+def _draw_overviews(
+    summary: Summary, folder: Path, suffixes: Sequence[str] = (".png", ".svg")
+) -> tuple[list[Path], dict[str, bytes]]:
+    """Writes a map of streams x methods per kind; the paths, and the last suffix's by heading."""
+    from dualcl.results.plots import overview, save_figure
+
+    paths: list[Path] = []
+    pictures: dict[str, bytes] = {}
+    for kind, tables in sections(summary):
+        means = {
+            table.preset: {row.label: stat.mean for row in table.rows if (stat := row.stats.get(kind.quality))}
+            for table in tables
+        }
+        if not any(means.values()):
+            continue
+        title = f"{kind.heading}: {METRICS[kind.quality].title} by stream and method"
+        figure = overview(means, kind, title, summary.names(kind))
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix in suffixes:
+            paths.append(save_figure(figure, folder / f"overview-{kind.heading.lower()}{suffix}"))
+        pictures[kind.heading] = paths[-1].read_bytes()
     return paths, pictures
 
 
@@ -436,6 +493,8 @@ def _html(
     found: Sequence[_Samples],
     ranks: Mapping[str, bytes],
     with_published: bool = False,
+    overviews: Mapping[str, bytes] | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     from dualcl.results.plots import PLOTS
 
@@ -453,8 +512,14 @@ def _html(
         parts.append(f"<nav>{' · '.join(links)}</nav>")
     if summary.problems:
         parts.append(_items(summary.problems, " class=warn"))
+    if notes:
+        parts.append(_items(notes, " class=warn"))
     for kind, tables in by_kind:
         parts.append(f'<section id="{_e(kind.heading.lower())}"><h2>{_e(kind.heading)}</h2>')
+        if overviews and kind.heading in overviews:
+            alt = "Map of streams (down) and methods (across): mean over seeds; bright is better."
+            source = base64.b64encode(overviews[kind.heading]).decode()
+            parts.append(f'<figure><img alt="{alt}" src="data:image/svg+xml;base64,{source}"></figure>')
         for table in tables:
             index = summary.tables.index(table)
             own = {name: picture for (at, name), picture in pictures.items() if at == index}
@@ -466,10 +531,23 @@ def _html(
     parts.append("<section><h2>Costs</h2>")
     parts.append(_pairs((f"{METRICS[k].title} {arrow(METRICS[k])}", METRICS[k].definition) for k in COST))
     parts.append("</section><section><h2>Where every number comes from</h2>")
+    by_table: dict[tuple[str, str], list[Record]] = {}
+    for record in _shown_in_full(summary):
+        by_table.setdefault((record.table, record.kind.heading), []).append(record)
     for table in summary.tables:
         parts.append(f"<h3>{_e(table.preset)}</h3>")
-        parts += [_html_run(r) for r in summary.records if r.table == table.preset and r.kind is table.kind]
+        parts += [_html_run(record) for record in by_table.get((table.preset, table.kind.heading), [])]
     return "\n".join([*parts, "</section></body></html>", ""])
+
+
+def _shown_in_full(summary: Summary) -> list[Record]:
+    """All runs, or the first run of every row where they are more than LARGE."""
+    if len(summary.records) <= LARGE:
+        return summary.records
+    first: dict[tuple[str, str, str], Record] = {}
+    for record in summary.records:
+        first.setdefault((record.table, record.kind.heading, record.label), record)
+    return [*first.values()]
 
 
 def _summary(
@@ -489,6 +567,7 @@ def build_report(
     baseline: str | None = None,
     confidence: float = CONFIDENCE,
     with_published: bool = False,
+    all_plots: bool = False,
 ) -> ReportFiles:
     """Writes the files of a report on `source` into `out`, as far as `formats` asks.
 
@@ -496,23 +575,28 @@ def build_report(
     count for directories only.
 
     table.md/.csv/.tex; with csv also runs.csv and differences.csv; with png plots/*.png and *.svg, and samples/*.png
-    (contact sheets of generated images); report.html.
+    (contact sheets of generated images); report.html; with parquet runs.parquet and cells.parquet (see `data`).
     Methods are compared with `baseline`, tested at `confidence` (see `make_table`, `statistics.compare`).
     `with_published` adds published numbers in sections of their own (and published.csv with csv).
+    With more than LARGE runs on more than FEW_STREAMS streams, an overview takes the place of their pictures, unless
+    `all_plots`; `ReportFiles.notes` says so.
     Raises UserError when there is nothing to report, when runs may not share a table or the baseline is not there (see
     `summarise`), for an unknown format, and when `out` cannot be written.
     """
     for name in formats:
-        if name not in REPORT_FORMATS:
-            raise UserError(f"unknown report format {name!r}; {nearest(name, REPORT_FORMATS, 'formats')}")
+        if name not in FORMATS:
+            raise UserError(f"unknown report format {name!r}; {nearest(name, FORMATS, 'formats')}")
+    if "parquet" in formats:
+        need_parquet()
     summary = _summary(source, allow_mixed, baseline, confidence)
+    drawn = replace(summary, tables=[]) if _only_overview(summary, all_plots) else summary
     out = Path(out)
-    files = ReportFiles(out, warnings=summary.warnings)
+    files = ReportFiles(out, warnings=summary.warnings, notes=_notes(summary, all_plots))
     try:
         out.mkdir(parents=True, exist_ok=True)
         found = [_Samples([], [], [])] * len(summary.tables)
         if "png" in formats or "html" in formats:
-            found = _draw_samples(summary, out if "png" in formats else None)
+            found[: len(drawn.tables)] = _draw_samples(drawn, out if "png" in formats else None)
             files.samples = [out / link for samples in found for link in samples.links]
             files.warnings += [note for samples in found for note in samples.notes]
         for form in ("md", "csv", "tex"):
@@ -528,18 +612,28 @@ def build_report(
             files.differences = write_text(out / "differences.csv", differences_csv(summary.tables))
             if with_published:
                 files.published = write_text(out / "published.csv", _published(summary, "csv"))
+        if "parquet" in formats:
+            files.parquet = [write_parquet(summary.records, what, out / f"{what}.parquet") for what in PARQUET]
         pictures: dict[tuple[int, str], bytes] = {}
         ranks: dict[str, bytes] = {}
+        overviews: dict[str, bytes] = {}
         if "png" in formats:
-            files.plots, pictures = _draw(summary, out / "plots")
+            files.plots, pictures = _draw(drawn, out / "plots")
             more, ranks = _draw_ranks(summary, out / "plots")
             files.plots += more
+            if drawn is not summary:
+                more, overviews = _draw_overviews(summary, out / "plots")
+                files.plots += more
         elif "html" in formats:
             with tempfile.TemporaryDirectory() as folder:
-                _, pictures = _draw(summary, Path(folder), [".svg"])
+                _, pictures = _draw(drawn, Path(folder), [".svg"])
                 _, ranks = _draw_ranks(summary, Path(folder), [".svg"])
+                if drawn is not summary:
+                    _, overviews = _draw_overviews(summary, Path(folder), [".svg"])
         if "html" in formats:
-            files.html = write_text(out / "report.html", _html(summary, pictures, found, ranks, with_published))
+            files.html = write_text(
+                out / "report.html", _html(summary, pictures, found, ranks, with_published, overviews, files.notes)
+            )
     except OSError as error:
         raise UserError(f"cannot write the report to {out}: {error.strerror}; choose another --out") from None
     return files

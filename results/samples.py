@@ -30,6 +30,8 @@ REAL, ON_SHEET, PER_METHOD = 3, 4, 2
 STAGES = 12
 #: strips of so many concepts are on the page, the others are linked
 SHOWN_CONCEPTS = 10
+#: contact sheets per stream: of more runs, those of the first seeds have one
+MAX_SHEETS = 200
 #: no image of a run is larger
 MAX_SIDE = 8192
 
@@ -422,6 +424,11 @@ def draw_samples(records: Sequence[Record], prefix: str) -> tuple[list[Sheet], l
     contacts: list[tuple[RunSamples, Image.Image]] = []
     runs = [RunSamples(record) for record in sorted(records, key=lambda r: (r.joint, r.label, r.seed))]
     runs = [samples for samples in runs if samples.folder.is_dir()]
+    notes = []
+    if len(runs) > MAX_SHEETS:
+        notes.append(f"contact sheets of {MAX_SHEETS} of {len(runs)} runs, the first seeds")
+        kept = {id(samples) for samples in sorted(runs, key=lambda s: s.record.seed)[:MAX_SHEETS]}
+        runs = [samples for samples in runs if id(samples) in kept]
     for samples in runs:
         if (image := contact_sheet(samples)) is not None:
             contacts.append((samples, image))
@@ -468,4 +475,4 @@ def draw_samples(records: Sequence[Record], prefix: str) -> tuple[list[Sheet], l
             first.setdefault(record.label, record.seed) == record.seed,
         )
     named = zip(sheets, slugs([sheet.name for sheet in sheets]), strict=True)
-    return [replace(sheet, name=name) for sheet, name in named], [n for s in runs if (n := s.note())]
+    return [replace(sheet, name=name) for sheet, name in named], [*notes, *(n for s in runs if (n := s.note()))]

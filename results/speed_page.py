@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dualcl.benchmark.bench_pairs import about_lines, cells_of, md_table, notes_of
 from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.reading import read_json
+from dualcl.benchmark.safe_yaml import read_yaml
 
 INTRODUCTION = """# Speed
 
@@ -29,7 +28,7 @@ Two things are tests instead of rows: each test image passes the model once per 
 def read_result(path: Path) -> dict[str, Any]:
     """A JSON file of `dualcl bench`. Raises UserError when it is none."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict) or not {"kind", "command", "rows", "setup", "device"} <= value.keys():
@@ -40,8 +39,8 @@ def read_result(path: Path) -> dict[str, Any]:
 def read_notes(path: Path) -> dict[str, str]:
     """Reasons of misses by quantity, or by what quantities begin with up to a dash. Raises UserError."""
     try:
-        value = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+        value = read_yaml(path.read_text(encoding="utf-8"), f"--notes {path}") or {}
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--notes {path} cannot be read as YAML: {error}") from None
     if not isinstance(value, dict) or not all(isinstance(text, str) for text in value.values()):
         raise UserError(f"--notes {path}: wants lines `quantity: reason`")

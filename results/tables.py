@@ -7,6 +7,7 @@ import csv
 import gc
 import io
 import os
+import re
 import statistics
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from functools import cached_property
 from typing import Any
 
 from dualcl.benchmark.errors import UserError, nearest
+from dualcl.results.files import csv_cell
 from dualcl.results.metrics import COST, KINDS, METRICS, MatrixKind, Metric
 from dualcl.results.records import Record, comparable, run_row, scan_records
 from dualcl.results.statistics import CONFIDENCE, Difference, Ranking, check_confidence, compare, rank_methods
@@ -215,19 +217,32 @@ def _written(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def _settings(config: Mapping[str, Any], known: dict[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
+    """What of a configuration makes a variant of a method, by dotted key; one and the same dict for shared sections."""
+    key = tuple(
+        (name, id(part) if isinstance(part, dict) else repr(part))
+        for name, part in config.items()
+        if name not in _FREE_CONFIG
+    )
+    if key not in known:
+        known[key] = {k: _set(v) for k, v in _flat(config) if k.split(".")[-1] not in _FREE_CONFIG}
+    return known[key]
+
+
 def tell_apart(records: Sequence[Record]) -> list[Record]:
     """The records of a stream; where one label stands for several settings (a sweep), the label names them.
 
     A record in which none of the varied keys is set keeps its label.
     """
     groups: dict[str, list[tuple[Record, dict[str, Any]]]] = {}
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
-        flat = {k: _set(v) for k, v in _flat(record.data["config"]) if k.split(".")[-1] not in _FREE_CONFIG}
-        groups.setdefault(record.label, []).append((record, flat))
+        groups.setdefault(record.label, []).append((record, _settings(record.data["config"], known)))
     out = []
     for label, group in groups.items():
-        keys = dict.fromkeys(key for _, flat in group for key in flat)
-        varied = [k for k in keys if any(flat.get(k) != group[0][1].get(k) for _, flat in group)]
+        different = {id(flat): flat for _, flat in group}.values()
+        keys = dict.fromkeys(key for flat in different for key in flat)
+        varied = [k for k in keys if any(flat.get(k) != group[0][1].get(k) for flat in different)]
         for record, flat in group:
             names = [f"{k.removeprefix('method.')}={_written(flat.get(k))}" for k in varied]
             plain = all(flat.get(k) is None for k in varied)
@@ -471,6 +486,15 @@ def make_table(
     return table if conflicts else replace(table, differences=_differences(table, baseline, confidence))
 
 
+def streams(records: Iterable[Record]) -> list[list[Record]]:
+    """The records by kind and table, in the order of a report, and told apart."""
+    found: dict[tuple[int, str], list[Record]] = {}
+    for record in records:
+        place = list(KINDS).index(record.data["matrix"]["kind"])
+        found.setdefault((place, record.table), []).append(record)
+    return [tell_apart(found[key]) for key in sorted(found)]
+
+
 @rare_collections()
 def summarise(
     dirs: Iterable[str | os.PathLike[str]],
@@ -490,11 +514,7 @@ def summarise(
     if not records:
         why = f"; {problems[0]}" if problems else "; give the directory that `dualcl run` or `compare` wrote"
         raise UserError(f"nothing to report: no record.json below {', '.join(places) or 'no directory'}{why}")
-    streams: dict[tuple[int, str], list[Record]] = {}
-    for record in records:
-        place = list(KINDS).index(record.data["matrix"]["kind"])
-        streams.setdefault((place, record.table), []).append(record)
-    ordered = [tell_apart(streams[key]) for key in sorted(streams)]
+    ordered = streams(records)
     tables = [
         make_table(stream, allow_mixed=allow_mixed, baseline=baseline, confidence=confidence) for stream in ordered
     ]
@@ -690,9 +710,16 @@ def ranking_lines(summary: Summary, kind: MatrixKind) -> list[str]:
 def markdown_text(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
     out = text.replace("\\", "\\\\")
-    for mark in "|*_<>`[]":
+    for mark in "|*_<>`[]~&":
         out = out.replace(mark, "\\" + mark)
     return " ".join(out.split())
+
+
+def markdown_code(text: str) -> str:
+    """Text that Markdown shows as it is, as code in a cell of a table."""
+    text = " ".join(text.replace("|", "\\|").splitlines())
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
 def _markdown_grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -756,6 +783,7 @@ def to_markdown(table: Table) -> str:
 
 _TEX = {
     "\\": r"\textbackslash{}",
+    "[": "{[}",  # else an option of the \\\\ before it
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "<": r"\textless{}",
@@ -943,6 +971,7 @@ def to_text(table: Table, *, ascii_only: bool = False, width: int | None = None)
 
 
 def _plain(text: str, ascii_only: bool) -> str:
+    text = re.sub("[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)  # a terminal would obey them
     if not ascii_only:
         return text
     for mark, ascii_mark in _ASCII.items():
@@ -954,12 +983,12 @@ def _plain_grid(grid: Sequence[Sequence[str]], ascii_only: bool) -> list[list[st
     return [[_plain(text, ascii_only) for text in line] for line in grid]
 
 
-def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A CSV file of these rows, with text that no spreadsheet runs."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(header)
-    for row in rows:
-        writer.writerow([round(v, 9) if isinstance(v, float) else v for v in row])
+    for row in (header, *rows):
+        writer.writerow([round(v, 9) if isinstance(v, float) else csv_cell(v) for v in row])
     return out.getvalue()
 
 
@@ -978,7 +1007,7 @@ def to_csv(tables: Sequence[Table]) -> str:
                 stat = row.stats.get(key)
                 line += [stat.mean, stat.std, stat.n] if stat else [None, None, 0]
             lines.append(line + ["; ".join(row.caveats)] * caveats)
-    return _csv(header, lines)
+    return csv_text(header, lines)
 
 
 def differences_csv(tables: Sequence[Table]) -> str:
@@ -1004,14 +1033,14 @@ def differences_csv(tables: Sequence[Table]) -> str:
                 line += [*exact, family, repr(table.differences.confidence)]
                 tested = None if d.p_holm is None else d.significant
                 lines.append([*line, tested, "; ".join(rows[label].caveats)])
-    return _csv(header, lines)
+    return csv_text(header, lines)
 
 
 def runs_csv(records: Sequence[Record]) -> str:
     """Plain numbers: one row per run, finished or not, with every metric and where it comes from."""
     rows = [run_row(record) for record in records]
     header = list(dict.fromkeys(key for row in rows for key in row))
-    return _csv(header, ([row.get(key) for key in header] for row in rows))
+    return csv_text(header, ([row.get(key) for key in header] for row in rows))
 
 
 def render(summary: Summary, form: str = "text", *, ascii_only: bool = False, width: int | None = None) -> str:

@@ -5,9 +5,7 @@ Nothing here averages, ranks or marks a best value.
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,7 +27,7 @@ from dualcl.results.published import (
 )
 from dualcl.results.published.differences import compare_protocol
 from dualcl.results.records import Record
-from dualcl.results.tables import Summary, markdown_text
+from dualcl.results.tables import Summary, csv_text, markdown_text
 
 TITLE = "Published (not ours)"
 NOTE = (
@@ -304,9 +302,7 @@ def to_html(blocks: Sequence[Block]) -> str:
 def to_csv(summary: Summary) -> str:
     """Published numbers beside the tables of a report, one row each, with what differs from ours."""
     names = [f.name for f in fields(Number)]
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["preset", *names, "our_metric", "differs", "not_seen_there"])
+    rows = []
     for table in summary.tables:
         records = [r for r in summary.records if r.table == table.preset and r.kind is table.kind]
         for group in groups(numbers_for(str(records[0].data["identity"].get("data")), records[0].n_tasks)):
@@ -315,8 +311,8 @@ def to_csv(summary: Summary) -> str:
             for n in group.numbers:
                 cells = [getattr(n, name) for name in names]
                 cells = [";".join(f"{k}={v}" for k, v in c.items()) if isinstance(c, dict) else c for c in cells]
-                writer.writerow([table.preset, *cells, our_metric(n), differs, ", ".join(found.unseen)])
-    return out.getvalue()
+                rows.append([table.preset, *cells, our_metric(n), differs, ", ".join(found.unseen)])
+    return csv_text(["preset", *names, "our_metric", "differs", "not_seen_there"], rows)
 
 
 def stream_text(name: str, *, ascii_only: bool = False, width: int | None = None) -> str:

@@ -1,0 +1,260 @@
+"""Records as data: tidy pandas frames with typed, documented columns, and the same as Parquet files.
+
+`load("runs")` has a row per run, `load("runs", "cells")` one per entry of a matrix, "tasks" one per task learnt, "log"
+one per logged step; `path` joins them. pandas and pyarrow are imported when they are asked for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from dualcl.benchmark.errors import UserError, nearest
+from dualcl.results.files import write_bytes
+from dualcl.results.metrics import METRICS
+from dualcl.results.records import Record, run_row, scan_records
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+#: of the columns: goes up when one is renamed, removed or changes its meaning, not when one is added
+VERSION = 1
+
+#: pandas dtype of every kind of column; a value that is missing, or of another type, is NA
+DTYPES = {
+    "text": "string",
+    "integer": "Int64",
+    "number": "float64",
+    "flag": "boolean",
+    "time": "datetime64[us, UTC]",
+}
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of a frame."""
+
+    name: str
+    kind: Literal["text", "integer", "number", "flag", "time"]
+    #: what it holds, with its unit
+    what: str
+
+
+_RUN = (
+    Column("path", "text", "the run's folder; the key that joins the frames"),
+    Column("preset", "text", "the preset, and so the stream"),
+    Column("table", "text", "the preset in whose table the run appears"),
+    Column("domain", "text", "classification or customization"),
+    Column("method", "text", "the registered method"),
+    Column("label", "text", "what tables call the row: the method, with the settings that a sweep varies"),
+    Column("seed", "integer", "of initialisation, batch order and augmentation"),
+)
+
+RUNS = (
+    *_RUN,
+    Column("joint", "flag", "saw all tasks at once: an upper bound"),
+    Column("caveats", "text", "what a reader of the numbers must know"),
+    Column("n_tasks", "integer", "tasks (concepts) of the stream"),
+    Column("status", "text", "running, finished, failed or interrupted"),
+    Column("error", "text", "why it failed"),
+    *(Column(m.key, "number", f"{m.definition} [{m.unit}]") for m in METRICS.values()),
+    Column("parameters", "integer", "of the adapted network"),
+    Column("data", "text", "the data set"),
+    Column("split_name", "text", "of training and test data"),
+    Column("split_hash", "text", "of the split's file names or indices"),
+    Column("backbone", "text", "the pretrained model"),
+    Column("weights", "text", "where its weights came from"),
+    Column("weights_sha256", "text", "of its weights"),
+    Column("features", "text", "the model whose features measure generated images"),
+    Column("features_sha256", "text", "of that model's weights"),
+    Column("kernel", "text", "of the MMD"),
+    Column("estimator", "text", "of the MMD"),
+    Column("steps", "integer", "optimiser steps per concept"),
+    Column("eval_n", "integer", "images generated per concept"),
+    Column("eval_steps", "integer", "denoising steps"),
+    Column("eval_scheduler", "text", "sampler"),
+    Column("eval_guidance", "number", "guidance scale"),
+    Column("eval_prompt", "text", "template of the prompts"),
+    Column("eval_negative_prompt", "text", "negative prompt"),
+    Column("eval_prompts_hash", "text", "of all prompts"),
+    Column("config_hash", "text", "of every setting that can change a result"),
+    Column("dualcl", "text", "version"),
+    Column("commit", "text", "of the checkout"),
+    Column("dirty", "flag", "uncommitted changes in it"),
+    Column("torch", "text", "version"),
+    Column("device", "text", "cpu, or the GPU"),
+    Column("finished", "time", "when the run ended"),
+)
+
+CELLS = (
+    *_RUN,
+    Column("after_task", "integer", "the task learnt last, from 0"),
+    Column("task", "integer", "the task tested, from 0"),
+    Column("value", "number", "accuracy in percent, or MMD to the real images x 10^3"),
+    Column("correct", "integer", "test images predicted correctly"),
+    Column("total", "integer", "test images"),
+    Column("mmd", "number", "squared MMD to the real images, not scaled"),
+    Column("drift", "number", "squared MMD to the images right after learning, not scaled"),
+    Column("image_similarity", "number", "mean cosine to the real images"),
+    Column("text_similarity", "number", "mean cosine to the prompt"),
+    Column("nearest_correct", "integer", "generated images nearest to their own concept"),
+    Column("generated", "integer", "generated images"),
+)
+
+TASKS = (
+    *_RUN,
+    Column("task", "integer", "from 0; missing where all were learnt at once"),
+    Column("name", "text", "of the task"),
+    Column("n_train", "integer", "training images"),
+    Column("n_test", "integer", "test images"),
+    Column("steps", "integer", "optimiser steps"),
+    Column("final_loss", "number", "mean loss of the last epoch"),
+    Column("parameters_trained", "integer", "trained for this task"),
+    Column("parameters_stored", "integer", "stored after it"),
+    Column("train_seconds", "number", "of training [s]"),
+    Column("eval_seconds", "number", "of evaluating all tasks so far [s]"),
+    Column("peak_mib", "number", "peak memory [MiB]"),
+)
+
+LOG = (
+    *_RUN,
+    Column("task", "integer", "from 0"),
+    Column("step", "integer", "optimiser step of the task, from 0"),
+    Column("epoch", "integer", "of the task, from 0"),
+    Column("loss", "number", "task loss and penalty"),
+    Column("penalty", "number", "in the loss"),
+    Column("lr_factor", "number", "on every learning rate"),
+)
+
+
+def _key(record: Record) -> dict[str, Any]:
+    run = record.data["run"]
+    return {
+        **{name: run[name] for name in ("preset", "domain", "method", "label", "seed")},
+        "table": record.table,
+        "path": str(record.directory),
+    }
+
+
+def _cells(record: Record) -> Iterator[dict[str, Any]]:
+    key, values = _key(record), record.cells()
+    for row in record.data["matrix"]["rows"]:
+        after = row["after_task"]
+        shown = values[after] or [None] * (after + 1)
+        for task in range(after + 1):
+            fields = {name: row[name][task] for name in record.kind.row_fields}
+            if any(value is not None for value in fields.values()):
+                yield {**key, "after_task": after, "task": task, "value": shown[task], **fields}
+
+
+def _tasks(record: Record) -> Iterator[dict[str, Any]]:
+    costs = record.data["measured"].get("tasks") or []
+    for number, task in enumerate(record.data["tasks"]):
+        cost = costs[number] if number < len(costs) else {}
+        yield {**_key(record), **task, **{k: cost.get(k) for k in ("train_seconds", "eval_seconds", "peak_mib")}}
+
+
+def _log(record: Record) -> Iterator[dict[str, Any]]:
+    key = _key(record)
+    for line in record.log():
+        yield {**key, **line}
+
+
+def _runs(record: Record) -> Iterator[dict[str, Any]]:
+    yield run_row(record)
+
+
+#: name -> columns, and what makes the rows of one record
+FRAMES: dict[str, tuple[tuple[Column, ...], Callable[[Record], Iterator[dict[str, Any]]]]] = {
+    "runs": (RUNS, _runs),
+    "cells": (CELLS, _cells),
+    "tasks": (TASKS, _tasks),
+    "log": (LOG, _log),
+}
+
+
+def _typed(values: Sequence[Any], kind: str) -> Any:
+    import pandas as pd
+
+    if kind == "number":
+        known = [float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else None for v in values]
+        return pd.Series(known, dtype="float64")
+    if kind == "integer":
+        return pd.Series([v if type(v) is int else None for v in values], dtype="Int64")
+    if kind == "flag":
+        return pd.Series([v if isinstance(v, bool) else None for v in values], dtype="boolean")
+    text = pd.Series([None if v is None else str(v) for v in values], dtype="string")
+    if kind == "time":
+        return pd.to_datetime(text, utc=True, errors="coerce", format="ISO8601").dt.as_unit("us")
+    return text
+
+
+def frame_of(records: Iterable[Record], what: str = "runs") -> pd.DataFrame:
+    """The frame `what` of these records, rows in their order. UserError for another name."""
+    import pandas as pd
+
+    if what not in FRAMES:
+        raise UserError(f"unknown frame {what!r}; {nearest(what, FRAMES, 'frames')}")
+    columns, rows = FRAMES[what]
+    values: dict[str, list[Any]] = {column.name: [] for column in columns}
+    for record in records:
+        for row in rows(record):
+            for name, column in values.items():
+                column.append(row.get(name))
+    return pd.DataFrame({column.name: _typed(values[column.name], column.kind) for column in columns})
+
+
+def load(
+    dirs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], what: str = "runs", *, strict: bool = True
+) -> pd.DataFrame:
+    """The runs below `dirs` (a folder, or several) as a tidy frame: "runs", "cells", "tasks" or "log".
+
+    Columns and their types are those of `FRAMES`, whatever the records hold. Raises UserError for a folder that is not
+    there and for a record that cannot be read; with `strict=False` that one is left out, with a warning.
+    """
+    from dualcl.results.tables import streams
+
+    places = [dirs] if isinstance(dirs, (str, os.PathLike)) else [*dirs]
+    records, problems = scan_records(places)
+    if problems and strict:
+        raise UserError(problems[0])
+    for problem in problems:
+        warnings.warn(f"left out: {problem}", stacklevel=2)
+    return frame_of([record for stream in streams(records) for record in stream], what)
+
+
+def need_parquet() -> None:
+    """UserError unless pyarrow is there."""
+    if importlib.util.find_spec("pyarrow") is None:
+        raise UserError('Parquet needs pyarrow: pip install "dualcl[parquet]"')
+
+
+def write_parquet(records: Sequence[Record], what: str, path: Path) -> Path:
+    """Writes a frame as Parquet; version and columns are in its metadata under `dualcl`. UserError without pyarrow."""
+    need_parquet()
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pandas(frame_of(records, what), preserve_index=False)
+    about = {"frame": what, "version": VERSION, "columns": {c.name: c.what for c in FRAMES[what][0]}}
+    buffer = io.BytesIO()
+    metadata = {**(table.schema.metadata or {}), b"dualcl": json.dumps(about).encode()}
+    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), buffer)
+    return write_bytes(path, buffer.getvalue())
+
+
+def columns_markdown() -> str:
+    """The columns of all frames, for SCHEMA.md."""
+    lines = []
+    for what, (columns, _) in FRAMES.items():
+        lines += [f"### {what}", "", "| column | dtype | what it holds |", "| --- | --- | --- |"]
+        lines += [f"| `{c.name}` | {DTYPES[c.kind]} | {c.what.replace('|', chr(92) + '|')} |" for c in columns]
+        lines.append("")
+    return "\n".join(lines)
