@@ -3,25 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import threading
-import traceback
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from dualcl.benchmark.config import Resolved, flatten, load_preset, parse_assignment, resolve
-from dualcl.benchmark.environment import usable_cpus
-from dualcl.benchmark.errors import EXIT_FAILED, EXIT_USER, RunFailed, UserError
-from dualcl.benchmark.progress import Reporter, printable
-
-#: a terminated child may still be writing a checkpoint
-GRACE_SECONDS = 60.0
-#: `python -m` would put the working directory on sys.path: a checkout's folder datasets/ hides Hugging Face's there
-_CHILD = "import sys; sys.path[:] = [p for p in sys.path if p]; from dualcl.benchmark.cli import main; sys.exit(main())"
+from dualcl.benchmark.config import Resolved, bundled_presets, flatten, load_preset, parse_assignment, resolve
+from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.progress import Reporter
 
 
 @dataclass(frozen=True)
@@ -33,11 +22,21 @@ class Planned:
     sets: tuple[str, ...]
     out: Path
     label: str
+    #: where the run's files go in the end, a URL; `out` is then their copy on this machine
+    remote: str = ""
 
     @property
     def seed(self) -> int:
         """Seed of the run."""
         return self.resolved.general.seed
+
+    def arguments(self, *sets: str) -> list[str]:
+        """What follows `dualcl` to do this run, from any folder, with these settings too."""
+        preset = self.preset if self.preset in bundled_presets() else os.path.abspath(self.preset)
+        command = ["run", preset, self.resolved.method, "--seed", str(self.seed)]
+        command += ["--out", self.remote or os.path.abspath(self.out)]
+        own = [text for text in (*self.sets, *sets) if parse_assignment(text)[0] != "seed"]
+        return command + (["--set", *own] if own else [])
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,14 @@ def check_seed_given_once(sets: Iterable[str], flag: str) -> None:
 
 
 def plan_comparison(
-    preset: str, methods: Sequence[str], seeds: Sequence[int] | None, sets: Sequence[str], out: Path
+    preset: str,
+    methods: Sequence[str],
+    seeds: Sequence[int] | None,
+    sets: Sequence[str],
+    out: Path,
+    url: str | None = None,
 ) -> list[Planned]:
-    """Checks every method with every seed and says where each run goes: `<out>/<method>-seed<seed>`.
+    """Checks every method with every seed and says where each run goes: `<out>/<method>-seed<seed>`, or below a URL.
 
     No seeds: the preset's own. Raises UserError for the first thing that is wrong, before anything runs.
     """
@@ -93,7 +97,8 @@ def plan_comparison(
             resolved = resolve(preset, method, sets, seed=seed)
             label = f"{method} seed {resolved.general.seed}"
             folder = out / f"{method}-seed{resolved.general.seed}"
-            plan.append(Planned(resolved, preset, tuple(sets), folder, label))
+            remote = "" if url is None else f"{url.rstrip('/')}/{folder.name}"
+            plan.append(Planned(resolved, preset, tuple(sets), folder, label, remote))
     return plan
 
 
@@ -126,139 +131,55 @@ def is_finished(planned: Planned) -> bool:
     return record.finished
 
 
-def execute(plan: Sequence[Planned], *, jobs: int = 1, quiet: bool = False) -> list[Outcome]:
+def execute(
+    plan: Sequence[Planned],
+    *,
+    engine: str = "local",
+    jobs: int = 1,
+    address: str | None = None,
+    quiet: bool = False,
+    root: Path | None = None,
+    url: str | None = None,
+) -> list[Outcome]:
     """Does all planned runs that have no finished record; one that fails does not stop the others.
 
-    `jobs` > 1 runs that many processes side by side, each with its share of the cores. KeyboardInterrupt stops them
-    all, resumable.
+    `jobs` > 1 (engine local) runs that many processes side by side, each with its share of the cores; `address` is a
+    Ray cluster's. `root`, where given, gets the plan (grid.json); with `url` it is the local copy of what lies there.
+    KeyboardInterrupt stops them all, resumable.
     """
+    from dualcl.benchmark.engines import make_engine
+    from dualcl.benchmark.grid import PLAN, write_plan
+    from dualcl.benchmark.mirror import pull_records, push_files
+
+    refresh = None if url is None else partial(pull_records, url)
+    doer = make_engine(engine, jobs=jobs, address=address, quiet=quiet, refresh=refresh)
+    if refresh is not None:
+        refresh()
     overview = Reporter(quiet=quiet)
     finished = [planned for planned in plan if is_finished(planned)]
-    waiting = [planned for planned in plan if planned not in finished]
+    done = {planned.out for planned in finished}
+    waiting = [planned for planned in plan if planned.out not in done]
+    if root is not None:
+        write_plan(root, plan)
+        if url is not None:
+            push_files(root / PLAN, url)
     for planned in finished:
-        overview.note(f"{planned.label}: finished already, in {planned.out}")
+        overview.note(f"{planned.label}: finished already, in {planned.remote or planned.out}")
     outcomes = {planned.out: Outcome(planned, 0) for planned in finished}
-    done = _side_by_side(waiting, jobs, quiet) if jobs > 1 else [_run_here(p, quiet) for p in waiting]
-    outcomes.update({outcome.planned.out: outcome for outcome in done})
+    if waiting:
+        outcomes.update({outcome.planned.out: outcome for outcome in doer.do(waiting)})
+        if refresh is not None:
+            refresh()
+    failed = {out: outcome.error for out, outcome in outcomes.items() if outcome.code}
+    if root is not None and failed:
+        write_plan(root, plan, failed)
     return [outcomes[planned.out] for planned in plan]
-
-
-def _run_here(planned: Planned, quiet: bool) -> Outcome:
-    from dualcl.benchmark.runner import run
-
-    reporter = Reporter(planned.label, quiet=quiet)
-    try:
-        run(planned.resolved, planned.out, reporter)
-        return Outcome(planned, 0)
-    except UserError as error:
-        code, text = EXIT_USER, str(error)
-    except RunFailed as error:
-        code, text = EXIT_FAILED, str(error)
-    except OSError as error:
-        code, text = EXIT_USER, describe_os_error(error, planned.out)
-    except Exception as error:
-        # a defect: the traceback is what helps to mend it, and the other runs still deserve their turn
-        reporter.close()
-        traceback.print_exc()
-        code, text = EXIT_FAILED, f"{type(error).__name__}: {error}"
-    finally:
-        reporter.close()
-    _tell(f"{planned.label}: {printable(text)}")
-    return Outcome(planned, code, printable(text))
 
 
 def describe_os_error(error: OSError, place: str | Path) -> str:
     """`FILE: No space left on device`; writing to an open file gives no name, then `place` stands for it."""
     reason = error.strerror or str(error) or type(error).__name__
     return f"{place if error.filename is None else error.filename}: {reason}"
-
-
-def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-class _Children:
-    """Runs in processes of their own. Each is its own session, so that Ctrl-C reaches it through `stop` alone, once."""
-
-    def __init__(self, jobs: int, quiet: bool) -> None:
-        share = max(1, usable_cpus() // jobs)
-        wanted = os.environ.get("OMP_NUM_THREADS", "")
-        self.threads = min(share, int(wanted)) if wanted.isdecimal() and int(wanted) else share
-        self.quiet = quiet
-        self.running: set[subprocess.Popen[str]] = set()
-        self.stopped = False
-        self.lock = threading.Lock()
-
-    def run(self, planned: Planned) -> Outcome:
-        """Does one run, relaying its stderr line by line."""
-        sets = list(planned.sets)
-        if planned.resolved.general.threads is None:
-            sets.append(f"threads={self.threads}")
-        command = [sys.executable, "-c", _CHILD, "run", planned.preset, planned.resolved.method]
-        command += ["--seed", str(planned.seed), "--out", str(planned.out)]
-        own = [text for text in sets if parse_assignment(text)[0] != "seed"]
-        command += ["--set", *own] if own else []
-        command += ["--quiet"] if self.quiet else []
-        with self.lock:
-            if self.stopped:
-                return Outcome(planned, -signal.SIGTERM, "not started")
-            child = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                env={**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": str(self.threads)},
-                start_new_session=True,
-            )
-            self.running.add(child)
-        last = ""
-        try:
-            assert child.stderr is not None
-            for line in child.stderr:
-                last = line.strip() or last
-                _tell(f"{planned.label}  {line.rstrip()}")
-            code = child.wait()
-        finally:
-            with self.lock:
-                self.running.discard(child)
-        if code == 0:
-            return Outcome(planned, 0)
-        if code < 0:
-            why = " (out of memory?)" if code == -signal.SIGKILL else ""
-            return Outcome(planned, EXIT_FAILED, f"killed by signal {-code}{why}; the same command resumes")
-        text = last.removeprefix("dualcl: error: ").removeprefix("dualcl: run failed: ")
-        return Outcome(planned, EXIT_USER if code == EXIT_USER else EXIT_FAILED, printable(text))
-
-    def stop(self) -> None:
-        """Asks every child to checkpoint and end, and waits for that."""
-        with self.lock:
-            self.stopped = True
-            children = list(self.running)
-        for child in children:
-            child.terminate()
-        for child in children:
-            try:
-                child.wait(GRACE_SECONDS)
-            except subprocess.TimeoutExpired:
-                child.kill()
-
-
-def _side_by_side(plan: Sequence[Planned], jobs: int, quiet: bool) -> list[Outcome]:
-    if not plan:
-        return []
-    children = _Children(min(jobs, len(plan)), quiet)
-    pool = ThreadPoolExecutor(max_workers=jobs)
-    try:
-        futures = [pool.submit(children.run, planned) for planned in plan]
-        return [future.result() for future in futures]
-    except BaseException:
-        children.stop()
-        raise
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def exit_code(outcomes: Iterable[Outcome]) -> int:

@@ -20,6 +20,7 @@ from dualcl.benchmark.config import Preset, Resolved, load_preset, parse_assignm
 from dualcl.benchmark.domains import domain_class
 from dualcl.benchmark.errors import UserError, nearest
 from dualcl.benchmark.record import atomic_write, write_json
+from dualcl.results.files import csv_cell
 from dualcl.results.metrics import COST, KINDS, METRICS
 from dualcl.results.records import load_record
 
@@ -354,7 +355,7 @@ def write_sweep(sweep: Sweep, scores: Sequence[Score], out: Path) -> list[Path]:
         for metric in metrics:
             cells += score.metrics.get(metric, (None, None, 0))
         row = [*(v for _, v in score.point.settings), score.finished, len(score.point.runs), *cells, score.error]
-        writer.writerow(["" if v is None else v for v in row])
+        writer.writerow(["" if v is None else csv_cell(v) for v in row])
     best = best_score(sweep, scores)
     points = [
         {
