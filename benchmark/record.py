@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import errno
 import hashlib
 import json
 import os
@@ -16,12 +16,20 @@ from typing import IO, TYPE_CHECKING, Any
 import yaml
 
 from dualcl.benchmark.errors import UserError
-from dualcl.results.records import VERSION, load_record
+from dualcl.benchmark.lease import hold
+from dualcl.benchmark.reading import read_json
+from dualcl.results.records import VERSION, load_record, record_checksum
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 RECORD = "record.json"
+#: name of the checkpoint inside a task
+PARTIAL = "partial"
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that cannot be read, or whose checksum differs."""
 
 
 def now() -> str:
@@ -44,6 +52,18 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         partial.unlink(missing_ok=True)
 
 
+def sync_folder(path: Path) -> None:
+    """Puts a folder's names on the disk: a power cut may take back a rename that was not. Not all file systems can."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
+    finally:
+        os.close(handle)
+
+
 def as_json(value: Any) -> Any:
     """`value` as it comes back from a JSON file (tuples as lists), for comparing with one."""
     return json.loads(json.dumps(value))
@@ -62,26 +82,29 @@ def _checksum(blob: bytes, state: Mapping[str, Any]) -> str:
 class RunFolder:
     """One run on disk: config.yaml, record.json, log.jsonl, checkpoints/."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, patient: bool = False) -> None:
         self.path = path
+        #: waits for another process that has the folder, instead of refusing
+        self.patient = patient
         self._log: IO[str] | None = None
+        #: over the lines of the log so far; None where none was opened
+        self._logged: hashlib._Hash | None = None
+        #: checkpoint -> checksum of the log when it was written
+        self._logged_at: dict[str, str] = {}
+        #: configuration and data of the run, hashed
+        self._owner: str | None = None
+
+    def bind(self, record: Mapping[str, Any]) -> None:
+        """Ties checkpoints to the configuration and the data of `record`: those of other ones are refused."""
+        tied = json.dumps([record["config_hash"], record["identity"]], sort_keys=True)
+        self._owner = hashlib.sha256(tied.encode()).hexdigest()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Makes the folder and holds it; UserError when it cannot be written or another process has it."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = open(self.path / ".lock", "w")  # noqa: SIM115 - held for the whole run
-        except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}; choose another --out") from None
-        with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"{self.path} is in use by another dualcl process; wait for it or choose another --out"
-                ) from None
-            for litter in self.path.glob(".*.part"):  # of a killed process: this one holds the folder
+        with hold(self.path, patient=self.patient):
+            # of a killed process: this one holds the folder
+            for litter in (*self.path.glob(".*.part"), *(self.path / "samples").rglob(".*.part")):
                 litter.unlink()
             try:
                 yield
@@ -90,9 +113,9 @@ class RunFolder:
 
     def close(self) -> None:
         """Closes the log."""
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        log, self._log = self._log, None
+        if log is not None:
+            log.close()
 
     def read_record(self) -> dict[str, Any] | None:
         """The record, or None when there is none yet."""
@@ -101,7 +124,8 @@ class RunFolder:
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replaces the record."""
-        write_json(self.path / RECORD, record)
+        write_json(self.path / RECORD, {**record, "sha256": record_checksum(as_json(record))})
+        sync_folder(self.path)
 
     def write_config(self, tree: Mapping[str, Any]) -> None:
         """Writes the resolved configuration."""
@@ -111,27 +135,39 @@ class RunFolder:
     # --- log ---------------------------------------------------------------------------------------------------------
 
     def open_log(self, task: int, step: int) -> None:
-        """Opens log.jsonl for appending after dropping lines at or beyond (task, step), which will be written again."""
+        """Opens log.jsonl for appending after dropping lines at or beyond (task, step), which will be written again.
+
+        UserError when the lines before are not those that the checkpoint at (task, step) knew.
+        """
         self.close()
         path = self.path / "log.jsonl"
-        kept: list[str] = []
+        kept: list[bytes] = []
         if path.exists():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            for line in path.read_bytes().splitlines():
                 try:
                     entry = json.loads(line)
-                except json.JSONDecodeError:
+                    if (entry["task"], entry["step"]) < (task, step):
+                        kept.append(line + b"\n")
+                except (ValueError, KeyError, TypeError):
                     break  # a line cut by a kill; nothing valid follows
-                if (entry["task"], entry["step"]) < (task, step):
-                    kept.append(line)
+        self._logged = hashlib.sha256(b"".join(kept))
+        known = self._logged_at.get(PARTIAL if step else f"task_{task - 1}")
+        if path.exists() and known not in (None, self._logged.hexdigest()):
+            raise UserError(
+                f"{path} is damaged: its lines before task {task + 1}, step {step} are not those that were written; "
+                "put it back, or delete it to go on without them"
+            )
         with atomic_write(path) as handle:
-            handle.write("".join(f"{line}\n" for line in kept).encode())
+            handle.write(b"".join(kept))
         self._log = open(path, "a", encoding="utf-8")  # noqa: SIM115 - `close` closes it
 
     def log(self, **entry: Any) -> None:
         """Appends one line."""
-        if self._log is not None:
-            self._log.write(json.dumps(entry) + "\n")
+        if self._log is not None and self._logged is not None:
+            line = json.dumps(entry) + "\n"
+            self._log.write(line)
             self._log.flush()
+            self._logged.update(line.encode())
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -145,22 +181,32 @@ class RunFolder:
         from safetensors.torch import save
 
         target, partial = self.checkpoints / name, self.checkpoints / f".{name}.part"
+        if self._log is not None:
+            os.fsync(self._log.fileno())  # lines that the checkpoint is past are not written again
+        own = {"run": self._owner, "log": None if self._logged is None else self._logged.hexdigest()}
+        state = {**state, **{k: v for k, v in own.items() if v is not None}}
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         blob = save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
         with atomic_write(partial / "state.safetensors") as handle:
             handle.write(blob)
         write_json(partial / "state.json", {**state, "sha256": _checksum(blob, state)})
+        sync_folder(partial)
         aside = self.checkpoints / f".{name}.old"
         if target.exists():
             # a directory cannot be replaced in one step: the old one steps aside, and readers look there too
             shutil.rmtree(aside, ignore_errors=True)
             os.replace(target, aside)
         os.replace(partial, target)
+        sync_folder(self.checkpoints)  # before anything that it replaces goes
         shutil.rmtree(aside, ignore_errors=True)
 
     def load_checkpoint(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """(tensors, state) of checkpoints/<name>, None when there is none; UserError when it is damaged."""
+        """(tensors, state) of checkpoints/<name>, None when there is none.
+
+        Raises DamagedCheckpoint, and UserError when it is one of a run with other data or another configuration.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         folder = self.checkpoints / name
@@ -168,22 +214,29 @@ class RunFolder:
             folder = self.checkpoints / f".{name}.old"
             if not folder.exists():
                 return None
+        mend = f"delete {folder} to go on from the checkpoint before it, or from the start where there is none"
         try:
-            state: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+            state: dict[str, Any] = read_json(folder / "state.json")
             if not isinstance(state, dict):
                 raise ValueError("state.json is no JSON object")
             wanted = state.pop("sha256", None)
             blob = (folder / "state.safetensors").read_bytes()
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"checkpoint {folder} cannot be read ({error}); delete that folder to go on from the one before"
-            ) from None
+            raise DamagedCheckpoint(f"checkpoint {folder} cannot be read ({error}); {mend}") from None
         if _checksum(blob, state) != wanted:
+            raise DamagedCheckpoint(f"checkpoint {folder} is damaged (checksum differs); {mend}")
+        owner = state.pop("run", None)
+        if None not in (owner, self._owner) and owner != self._owner:
             raise UserError(
-                f"checkpoint {folder} is damaged (checksum differs); delete {folder} to go on "
-                "from the one before, or the run folder to start afresh"
+                f"checkpoint {folder} is of a run with another configuration or other data; "
+                f"choose another --out, or delete {self.checkpoints} to start afresh"
             )
-        return load(blob), state
+        if (logged := state.pop("log", None)) is not None:
+            self._logged_at[name] = str(logged)
+        try:
+            return load(blob), state
+        except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
+            raise DamagedCheckpoint(f"checkpoint {folder} holds no safetensors ({error}); {mend}") from None
 
     def finished_tasks(self) -> list[int]:
         """Tasks with a checkpoint, ascending."""
@@ -202,6 +255,25 @@ class RunFolder:
                 gone = folder.with_name(f".{folder.name}.gone")
                 os.replace(folder, gone)
             shutil.rmtree(gone, ignore_errors=True)
+
+
+class Spectator(RunFolder):
+    """A run folder as the other processes of a run have it: they leave it alone."""
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """Left to the main process, as all else here."""
+
+    def write_config(self, tree: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def open_log(self, task: int, step: int) -> None:
+        """Nothing."""
+
+    def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def keep_only(self, *names: str) -> None:
+        """Nothing."""
 
 
 def new_record(
