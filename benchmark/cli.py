@@ -19,16 +19,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dualcl.benchmark.backbones import bundled_backbones
+from dualcl.benchmark.environment import follower, launched
 from dualcl.benchmark.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, RunFailed, UserError, nearest
 from dualcl.benchmark.progress import Reporter, printable
 
 if TYPE_CHECKING:
-    from dualcl.benchmark.compare import Outcome
+    from dualcl.benchmark.compare import Outcome, Planned
     from dualcl.benchmark.config import Preset, Resolved
+    from dualcl.benchmark.grid import RunState
     from dualcl.results.tables import Summary
 
 RUNS = Path("runs")
 REPORT_FORMATS = ("md", "csv", "tex", "html", "png")
+#: what a report can consist of besides, where the extra is installed
+MORE_FORMATS = ("parquet",)
 LISTS = ("methods", "presets", "backbones", "datasets", "published")
 EXPORT_FORMATS = ("diffusers-lora", "kohya", "peft", "textual-inversion", "merged")
 SCHEDULERS = ("ddim", "dpm")
@@ -58,7 +62,8 @@ class _Version(argparse.Action):
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody reads it any more: the exit code says the same
+        print(text, file=sys.stderr, flush=True)
 
 
 def _positive(text: str) -> int:
@@ -78,6 +83,16 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"wants a number, got {text!r}") from None
+
+
+def _place(text: str) -> Path | str:
+    return text if "://" in text else Path(text)
+
+
+def _local_place(text: str) -> Path:
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"wants a folder, not a URL; got {text!r}")
+    return Path(text)
 
 
 def _confidence(text: str) -> float:
@@ -120,10 +135,16 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
         )
         command.add_argument("--quiet", action="store_true", help="no progress; tables and errors still appear")
 
+    def add_engine(command: argparse.ArgumentParser) -> None:
+        command.add_argument("--engine", default="local", metavar="local|ray", help="ray: on a cluster (default local)")
+        command.add_argument("--address", metavar="auto|HOST:PORT|local", help="of the Ray cluster (default auto)")
+
     def add_report(command: argparse.ArgumentParser) -> None:
         command.add_argument("--allow-mixed", action="store_true", help="put runs that do not compare in one table")
         command.add_argument(
-            "--format", metavar="F[,F...]", help=f"what the report consists of (default {','.join(REPORT_FORMATS)})"
+            "--format",
+            metavar="F[,F...]",
+            help=f"what the report consists of (default {','.join(REPORT_FORMATS)}; also {','.join(MORE_FORMATS)})",
         )
         command.add_argument(
             "--baseline", metavar="METHOD", help="what the others are compared with (default: clora, or the best row)"
@@ -142,8 +163,20 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     command.add_argument("--methods", metavar="A,B,C", help="default: the preset's own list")
     command.add_argument("--seeds", metavar="0,1,2", help="default: the preset's seed")
     add_sets(command)
-    command.add_argument("--out", type=Path, metavar="DIR", help="default runs/PRESET")
+    command.add_argument("--out", type=_place, metavar="DIR|URL", help="default runs/PRESET")
     add_many(command)
+    add_engine(command)
+    command.add_argument(
+        "--print-slurm", action="store_true", help="print an array script for sbatch, and run nothing (plan: grid.json)"
+    )
+    command.add_argument(
+        "--slurm-option",
+        dest="slurm_options",
+        action="append",
+        default=[],
+        metavar="K=V",
+        help="a line of the script: #SBATCH --K=V; repeat",
+    )
     add_report(command)
     command.set_defaults(func=_compare)
 
@@ -152,18 +185,30 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     command.add_argument("method", metavar="METHOD", help="see `dualcl list methods`")
     command.add_argument("--seed", type=_natural, metavar="N", help="default: the preset's seed")
     add_sets(command)
-    command.add_argument("--out", type=Path, metavar="DIR", help="default runs/PRESET/METHOD-seedN")
+    command.add_argument("--out", type=_place, metavar="DIR|URL", help="default runs/PRESET/METHOD-seedN")
+    command.add_argument(
+        "--wait", action="store_true", help="wait while another process has the folder, instead of refusing"
+    )
     command.add_argument("--quiet", action="store_true", help="no progress; the table and errors still appear")
     command.set_defaults(func=_run)
 
+    command = add("status", "show how the runs of a comparison or sweep stand")
+    command.add_argument("dirs", nargs="+", type=_place, metavar="DIR|URL", help="where the runs are or will be")
+    command.add_argument("--format", default="text", metavar="F", help="text, md, csv or json (default text)")
+    command.add_argument("--watch", type=_positive, metavar="N", help="look again every N seconds")
+    command.set_defaults(func=_status)
+
     command = add("report", "rebuild tables, plots and the HTML page from records alone")
-    command.add_argument("dirs", nargs="+", type=Path, metavar="DIR", help="run folders, or folders of them")
+    command.add_argument("dirs", nargs="+", type=_place, metavar="DIR|URL", help="run folders, or folders of them")
     command.add_argument(
         "--out", type=Path, metavar="DIR", help="default DIR/report; --format md, csv or tex alone: stdout only"
     )
     add_report(command)
     command.add_argument(
         "--with-published", action="store_true", help="published numbers too, apart from ours, with what differs"
+    )
+    command.add_argument(
+        "--all-plots", action="store_true", help="each stream's plots, however many streams and runs there are"
     )
     command.add_argument(
         "--ledger", type=Path, metavar="FILE", help="write the reproduction ledger of these records, and nothing else"
@@ -178,9 +223,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
     )
     command.add_argument("--seeds", metavar="0,1,2", help="default: the preset's seed")
     add_sets(command)
-    command.add_argument("--out", type=Path, metavar="DIR", help="default runs/sweep-PRESET")
+    command.add_argument("--out", type=_local_place, metavar="DIR", help="default runs/sweep-PRESET")
     command.add_argument("--select", metavar="METRIC", help="what decides (default: A_last, A_mmd)")
     add_many(command)
+    add_engine(command)
     command.set_defaults(func=_sweep)
 
     command = add("generate", "make images of learnt concepts from a customization run or an exported model")
@@ -271,15 +317,23 @@ def _formats(text: str | None) -> tuple[str, ...]:
 
     names = parse_names(text, "format")
     for name in names:
-        if name not in REPORT_FORMATS:
-            raise UserError(f"unknown --format {name!r}; {nearest(name, REPORT_FORMATS, 'formats')}")
+        if name not in (known := (*REPORT_FORMATS, *MORE_FORMATS)):
+            raise UserError(f"unknown --format {name!r}; {nearest(name, known, 'formats')}")
+    if "parquet" in names:  # said now, not after hours
+        from dualcl.results.data import need_parquet
+
+        need_parquet()
     return tuple(names)
 
 
-def _write_report(summary: Summary, out: Path, formats: tuple[str, ...], with_published: bool = False) -> None:
+def _write_report(
+    summary: Summary, out: Path, formats: tuple[str, ...], with_published: bool = False, all_plots: bool = False
+) -> None:
     from dualcl.results.report import build_report
 
-    files = build_report(summary, out, formats, with_published=with_published)
+    files = build_report(summary, out, formats, with_published=with_published, all_plots=all_plots)
+    for note in files.notes:
+        _say(f"note: {note}")
     _say(f"report: {files.html or files.out}")
 
 
@@ -292,17 +346,22 @@ def _run(args: argparse.Namespace) -> int:
     resolved = resolve(args.preset, args.method, args.sets, seed=args.seed)
     out = args.out or RUNS / resolved.preset / f"{args.method}-seed{resolved.general.seed}"
     args.place = out
+    from dualcl.benchmark.mirror import discard, run_folder
     from dualcl.benchmark.runner import run
     from dualcl.results.report import terminal_table
 
-    reporter = Reporter(quiet=args.quiet)
+    reporter = Reporter(quiet=args.quiet or follower() > 0)
+    folder = run_folder(out, patient=args.wait)
     try:
-        run(resolved, out, reporter)
+        run(resolved, folder, reporter)
     finally:
         reporter.close()
-    print(terminal_table([out]).rstrip("\n"))
+    if follower():
+        return 0
+    print(terminal_table([folder.path]).rstrip("\n"))
     if not args.quiet:
-        _say(f"record: {out / 'record.json'}")
+        _say(f"record: {out}/record.json")
+    discard(folder)
     return 0
 
 
@@ -313,13 +372,19 @@ def _compare(args: argparse.Namespace) -> int:
     methods = default_methods(args.preset) if args.methods is None else parse_names(args.methods, "methods")
     seeds = None if args.seeds is None else parse_seeds(args.seeds)
     formats = _formats(args.format)
-    out = args.out or RUNS / load_preset(args.preset).name
-    args.place = out
-    plan = plan_comparison(args.preset, methods, seeds, args.sets, out)
+    args.place = args.out or RUNS / load_preset(args.preset).name
+    out, url = _local_and_url(args.place)
+    plan = plan_comparison(args.preset, methods, seeds, args.sets, out, url)
     rows = dict.fromkeys([*methods, *(p.resolved.general.label or p.resolved.method for p in plan)])
     if args.baseline is not None and args.baseline not in rows:  # said now, not after hours
         raise UserError(f"the baseline {args.baseline!r} is not compared; {nearest(args.baseline, rows, 'methods')}")
-    outcomes = execute(plan, jobs=args.jobs, quiet=args.quiet)
+    if args.print_slurm:
+        return _print_slurm(plan, out, url, args.slurm_options)
+    if args.slurm_options:
+        raise UserError("--slurm-option is for --print-slurm; leave it out")
+    outcomes = execute(
+        plan, engine=args.engine, address=args.address, jobs=args.jobs, quiet=args.quiet, root=out, url=url
+    )
     code = _conclude(outcomes, args.quiet)
     if any(o.code == 0 for o in outcomes):
         from dualcl.results.report import terminal_table
@@ -329,7 +394,66 @@ def _compare(args: argparse.Namespace) -> int:
         summary = summarise(dirs, allow_mixed=args.allow_mixed, baseline=args.baseline, confidence=args.confidence)
         print(terminal_table(summary).rstrip("\n"), flush=True)
         _write_report(summary, out / "report", formats)
+        if url is not None:
+            from dualcl.benchmark.mirror import push_files
+
+            push_files(out / "report", f"{url.rstrip('/')}/report")
     return code
+
+
+def _local_and_url(place: Path | str) -> tuple[Path, str | None]:
+    """The folder to read records from, and the URL of which it is a copy, if it is one."""
+    if isinstance(place, Path):
+        return place, None
+    from dualcl.benchmark.mirror import local_copy
+
+    return local_copy(place, "records"), place
+
+
+def _fetched(places: Sequence[Path | str]) -> list[Path]:
+    """Folders as they are; of URLs the folders that their records were fetched into."""
+    if all(isinstance(place, Path) for place in places):
+        return [Path(place) for place in places]
+    from dualcl.benchmark.mirror import pull_records
+
+    return [place if isinstance(place, Path) else pull_records(place) for place in places]
+
+
+def _print_slurm(plan: list[Planned], out: Path, url: str | None, options: list[str]) -> int:
+    from dualcl.benchmark.environment import available_devices
+    from dualcl.benchmark.grid import PLAN, write_plan
+    from dualcl.benchmark.slurm import array_script
+
+    on_gpu = available_devices()[0].startswith("cuda")
+    script = array_script(plan, url or os.path.abspath(out), options, cuda=on_gpu)
+    write_plan(out, plan)
+    if url is not None:
+        from dualcl.benchmark.mirror import push_files
+
+        push_files(out / PLAN, url)
+    print(script, end="")
+    return 0
+
+
+def _status(args: argparse.Namespace) -> int:
+    from dualcl.benchmark.grid import Survey
+    from dualcl.benchmark.status import FORMATS, render, watch
+
+    if args.format not in FORMATS:
+        raise UserError(f"unknown --format {args.format!r}; {nearest(args.format, FORMATS, 'formats')}")
+    survey = Survey(_fetched(args.dirs))
+    if args.watch is None:
+        print(render(survey.look(), args.format), end="")
+        return 0
+    if args.format != "text":
+        raise UserError("--watch shows text; leave out --format, or call again for every look")
+
+    def look() -> list[RunState]:
+        _fetched(args.dirs)
+        return survey.look()
+
+    watch(look, args.watch, sys.stdout)
+    return 0
 
 
 def _conclude(outcomes: Sequence[Outcome], quiet: bool) -> int:
@@ -361,7 +485,7 @@ def _quickstart(args: argparse.Namespace) -> int:
         names = default_methods(preset) if methods is None else parse_names(methods, "methods")
         plan += plan_comparison(preset, names, [0], sets, args.out / folder)
     # the models are too small for several threads to pay: one process per core, with one thread each
-    outcomes = execute(plan, jobs=args.jobs or min(usable_cpus(), 4), quiet=args.quiet)
+    outcomes = execute(plan, jobs=args.jobs or min(usable_cpus(), 4), quiet=args.quiet, root=args.out)
     code = _conclude(outcomes, args.quiet)
     if any(o.code == 0 for o in outcomes):
         dirs = [p.out for p in plan if (p.out / "record.json").is_file()]
@@ -375,6 +499,9 @@ def _report(args: argparse.Namespace) -> int:
     from dualcl.results.report import terminal_table
     from dualcl.results.tables import summarise
 
+    if args.out is None and not isinstance(args.dirs[0], Path) and args.ledger is None and args.format is None:
+        raise UserError(f"a report on {args.dirs[0]} needs --out DIR, or --format md, csv or tex for stdout alone")
+    args.dirs = _fetched(args.dirs)
     if args.ledger is not None:
         return _write_ledger(args)
     formats = _formats(args.format)
@@ -389,7 +516,7 @@ def _report(args: argparse.Namespace) -> int:
     # the table first: pictures take longer
     print(terminal_table(summary, alone or "text", with_published=args.with_published).rstrip("\n"), flush=True)
     if args.out is not None or not alone:
-        _write_report(summary, args.out or args.dirs[0] / "report", formats, args.with_published)
+        _write_report(summary, args.out or args.dirs[0] / "report", formats, args.with_published, args.all_plots)
     return 0
 
 
@@ -415,7 +542,7 @@ def _sweep(args: argparse.Namespace) -> int:
     sweep = s.plan_sweep(args.preset, args.method, args.over, seeds, args.sets, out, select=args.select)
     if not args.quiet:
         _say(f"{len(sweep.points)} points, {len(sweep.plan)} runs, measured on {sweep.measured_on}")
-    outcomes = execute(sweep.plan, jobs=args.jobs, quiet=args.quiet)
+    outcomes = execute(sweep.plan, engine=args.engine, address=args.address, jobs=args.jobs, quiet=args.quiet, root=out)
     scores = s.score_sweep(sweep, outcomes)
     print(s.sweep_table(sweep, scores))
     best = s.best_score(sweep, scores)
@@ -690,6 +817,8 @@ def _dispatch(argv: list[str]) -> int:
     if word == "bench":
         _add_bench(commands["bench"])
     args = parser.parse_args(_expand_sets(argv))
+    if args.command != "run" and launched() > 1:
+        raise UserError(f"a launcher started {launched()} processes; they share one `dualcl run`, not {args.command}")
     try:
         code: int = args.func(args)
         sys.stdout.flush()
@@ -704,6 +833,8 @@ def _dispatch(argv: list[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs `dualcl` with these arguments (default: the process's); returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    with contextlib.suppress(AttributeError):  # names that are no UTF-8 must not stop a table; not all streams can
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     error: BaseException
     try:
         with _stop_signals():
@@ -728,7 +859,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         error, code, text = broken, EXIT_USER, f"error: {describe_os_error(broken, '?')}"
     if "--debug" in words:
         traceback.print_exception(error)
-    _say(f"dualcl: {printable(text)}")
+    _say(f"dualcl: {f'process {follower()}: ' if follower() else ''}{printable(text)}")
     return code
 
 

@@ -22,11 +22,13 @@ from dualcl.benchmark.config import positive
 from dualcl.benchmark.diffusion import Diffusion
 from dualcl.benchmark.errors import UserError
 from dualcl.benchmark.image_features import ImageFeatures, load_features, mmd, plain_prompt
+from dualcl.benchmark.processes import Processes
 from dualcl.benchmark.record import atomic_write
 from dualcl.benchmark.sampling import sample
 from dualcl.benchmark.seeding import derive_seed
 from dualcl.benchmark.tokens import ConceptTokens
 from dualcl.datasets.concepts import ConceptStream, check_template
+from dualcl.datasets.loader import check_blocks, decode_image
 
 KERNEL: Literal["poly2"] = "poly2"
 #: real images of a concept that are kept as thumbnails
@@ -77,6 +79,7 @@ class EvaluatedDomain(Protocol):
     seed: int
     device: torch.device
     folder: Path | None
+    processes: Processes
 
     def pixels(self, task: int) -> Tensor:
         """The concept's photographs at the model's size: uint8 (n, S, S, 3)."""
@@ -218,6 +221,7 @@ class ConceptEvaluator:
             guidance=config.guidance,
             batch_size=config.batch_size,
             negative_prompt=config.negative_prompt,
+            processes=self.domain.processes,
         )
 
     def _folder(self, after: int | Literal["real"], j: int) -> Path | None:
@@ -269,9 +273,9 @@ class ConceptEvaluator:
         for k in range(self.config.n):
             file = folder / f"{k}.png"
             try:
-                with Image.open(file) as image:
-                    pixels = np.array(image.convert("RGB"))
-            except (OSError, SyntaxError, ValueError) as error:
+                check_blocks(file)
+                pixels = np.array(decode_image(file))
+            except OSError as error:
                 what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
                 raise UserError(
                     f"{file} {what}: drift is measured from it; put it back, or delete {self.domain.folder} to start "

@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -19,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-import yaml
-
 from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.reading import TOO_LARGE, check_name, check_text
+from dualcl.benchmark.safe_yaml import read_yaml
 
 PRESET_DIR = Path(__file__).parent / "presets"
 VOLATILE = {"volatile": True}  #: metadata of keys that cannot change a result and may differ on resume
@@ -46,9 +47,14 @@ class GeneralConfig:
     )
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, cuda:1, mps", **VOLATILE})
     threads: int | None = field(default=None, metadata={"help": "CPU threads; default: all cores", **VOLATILE})
+    tracker: tuple[Literal["none", "tensorboard", "wandb"], ...] = field(
+        default=(), metadata={"help": "what follows the run beside its record; never recorded", **VOLATILE}
+    )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "tracker", tuple(dict.fromkeys(name for name in self.tracker if name != "none")))
         positive("seed", self.seed, 0)
+        check_name(self.label or "", "label")
         positive("threads", self.threads)
 
 
@@ -69,9 +75,21 @@ class TrainConfig:
     grad_clip: float | None = field(default=None, metadata={"help": "largest norm of all gradients together"})
     checkpoint_seconds: float = field(default=60.0, metadata={"help": "time between mid-task checkpoints", **VOLATILE})
     log_every: int = field(default=10, metadata={"help": "steps between lines of log.jsonl"})
+    micro_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "most samples in the network at once: less memory, the same step, one more forward pass",
+            **VOLATILE,
+        },
+    )
+    on_oom: Literal["stop", "split"] = field(
+        default="stop",
+        metadata={"help": "split: a step out of memory is taken again with half the micro-batch", **VOLATILE},
+    )
 
     def __post_init__(self) -> None:
         positive("train.epochs", self.epochs)
+        positive("train.micro_batch_size", self.micro_batch_size)
         positive("train.steps", self.steps)
         positive("train.batch_size", self.batch_size)
         positive("train.log_every", self.log_every)
@@ -80,42 +98,23 @@ class TrainConfig:
             raise UserError(f"train.grad_clip must be positive, got {self.grad_clip}")
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-3 as a float, as YAML 1.2 does, and refuses duplicate keys."""
+@dataclass(frozen=True)
+class ResourcesConfig:
+    """What a run asks of a cluster's scheduler (`--engine ray`, `--print-slurm`); nothing here changes a result."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As SafeLoader's, but a key given twice is an error."""
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        twice = [k for i, k in enumerate(keys) if k in keys[:i]]
-        if twice:
-            raise UserError(f"line {node.start_mark.line + 1}: key {twice[0]!r} is given twice")
-        return super().construct_mapping(node, deep)
+    cpus: int | None = field(default=None, metadata={"help": "CPU cores; default: threads, or 1", **VOLATILE})
+    gpus: float | None = field(
+        default=None, metadata={"help": "GPUs; default: 1 where device is or may become cuda, else 0", **VOLATILE}
+    )
+    memory_gib: float | None = field(
+        default=None, metadata={"help": "main memory in GiB; default: not asked for", **VOLATILE}
+    )
 
-
-_Loader.yaml_implicit_resolvers = {
-    key: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
-    for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    __import__("re").compile(
-        r"^(?:[-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
-        r"|\.[0-9_]+(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
-)
-
-
-def read_yaml(text: str, where: str) -> Any:
-    """Parses YAML safely; UserError that names `where` when it is not valid."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" (line {mark.line + 1})" if mark else ""
-        raise UserError(f"{where} is not valid YAML{line}: {getattr(error, 'problem', error)}") from None
+    def __post_init__(self) -> None:
+        positive("resources.cpus", self.cpus)
+        positive("resources.gpus", self.gpus, 0)
+        if self.memory_gib is not None and self.memory_gib <= 0:
+            raise UserError(f"resources.memory_gib must be positive, got {self.memory_gib}")
 
 
 def _describe(annotation: Any) -> str:
@@ -141,6 +140,10 @@ class _Mismatch(Exception):
 def _coerce(value: Any, annotation: Any) -> Any:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
+        try:
+            json.dumps(value, allow_nan=False)  # what no record can hold: dates, sets, bytes
+        except (TypeError, ValueError):
+            raise _Mismatch from None
         return value
     if origin is Literal:
         for choice in args:
@@ -168,9 +171,11 @@ def _coerce(value: Any, annotation: Any) -> Any:
     if annotation is int:
         if isinstance(value, bool) or not (isinstance(value, int) or (isinstance(value, float) and value.is_integer())):
             raise _Mismatch
+        if abs(value) >= TOO_LARGE:
+            raise _Mismatch
         return int(value)
     if annotation is float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= sys.float_info.max:
             raise _Mismatch
         return float(value)
     if annotation is str:
@@ -204,6 +209,7 @@ def parse_assignment(text: str) -> tuple[str, Any]:
     key = key.strip()
     if not sep or not key:
         raise UserError(f"--set wants key=value, got {text!r}")
+    check_text(text, f"--set {key!r}")
     try:
         return key, read_yaml(value, f"--set {key}")
     except UserError:
@@ -264,6 +270,7 @@ def load_preset(name_or_path: str, _chain: tuple[str, ...] = ()) -> Preset:
         if not path.is_file():
             raise UserError(f"preset file {name_or_path} does not exist")
     label = path.stem
+    check_name(label, "the name of the preset")
     if str(path) in _chain:
         raise UserError(f"preset {label} extends itself")
     try:
@@ -283,6 +290,7 @@ def load_preset(name_or_path: str, _chain: tuple[str, ...] = ()) -> Preset:
         tuning = _inherited_tuning(parent, tuning, tree.get("methods"), label)
         search, points = {**parent.search, **search}, points or parent.points
     _check_sizes(search, points, path)
+    check_name(str(table), f"preset {path}: table")
     if domain is None:
         raise UserError(f"preset {path} must say `domain: classification` (or extend a preset that does)")
     base.update({key: (value, f"preset {label}") for key, value in flatten(tree).items()})
@@ -391,6 +399,11 @@ class Resolved:
         """The training budget."""
         return self.section("train", TrainConfig)
 
+    @property
+    def resources(self) -> ResourcesConfig:
+        """What the run asks of a cluster."""
+        return self.section("resources", ResourcesConfig)
+
     def tree(self) -> dict[str, Any]:
         """Plain nested values, for config.yaml and the record."""
         out: dict[str, Any] = {"preset": self.preset, "domain": self.domain, "method_name": self.method}
@@ -433,6 +446,19 @@ def _unknown(key: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown key {key!r}; {nearest(key, known, 'valid keys')}")
 
 
+def section_classes(domain: str, data_name: str, method_config: type) -> dict[str, type]:
+    """The config class of every section of a run, by name."""
+    from dualcl.benchmark.domains import domain_sections
+
+    return {
+        "general": GeneralConfig,
+        "train": TrainConfig,
+        "resources": ResourcesConfig,
+        **domain_sections(domain, data_name),
+        "method": method_config,
+    }
+
+
 def resolve(
     preset: str,
     method: str,
@@ -445,7 +471,6 @@ def resolve(
 
     All mistakes in keys and values are reported together, one UserError with one line.
     """
-    from dualcl.benchmark.domains import domain_sections
     from dualcl.methods import available_methods, method_class, method_info
 
     loaded = load_preset(preset)
@@ -462,12 +487,7 @@ def resolve(
     data_name, data_source = given.pop("data.name", (None, ""))
     if data_name is None:
         raise UserError(f"preset {loaded.name} must name its data set: data.name")
-    classes: dict[str, type] = {
-        "general": GeneralConfig,
-        "train": TrainConfig,
-        **domain_sections(loaded.domain, str(data_name)),
-        "method": method_config or method_class(method).Config,
-    }
+    classes = section_classes(loaded.domain, str(data_name), method_config or method_class(method).Config)
     known_keys = {
         (f.name if section == "general" else f"{section}.{f.name}"): (section, f)
         for section, cls in classes.items()

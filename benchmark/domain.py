@@ -10,6 +10,9 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dualcl.benchmark.processes import ALONE, Processes
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,10 @@ class Domain(ABC):
     device: torch.device
     #: the run's folder, where a domain may leave pictures; None outside a run
     folder: Path | None = None
+    #: those that share the passes through the network
+    processes: Processes = ALONE
+    #: most samples in the network at once; None: a whole batch
+    micro_batch_size: int | None = None
 
     @abstractmethod
     def sites(self) -> dict[str, Site]:
@@ -109,6 +116,31 @@ class Domain(ABC):
     @abstractmethod
     def samples(self, batch: Any) -> Iterator[Any]:
         """The samples of a batch, each a batch of one whose `loss` is its own; for gradients of single samples."""
+
+    def own_samples(self, batch: Any) -> Iterator[Any]:
+        """This process's share of `samples`; while one is out, passes are this process's own."""
+        with self.processes.apart():
+            yield from self.processes.mine(self.samples(batch))
+
+    def passed(self, n: int, run: Callable[[slice], Tensor]) -> Tensor:
+        """`run(rows)` for all `n` rows of a batch: in shares over processes, and in micro-batches where it learns.
+
+        `run` must draw no random numbers, and a row's result may depend on that row only. Micro-batches are run again
+        in the backward, so that the activations of one are in memory at a time.
+        """
+        processes = self.processes
+        rows = slice(0, n) if processes.alone else processes.rows(n)
+        own = rows.stop - rows.start
+        if own == 0:  # one sample all the same: every process needs the graph
+            rows = slice(0, 1)
+        size = self.micro_batch_size
+        if size is None or rows.stop - rows.start <= size or not torch.is_grad_enabled():
+            out = run(rows)
+        else:
+            starts = range(rows.start, rows.stop, size)
+            parts = [slice(i, min(i + size, rows.stop)) for i in starts]
+            out = torch.cat([checkpoint(run, p, use_reentrant=False, preserve_rng_state=False) for p in parts])
+        return out if processes.alone else processes.gathered(out[:own], n)
 
     @abstractmethod
     def evaluate(self, seen: Sequence[int]) -> dict[str, Any]:

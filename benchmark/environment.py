@@ -74,11 +74,20 @@ def environment() -> dict[str, Any]:
     }
 
 
+def launched() -> int:
+    """How many processes a launcher (accelerate, torchrun) has started for one run; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def follower() -> int:
+    """This process's number among those launched together, 0 for the one that speaks and writes."""
+    return int(os.environ.get("RANK") or 0) if launched() > 1 else 0
+
+
 def usable_cpus() -> int:
-    """CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """CPU cores this process may use (fewer than the machine has in a container, a batch job, or beside its likes)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
 
 
 def available_devices() -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,14 +19,30 @@ from dualcl.benchmark.diffusion import DTYPES, BaseConfig, Diffusion, load_diffu
 from dualcl.benchmark.environment import pick_device
 from dualcl.benchmark.errors import UserError
 from dualcl.benchmark.export import CARD, EMBEDDINGS, FORMAT, LORA_FILES, VERSION, embedding_file
+from dualcl.benchmark.reading import read_json
 from dualcl.benchmark.record import RECORD, atomic_write
 from dualcl.benchmark.restore import restore
 from dualcl.benchmark.sampling import SchedulerName, sample
 from dualcl.benchmark.tokens import ConceptTokens
+from dualcl.datasets.loader import open_image
 
 Say = Callable[[str], None]
 #: a concept in a prompt: <c1>, or <its name>; not a special token such as <|endoftext|>
 TAG = re.compile(r"<[^<>|]+>")
+#: kinds of exports without a LoRA
+OTHER_KINDS = ("textual-inversion", "merged")
+#: what is read of a card, and of each of its concepts
+_CARD: dict[str, Any] = {
+    "kind": str,
+    **{f"base.{key}": str for key in ("name", "weights", "weights_dtype", "weights_sha256")},
+    **{f"base.{key}": str | None for key in ("revision", "variant")},
+    **{f"run.{key}": str for key in ("method", "precision")},
+    **{f"sampling.{key}": str for key in ("scheduler", "negative_prompt")},
+    "sampling.steps": int,
+    "sampling.guidance": int | float,
+    "concepts": list,
+}
+_WORD = {"placeholder": str, "words": list, "name": str}
 
 
 @dataclass(frozen=True)
@@ -146,14 +161,30 @@ def _check_domain(domain: Any, path: Path) -> None:
 
 def _read_card(path: Path) -> dict[str, Any]:
     try:
-        card: Any = json.loads((path / CARD).read_text(encoding="utf-8"))
+        card: Any = read_json(path / CARD)
     except (OSError, ValueError) as error:
         raise UserError(f"{path / CARD} cannot be read ({error}); export again") from None
     if not isinstance(card, dict) or card.get("format") != FORMAT:
         raise UserError(f"{path / CARD} is not the card of an exported model; export again")
     if card.get("version") != VERSION:
         raise UserError(f"{path / CARD} has version {card.get('version')}, this dualcl reads {VERSION}; export again")
+    wrong = [key for key, kind in _CARD.items() if not isinstance(_at(card, key), kind)]
+    concepts = () if "concepts" in wrong else card["concepts"]
+    wrong += [
+        f"concepts[].{key}" for key, kind in _WORD.items() if not all(isinstance(_at(c, key), kind) for c in concepts)
+    ]
+    choices = {"kind": (*LORA_FILES, *OTHER_KINDS), "run.precision": DTYPES, "base.weights_dtype": DTYPES}
+    wrong += [key for key, known in choices.items() if key not in wrong and _at(card, key) not in known]
+    if wrong:
+        raise UserError(f"{path / CARD} is damaged ({', '.join(wrong)}); export again")
     return card
+
+
+def _at(tree: Any, key: str) -> Any:
+    """The value at a dotted key; None where there is none."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def _open_export(path: Path, device: str, base: str | None, say: Say) -> Model:
@@ -171,7 +202,7 @@ def _open_export(path: Path, device: str, base: str | None, say: Say) -> Model:
             )
         config = BaseConfig(model=base, weights_dtype=made_on["weights_dtype"])
     else:
-        config = BaseConfig(made_on["name"], made_on["revision"], made_on["variant"], made_on["weights_dtype"])
+        config = BaseConfig(made_on["name"], made_on.get("revision"), made_on.get("variant"), made_on["weights_dtype"])
     diffusion = load_diffusion(config, pick_device(device))
     if kind != "merged":
         if diffusion.info.weights_sha256 != made_on["weights_sha256"]:
@@ -186,7 +217,7 @@ def _open_export(path: Path, device: str, base: str | None, say: Say) -> Model:
         diffusion=diffusion,
         words=[Word(c["placeholder"], tuple(c["words"]), c["name"]) for c in card["concepts"]],
         precision=card["run"]["precision"],
-        **card["sampling"],
+        **{key: card["sampling"][key] for key in ("scheduler", "steps", "guidance", "negative_prompt")},
         source=f"{card['run']['method']}, exported as {kind}",
     )
 
@@ -205,11 +236,12 @@ def _add_words(diffusion: Diffusion, concepts: Sequence[Mapping[str, Any]], path
     tokens = ConceptTokens(diffusion.text_encoder, diffusion.tokenizer, len(concepts[0]["words"]))
     for concept in concepts:
         placeholder = concept["placeholder"]
-        rows = _read_tensors(path / EMBEDDINGS / embedding_file(placeholder))[placeholder]
+        rows = _read_tensors(path / EMBEDDINGS / embedding_file(placeholder)).get(placeholder, torch.empty(0))
         width = tokens.base.weight.shape[1]
         if rows.shape != (tokens.n_tokens, width):
+            has = "no rows" if rows.ndim < 2 else f"width {rows.shape[-1]}"
             raise UserError(
-                f"the embedding of {placeholder} has width {rows.shape[-1]}, the base model's text encoder {width}; "
+                f"the embedding of {placeholder} has {has}, the base model's text encoder width {width}; "
                 "give the base model that it was made on"
             )
         tokens.add(placeholder, "random", "", torch.Generator(), rename=False)
@@ -228,8 +260,9 @@ def _add_lora(diffusion: Diffusion, tensors: Mapping[str, Tensor], kind: str, pa
     for key in [k for k in tensors if k.endswith(f".{down}.weight")]:
         name = key.removesuffix(f".{down}.weight")
         weight = getattr(modules.get(name.removeprefix(prefix)), "weight", None)
-        factors = tensors[f"{name}.{up}.weight"].double(), tensors[key].double()
-        if weight is None or weight.shape != (factors[0].shape[0], factors[1].shape[1]):
+        factors = tensors.get(f"{name}.{up}.weight", torch.empty(0)).double(), tensors[key].double()
+        fits = factors[0].ndim == factors[1].ndim == 2 and factors[0].shape[1] == factors[1].shape[0]
+        if not fits or weight is None or weight.shape != (factors[0].shape[0], factors[1].shape[1]):
             raise UserError(
                 f"the base model {diffusion.info.name} has no projection that fits {name} of {path}; "
                 "give the base model that it was made on"
@@ -322,7 +355,7 @@ def _save(folder: Path, image: Tensor, facts: Mapping[str, str]) -> Path:
 
 def _png_text(path: Path) -> dict[str, str] | None:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return {k: str(v) for k, v in getattr(image, "text", {}).items()}
-    except (OSError, ValueError, SyntaxError):
+    except Exception:  # `text` reads on, and Pillow raises many kinds on damaged files
         return None

@@ -1,4 +1,4 @@
-"""Peak memory per task: the device's own counter on a GPU, the resident set on a CPU."""
+"""Memory: the peak of a task (the device's own counter on a GPU, the resident set on a CPU), and the lack of it."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def peak_mib(device: torch.device) -> float:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that a device, or the host, has no memory left."""
+    if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(
+        sign in said
+        for sign in ("DefaultCPUAllocator: can't allocate", "DefaultCPUAllocator: not enough", "backend out of memory")
+    )

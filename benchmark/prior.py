@@ -17,10 +17,12 @@ from torch import Tensor
 from dualcl.benchmark.config import positive
 from dualcl.benchmark.diffusion import Diffusion
 from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.processes import ALONE, Processes
+from dualcl.benchmark.reading import read_json
 from dualcl.benchmark.record import atomic_write, write_json
 from dualcl.benchmark.sampling import sample
 from dualcl.benchmark.seeding import torch_generator
-from dualcl.datasets.image_folder import image_files
+from dualcl.datasets.image_folder import class_folders, image_files
 from dualcl.datasets.loader import decode_image
 from dualcl.datasets.verify import cache_dir, why_unreadable
 
@@ -52,8 +54,10 @@ class PriorConfig:
         return self.prompt.replace("{noun}", noun or "object")
 
 
-def prior_images(diffusion: Diffusion, config: PriorConfig, noun: str) -> tuple[Tensor, str]:
-    """Images uint8 (n, S, S, 3) of a class noun, and the sha256 of their pixels.
+def prior_images(
+    diffusion: Diffusion, config: PriorConfig, noun: str, processes: Processes = ALONE
+) -> tuple[Tensor, str]:
+    """Images uint8 (n, S, S, 3) of a class noun, and the sha256 of their pixels; made and cached by `processes`.
 
     `diffusion` must be as pretrained: call it before a method trains anything. Raises UserError for a folder without
     usable images.
@@ -63,7 +67,7 @@ def prior_images(diffusion: Diffusion, config: PriorConfig, noun: str) -> tuple[
         return images, _digest(images)
     key = json.dumps([asdict(config), config.text(noun), diffusion.info.weights_sha256], sort_keys=True)
     folder = cache_dir() / "prior" / hashlib.sha256(key.encode()).hexdigest()[:24]
-    cached = _read(folder)
+    cached = processes.from_main(lambda: _read(folder))
     if cached is not None:
         return cached
     generators = [torch_generator(config.seed, "prior", noun, k) for k in range(config.n)]
@@ -79,8 +83,10 @@ def prior_images(diffusion: Diffusion, config: PriorConfig, noun: str) -> tuple[
             steps=config.steps,
             guidance=config.guidance,
             batch_size=32,
+            processes=processes,
         )
-    _write(folder, images, config, noun)
+    if processes.main:
+        _write(folder, images, config, noun)
     return images, _digest(images)
 
 
@@ -91,10 +97,10 @@ def _digest(images: Tensor) -> str:
 def _read(folder: Path) -> tuple[Tensor, str] | None:
     """The cached images; None when there are none or they are damaged, and are then made again."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        pixels = [np.array(Image.open(folder / f"{k:04d}.png").convert("RGB")) for k in range(manifest["n"])]
+        manifest = read_json(folder / "manifest.json")
+        pixels = [np.array(decode_image(folder / f"{k:04d}.png")) for k in range(manifest["n"])]
         images = torch.from_numpy(np.stack(pixels))
-    except (OSError, ValueError, KeyError, TypeError, SyntaxError):  # Pillow raises the last for broken PNGs
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return (images, manifest["sha256"]) if _digest(images) == manifest["sha256"] else None
 
@@ -115,9 +121,11 @@ def _write(folder: Path, images: Tensor, config: PriorConfig, noun: str) -> None
 def _from_folder(root: Path, noun: str, size: int) -> Tensor:
     from dualcl.benchmark.domains.customization import square
 
-    folder = root / noun if noun and (root / noun).is_dir() else root
+    folder = root
     if not folder.is_dir():
         raise UserError(f"prior.images={root} is no folder; give one with images, or prior.images=generated")
+    if noun in class_folders(root):  # a name there, not a path that leads out
+        folder = root / noun
     names = image_files(folder)
     if not names:
         raise UserError(f"prior.images: {folder} holds no images; add some, or set prior.images=generated")

@@ -109,6 +109,12 @@ class Reporter:
         """One lasting line."""
         self._line(printable(text))
 
+    def warn(self, text: str) -> None:
+        """One lasting line that `quiet` does not keep back."""
+        quiet, self.quiet = self.quiet, False
+        self._line(printable(text))
+        self.quiet = quiet
+
     def close(self) -> None:
         """Leaves the cursor at the start of an empty line."""
         if self._open:
@@ -139,6 +145,9 @@ class Reporter:
 
     def _write(self, text: str) -> None:
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
-        with _WRITE:
-            self.stream.write(text.encode(encoding, "replace").decode(encoding))
-            self.stream.flush()
+        try:
+            with _WRITE:
+                self.stream.write(text.encode(encoding, "replace").decode(encoding))
+                self.stream.flush()
+        except OSError:  # its reader has gone, or a full disk: no reason to stop a run
+            self.quiet = True

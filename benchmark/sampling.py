@@ -15,6 +15,7 @@ import dualcl.benchmark.compat  # noqa: F401 - before diffusers
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from dualcl.benchmark.diffusion import Diffusion
@@ -93,8 +94,9 @@ def sample(
     guidance: float,
     batch_size: int,
     negative_prompt: str = "",
+    processes: Processes = ALONE,
 ) -> Tensor:
-    """One image per prompt, uint8 (N, S, S, 3) on the CPU.
+    """One image per prompt, uint8 (N, S, S, 3) on the CPU; batches are shared out to `processes`, which all get all.
 
     `prompts` hold expanded concept tokens; `generators` (CPU, one per image) draw the first latents. `guidance` <= 1
     leaves out the unconditional pass. Runs under the caller's autocast. Raises UserError when latents are not finite.
@@ -108,8 +110,8 @@ def sample(
     decoded: list[Tensor] = []
     kept: list[str] | None = None
     text = None
-    with shared_text(unet) as projections:
-        for start in range(0, len(prompts), batch_size):
+    with processes.apart(), shared_text(unet) as projections:
+        for start in processes.mine(range(0, len(prompts), batch_size)):
             batch = list(prompts[start : start + batch_size])
             noise = torch.stack([torch.randn(shape, generator=g) for g in generators[start : start + batch_size]])
             rows = [negative_prompt] * len(batch) + batch if guidance > 1 else batch
@@ -133,7 +135,9 @@ def sample(
                     f"the images of {batch[0]!r} are not finite: the weights have diverged, or are too large for this "
                     "precision; lower method.lr or the penalty's weight, or set precision=fp32"
                 )
-            decoded += [diffusion.decode(part) for part in latents.split(_decoded_at_once(diffusion.info.image_size))]
+            parts = latents.split(_decoded_at_once(diffusion.info.image_size))
+            decoded.append(torch.cat([diffusion.decode(part) for part in parts]))
+    decoded = processes.together(decoded)
     image_size = diffusion.info.image_size
     return torch.cat(decoded) if decoded else torch.empty(0, image_size, image_size, 3, dtype=torch.uint8)
 

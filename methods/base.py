@@ -104,7 +104,11 @@ class Method(nn.Module):
         return []
 
     def loss(self, batch: Any) -> Tensor:
-        """The task loss of a batch, a scalar: the domain's, unless the method learns from something else as well."""
+        """The task loss of a batch, a scalar: the domain's, unless the method learns from something else as well.
+
+        Of the method's state it may change counters (integer buffers) only: a step that ran out of memory is taken
+        again from them. Every process of a run computes it on the whole batch; the domain alone shares out its passes.
+        """
         return self.domain.loss(batch)
 
     def penalty(self) -> Tensor | None:

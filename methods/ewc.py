@@ -96,11 +96,13 @@ class EWC(SiteWeights):
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
             for step, batch in enumerate(itertools.islice(self.domain.batches(task, 0), self.config.fisher_batches)):
                 torch.manual_seed(derive_seed(self.seed, self.name, "fisher", task, step))
-                for sample in self.domain.samples(batch):
+                for sample in self.domain.own_samples(batch):
                     gradients = torch.autograd.grad(self.domain.loss(sample) * SCALE, list(self.weights))
                     total += (torch.cat([g.reshape(-1) for g in gradients]) / SCALE).square()
                     count += 1
-        return total / count, count
+        share = self.domain.processes
+        count = int(share.total(torch.tensor(count, device=device)))
+        return share.total(total) / count, count
 
     def restored(self, finished: int) -> None:
         """The penalty starts with the second task."""

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
+
+from dualcl.benchmark.errors import UserError
+
+
+def check_bundled(file: Path, sha256: str) -> None:
+    """UserError when a bundled file is not the one that its card describes."""
+    if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+        raise UserError(f"the bundled weights {file} are damaged (sha256 differs); put them back: install dualcl again")
 
 
 def bundled_backbones() -> dict[str, Path]:

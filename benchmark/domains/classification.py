@@ -282,7 +282,9 @@ class Classification(Domain):
             batch_size=train.batch_size,
             start_step=start_step,
             drop_last=train.drop_last,
+            rows=self.processes.rows if self.processes.count > 1 else None,
         ):
+            self.processes.total(batch.images)  # each process made its own
             self._latest = batch
             yield batch
 
@@ -316,6 +318,9 @@ class Classification(Domain):
         return self._run(images, model)
 
     def _run(self, images: Tensor, model: Any = None) -> Tensor:
+        return self.passed(len(images), lambda rows: self._network(images[rows], model))
+
+    def _network(self, images: Tensor, model: Any = None) -> Tensor:
         model = self.model if model is None else model
         features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
         return features
@@ -327,10 +332,15 @@ class Classification(Domain):
         if query is None:
             with torch.no_grad():
                 query = self._plain_features(images).float()
-        # stay in place until the next pass: checkpointed blocks need them again in the backward
-        for block, prefix in self._provider(query, training).items():
-            self._attention[block].prefix = prefix
-        return self._run(images)
+        prefixes = self._provider(query, training)
+
+        def prefixed(rows: slice) -> Tensor:
+            # stay in place until the next pass: checkpointed blocks need them again in the backward
+            for block, (keys, values) in prefixes.items():
+                self._attention[block].prefix = keys[rows], values[rows]
+            return self._network(images[rows])
+
+        return self.passed(len(images), prefixed)
 
     def _batch_features(self, batch: Batch) -> Tensor:
         """Features (B, D) of a training batch, with gradient; what the frozen backbone gives may have been kept."""
@@ -357,13 +367,21 @@ class Classification(Domain):
     @torch.no_grad()
     def _all_views(self, task: int | None, mirrored: bool) -> Tensor:
         """Features (1 or 2, n, D) float32, without prefixes, of the task's training images and mirrored."""
-        parts = []
-        size = self.resolved.section("eval", EvalConfig).batch_size
-        for batch in self._training_loader(task).eval_batches(size):
+
+        def views(batch: Batch) -> Tensor:
             images = batch.images.to(self.device)
             ways = (images, images.flip(-1)) if mirrored else (images,)
-            parts.append(torch.stack([self._plain_features(way).float() for way in ways]))
-        return torch.cat(parts, dim=1)
+            return torch.stack([self._plain_features(way).float() for way in ways])
+
+        return torch.cat(self._of_each(self._training_loader(task), views), dim=1)
+
+    def _of_each(self, loader: ImageLoader, run: Callable[[Batch], Tensor]) -> list[Tensor]:
+        """`run` of every batch of the loader, augmentation off, in order; each batch is one process's work."""
+        size = self.resolved.section("eval", EvalConfig).batch_size
+        share = self.processes.index, self.processes.count
+        with self.processes.apart():
+            parts = self.processes.together(run(batch) for batch in loader.eval_batches(size, share))
+        return [part.to(self.device) for part in parts]
 
     def set_prefix_provider(self, provider: PrefixProvider | None) -> None:
         """Every later pass over images asks `provider` for the prefixes of its batch."""
@@ -383,21 +401,30 @@ class Classification(Domain):
         correct, total = [], []
         version = self._weights_version()
         for task in seen:
-            predictions = torch.cat(list(self._predictions(task, version)))
+            predictions = torch.cat(self._predictions(task, version))
             labels = torch.from_numpy(self.stream.tasks[task].test.labels)
             correct.append(int((predictions.cpu() == labels).sum()))
             total.append(len(labels))
         return {"correct": correct, "total": total}
 
-    def _predictions(self, task: int, version: tuple[int, ...]) -> Iterator[Tensor]:
+    def _predictions(self, task: int, version: tuple[int, ...]) -> list[Tensor]:
         size = self.resolved.section("eval", EvalConfig).batch_size
-        plain = self._test_features(task, version)
+        queries = self._test_features(task, version).split(size)
         if self._provider is None:
-            yield from (self._logits(part).argmax(1) for part in plain.split(size))
-            return
-        queries = plain.split(size)
-        for batch, query in zip(self._test_loader(task).eval_batches(size), queries, strict=True):
-            yield self._logits(self._features(batch.images.to(self.device), training=False, query=query)).argmax(1)
+            return [self._logits(part).argmax(1) for part in queries]
+        provider, share = self._provider, self.processes
+        batches = self._test_loader(task).eval_batches(size, (share.index, share.count))
+
+        def own() -> Iterator[Tensor]:
+            for at, query in enumerate(queries):
+                if at % share.count == share.index:
+                    images = next(batches).images.to(self.device)
+                    yield self._logits(self._features(images, training=False, query=query)).argmax(1)
+                else:
+                    provider(query, False)  # a method may count what it gives out
+
+        with share.apart():
+            return share.together(own())
 
     def _test_loader(self, task: int) -> ImageLoader:
         if task not in self._test_loaders:
@@ -418,11 +445,9 @@ class Classification(Domain):
         """
         kept = self._frozen_features.get(task)
         if kept is None or kept[0] != version:
-            size = self.resolved.section("eval", EvalConfig).batch_size
-            parts = [
-                self._plain_features(b.images.to(self.device)).float()
-                for b in self._test_loader(task).eval_batches(size)
-            ]
+            parts = self._of_each(
+                self._test_loader(task), lambda batch: self._plain_features(batch.images.to(self.device)).float()
+            )
             kept = (version, torch.cat(parts))
             self._frozen_features[task] = kept
         return kept[1]
@@ -437,8 +462,10 @@ class Classification(Domain):
     @torch.no_grad()
     def training_features(self, task: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """(features (B, D) float32, output indices (B,)) of the task's training images, not augmented."""
-        for batch in self._training_loader(task).eval_batches(self.resolved.section("eval", EvalConfig).batch_size):
-            yield self._plain_features(batch.images.to(self.device)).float(), batch.labels.to(self.device)
+        loader = self._training_loader(task)
+        labels = torch.from_numpy(loader.images.labels).to(self.device)
+        parts = self._of_each(loader, lambda batch: self._plain_features(batch.images.to(self.device)).float())
+        yield from zip(parts, labels.split([len(part) for part in parts]), strict=True)
 
     def outputs(self, task: int) -> range:
         """Output indices of the task's classes."""

@@ -416,7 +416,13 @@ class Customization(Domain):
         unique = list(dict.fromkeys(batch.prompts))
         context = self.diffusion.encode_text(self.diffusion.token_ids(unique))
         index = torch.tensor([unique.index(p) for p in batch.prompts], device=self.device)
-        predicted = self.model(batch.noisy, batch.timesteps, encoder_hidden_states=context[index]).sample
+
+        def denoised(rows: slice) -> Tensor:
+            given = context[index[rows]]
+            out: Tensor = self.model(batch.noisy[rows], batch.timesteps[rows], encoder_hidden_states=given).sample
+            return out
+
+        predicted = self.passed(len(batch.prompts), denoised)
         error = F.mse_loss(predicted.float(), batch.target.float(), reduction="none").mean(dim=(1, 2, 3))
         return (error * batch.weights).sum()
 
@@ -442,7 +448,7 @@ class Customization(Domain):
         for noun in sorted({c.noun for c in self.stream.concepts}):
             prompt = config.text(noun)
             if noun not in self._prior:
-                images, digest = prior_images(self.diffusion, config, noun)
+                images, digest = prior_images(self.diffusion, config, noun, self.processes)
                 self._prior[noun] = self._encode(images, (prompt,), False)
                 self._prior_hashes[prompt] = digest
 
@@ -501,6 +507,7 @@ class Customization(Domain):
             guidance=config.guidance,
             batch_size=config.batch_size,
             negative_prompt=config.negative_prompt,
+            processes=self.processes,
         )
 
     def evaluate(self, seen: Sequence[int]) -> dict[str, Any]:

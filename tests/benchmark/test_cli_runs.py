@@ -86,7 +86,8 @@ def test_compare_runs_what_is_missing_and_ends_with_table_and_report(
     before = record(out / "ncm-seed0")
     assert main(command) == 0
     captured = capsys.readouterr()
-    assert {p.name for p in out.iterdir()} == {"ncm-seed0", "ncm-seed1", "lora-seed0", "lora-seed1", "report"}
+    runs = {"ncm-seed0", "ncm-seed1", "lora-seed0", "lora-seed1"}
+    assert {p.name for p in out.iterdir()} == {*runs, "grid.json", "report"}
     assert record(out / "ncm-seed0") == before
     assert "ncm seed 0: finished already" in captured.err
     assert "4 of 4 runs finished" in captured.err

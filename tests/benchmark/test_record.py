@@ -218,3 +218,60 @@ def test_new_record_is_one_that_the_reader_takes(tmp_path: Path) -> None:
     assert folder.read_record() == load_record(tmp_path).data
     found = load_record(tmp_path)
     assert (found.status, found.data["version"], found.data["identity"]) == ("running", VERSION, {"data": "d"})
+
+
+def test_record_changed_by_hand_or_a_bad_disk_is_refused(tmp_path: Path) -> None:
+    run = {"preset": "p", "domain": "classification", "method": "m", "label": "m", "seed": 0, "n_tasks": 2}
+    folder = RunFolder(tmp_path)
+    folder.write_record(new_record({**run, "joint": False}, {"train": {"epochs": 1}}))
+    content = (tmp_path / "record.json").read_text()
+    assert '"seed": 0' in content
+    (tmp_path / "record.json").write_text(content.replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(UserError, match=r"record\.json is not a usable record \(its checksum differs.*; delete it and"):
+        folder.read_record()
+    # a file that others indented anew says the same
+    (tmp_path / "record.json").write_text(json.dumps(json.loads(content), indent=4))
+    assert folder.read_record() is not None
+
+
+def test_checkpoint_of_another_configuration_or_other_data_is_refused(tmp_path: Path) -> None:
+    mine = {"config_hash": "a", "identity": {"weights_sha256": "1"}}
+    folder = RunFolder(tmp_path)
+    folder.bind(mine)
+    folder.save_checkpoint("task_0", {"a": torch.ones(1)}, {"step": 1})
+    for other in ({**mine, "config_hash": "b"}, {**mine, "identity": {"weights_sha256": "2"}}):
+        stranger = RunFolder(tmp_path)
+        stranger.bind(other)
+        with pytest.raises(UserError, match=r"task_0 is of a run with another configuration or other data; choose"):
+            stranger.load_checkpoint("task_0")
+    again = RunFolder(tmp_path)
+    again.bind(mine)
+    found = again.load_checkpoint("task_0")
+    assert found is not None
+    assert found[1] == {"step": 1}
+
+
+@pytest.mark.parametrize("damage", ["lost", "changed", "deleted"])
+def test_damaged_log_is_refused_where_the_checkpoint_knew_its_lines(tmp_path: Path, damage: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.open_log(1, 0)
+    for step in range(3):
+        folder.log(task=1, step=step, loss=0.5)
+    folder.save_checkpoint("partial", {}, {"task": 1, "step": 2 + 1})
+    folder.log(task=1, step=3, loss=0.25)  # is written again
+    folder.close()
+    log = tmp_path / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    again = RunFolder(tmp_path)
+    assert again.load_checkpoint("partial") is not None
+    again.open_log(1, 3)
+    again.close()
+    assert steps(again) == [(1, 0), (1, 1), (1, 2)]
+    if damage == "deleted":
+        log.unlink()
+        again.open_log(1, 3)
+        assert steps(again) == []
+        return
+    log.write_text("".join([lines[0], *lines[2:]]) if damage == "lost" else "".join(lines).replace("0.5", "0.6", 1))
+    with pytest.raises(UserError, match=r"log\.jsonl is damaged: its lines before task 2, step 3 are not those"):
+        again.open_log(1, 3)
