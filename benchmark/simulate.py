@@ -96,6 +96,13 @@ def _sleep(seconds: float, speedup: float, memory: str, fault: tuple[str, float]
     raise Interrupted("the simulated node is wanted elsewhere")
 
 
+def _meet(folder: str, count: int) -> None:
+    """Waits until `count` workers are there, this one among them."""
+    Path(folder, str(os.getpid())).touch()
+    while len(os.listdir(folder)) < count:
+        time.sleep(0.05)
+
+
 def simulate(
     jobs: Sequence[SimulatedJob], nodes: int, speedup: float, *, faults: float = 0.02, address: str = "local"
 ) -> dict[str, Any]:
@@ -112,9 +119,12 @@ def simulate(
     if largest > nodes:
         raise UserError(f"a job asks for {largest:g} GPUs, there are {nodes}; give more --nodes")
     with tempfile.TemporaryDirectory() as folder, cluster(address, num_cpus=nodes, num_gpus=nodes) as ray:
+        if (there := ray.cluster_resources().get("CPU", 0)) < nodes:
+            raise UserError(f"the cluster has {there:g} CPUs for {nodes} simulated nodes; give fewer --nodes")
         # workers that are there already: a grid of hours does not notice their start, one of seconds would
-        warm = [Job("warm", Needs(1, 0.0, None), (0.5, 1.0, f"{folder}/none", None))] * nodes
-        for _ in gather(ray, _sleep, warm):
+        workers = Path(folder, "workers")
+        workers.mkdir()
+        for _ in gather(ray, _meet, [Job("worker", Needs(1, 0.0, None), (str(workers), nodes))] * nodes):
             pass
         tasks = [
             Job(job.name, Needs(1, job.gpus, None), (job.seconds, speedup, f"{folder}/{i}", struck.get(i)))

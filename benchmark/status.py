@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from dualcl.benchmark.grid import STATES, PlannedRun, RunState, Survey, counts, seconds_left
 from dualcl.benchmark.progress import duration, printable
+from dualcl.results.files import csv_cell
 
 if TYPE_CHECKING:
     from dualcl.benchmark.compare import Planned
@@ -103,11 +104,13 @@ def render(states: Sequence[RunState], kind: str) -> str:
         out = io.StringIO()
         writer = csv.DictWriter(out, list(_row(RunState(Path(), "", "", 0, ""))), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(map(_row, states))
+        writer.writerows({key: csv_cell(value) for key, value in _row(s).items()} for s in states)
         return out.getvalue()
+    from dualcl.results.tables import markdown_text
+
     now = time.time()
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(_cells(s, now) for s in states)]
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    lines = ["| " + " | ".join(row if row[0] == "---" else map(markdown_text, row)) + " |" for row in rows]
     return "\n".join([*lines, "", totals(states)]) + "\n"
 
 
