@@ -121,6 +121,8 @@ class ConceptEvaluator:
         self._real: dict[int, Tensor] = {}
         #: features of each concept's images right after it was learnt
         self._own: dict[int, Tensor] = {}
+        #: concepts whose thumbnails this process has written
+        self._shown: set[int] = set()
         for concept in domain.stream.concepts:
             if config.estimator == "unbiased" and len(concept.images) < 2:
                 raise UserError(
@@ -244,9 +246,10 @@ class ConceptEvaluator:
                     "after_task": str(last + 1),
                 }
                 write_image(folder / f"{k}.png", image, text)
-        for k, image in enumerate(self.domain.pixels(j)[:THUMBNAILS]):
-            if not (real / f"{k}.png").exists():
+        if j not in self._shown:  # those that are there may be damaged
+            for k, image in enumerate(self.domain.pixels(j)[:THUMBNAILS]):
                 write_image(real / f"{k}.png", image, {"concept": concept})
+            self._shown.add(j)
 
     # --- measures ---------------------------------------------------------------------------------------------------
 

@@ -521,8 +521,8 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
         )
         if old is not None:
             changed = [k for k, v in record["identity"].items() if old["identity"].get(k) != v]
-            if record["network"].get("images_sha256") != old["network"].get("images_sha256"):
-                changed.append("images_sha256")
+            facts = {k: v for k, v in as_json(record["network"]).items() if k != "prior"}  # another GPU's prior differs
+            changed += [k for k, v in facts.items() if old["network"].get(k, v) != v]
             if changed:
                 raise UserError(
                     f"{path} was begun with another {', '.join(changed)}: the data or weights behind the same "

@@ -91,4 +91,4 @@ def read_yaml(text: str, where: str) -> Any:
         why = error  # of a date such as 2001-99-99, say
     except (LookupError, TypeError, AttributeError, OverflowError):
         why = "a tag such as !!int or !!timestamp on what is none"
-    raise UserError(f"{where} is not valid YAML{line}: {' '.join(str(why).split())}")
+    raise UserError(f"{where} is not valid YAML{line}: {' '.join(str(why).split())}; mend it there")

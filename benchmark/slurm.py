@@ -57,6 +57,8 @@ def array_script(plan: Sequence[Planned], out: str, options: Iterable[str] = (),
 
     Every run asks for as much as the one that declares most. UserError for an option that sbatch could not read.
     """
+    if not out.isprintable():  # it stands in a comment
+        raise UserError(f"--out {out!r} has control characters; choose another one")
     asked = [needs(planned, cuda=cuda) for planned in plan]
     gpus, memory = math.ceil(max(n.gpus for n in asked)), max(n.memory_gib or 0 for n in asked)
     chosen = {

@@ -78,7 +78,8 @@ def check_template(template: str, where: str) -> None:
         raise UserError(f"{where}: the prompt {template!r} lacks {TOKEN}, which stands for the concept")
     unknown = sorted(set(fields) - {"token", "noun"})
     if unknown:
-        raise UserError(f"{where}: the prompt {template!r} has {{{unknown[0]}}}; only {TOKEN} and {NOUN} are known")
+        field = repr(f"{{{unknown[0]}}}")[1:-1]  # on one line, whatever it holds
+        raise UserError(f"{where}: the prompt {template!r} has {field}; only {TOKEN} and {NOUN} are known")
 
 
 def concepts_hash(concepts: Iterable[Concept]) -> str:

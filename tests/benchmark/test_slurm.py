@@ -69,6 +69,11 @@ def test_the_script_has_what_the_runs_declare(
         assert main(["compare", "glyphs", "--out", str(out), "--print-slurm", "--slurm-option", wrong]) == 2
 
 
+def test_a_line_break_cannot_leave_the_comment(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["compare", "glyphs", "--methods", "ncm", "--out", f"{tmp_path}/a\nrm b", "--print-slurm"]) == 2
+    assert "control characters" in capsys.readouterr().err
+
+
 def test_every_index_does_its_run_and_others_are_refused(
     tiny_preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

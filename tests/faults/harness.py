@@ -24,7 +24,7 @@ from dualcl.results.records import comparable
 
 SURVIVED, CLEAR, LOST = "survived", "clear error", "lost"
 #: a mend is named by one of these words
-MENDS = re.compile(r"\b(delete|put|replace|remove|restore|choose|give|save|check|lower|mend|wait|call|free|make)\b")
+MENDS = re.compile(r"\b(delete|put|replace|remove|restore|choose|give|save|check|lower|mend|wait|call|free|make|must)\b")
 
 QUICK = ("threads=1", "train.epochs=1", "train.checkpoint_seconds=0", "train.log_every=1")
 GLYPHS = (*QUICK, "data.train_per_class=5", "data.test_per_class=2", "data.classes=4", "stream.tasks=2")

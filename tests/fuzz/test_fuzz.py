@@ -206,6 +206,12 @@ def test_what_crashed_once_is_refused(name: str, place: tuple[Any, ...], value: 
     assert not targets.run_one(name, as_json(spoil(json_seeds(name)[0], place, value, "replace")))
 
 
+def test_a_line_break_in_a_field_of_a_prompt_is_told_in_one_line() -> None:
+    seed = targets.TARGETS["lists"].seeds()[2]
+    assert targets.run_one("lists", seed)
+    assert not targets.run_one("lists", seed.replace(b"{1} in", b"{1\x1eu} in"))
+
+
 @pytest.mark.parametrize("at", [1, 2, 3], ids=["placeholder", "noun", "prompt"])
 def test_words_that_are_no_text_are_refused(at: int) -> None:
     """The tokenizer raises TypeError at bytes that are no UTF-8."""
