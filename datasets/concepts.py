@@ -75,7 +75,7 @@ def check_template(template: str, where: str) -> None:
     except ValueError as error:
         raise UserError(f"{where}: the prompt {template!r} is no template ({error}); write it with {TOKEN}") from None
     if "token" not in fields:
-        raise UserError(f"{where}: the prompt {template!r} lacks {TOKEN}, which stands for the concept")
+        raise UserError(f"{where}: the prompt {template!r} lacks {TOKEN}, which stands for the concept; put it there")
     unknown = sorted(set(fields) - {"token", "noun"})
     if unknown:
         field = repr(f"{{{unknown[0]}}}")[1:-1]  # on one line, whatever it holds

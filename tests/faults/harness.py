@@ -24,7 +24,9 @@ from dualcl.results.records import comparable
 
 SURVIVED, CLEAR, LOST = "survived", "clear error", "lost"
 #: a mend is named by one of these words
-MENDS = re.compile(r"\b(delete|put|replace|remove|restore|choose|give|save|check|lower|mend|wait|call|free|make|must)\b")
+MENDS = re.compile(r"\b(delete|put|replace|remove|restore|choose|give|save|check|lower|mend|call|free|must)\b")
+#: what torch itself logs, such as where a killed loader process was noticed
+LOGGED = re.compile(r"[WE]\d{4} [\d:.]+ \d+ torch/")
 
 QUICK = ("threads=1", "train.epochs=1", "train.checkpoint_seconds=0", "train.log_every=1")
 GLYPHS = (*QUICK, "data.train_per_class=5", "data.test_per_class=2", "data.classes=4", "stream.tasks=2")
@@ -56,12 +58,12 @@ class Ended:
 
     def clear(self, names: Sequence[str]) -> bool:
         """Whether this is exit code 2 with one line that says what is wrong: it holds one of `names`, no traceback."""
-        lines = [line for line in self.text.splitlines() if line.strip()]
+        lines = [line for line in self.text.splitlines() if line.strip() and not LOGGED.match(line)]
         errors = [line for line in lines if line.startswith("dualcl: error: ")]
         return (
             self.code == 2
             and errors == lines[-1:]
-            and "Traceback" not in self.text
+            and not any("Traceback" in line for line in lines)
             and any(name in errors[0] for name in names)
         )
 
