@@ -89,7 +89,7 @@ def read_safetensors(path: str | Path, key: str = "backbone.weights") -> dict[st
     try:
         return load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"{key}: {file} is no valid safetensors file (truncated?): {error}") from None
+        raise UserError(f"{key}: {file} is no valid safetensors file (truncated?): {error}; replace it") from None
 
 
 def _load_into(model: nn.Module, state: dict[str, Tensor], file: str) -> None:

@@ -6,13 +6,15 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dualcl.benchmark.environment import usable_cpus
 from dualcl.benchmark.errors import UserError
 from dualcl.benchmark.reading import read_json
 from dualcl.results import shape
@@ -31,6 +33,9 @@ MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 #: parts of a record that differ when the very same run is repeated
 VOLATILE = ("measured", "environment", "created", "finished", "sha256")
+
+#: records that one process reads at a time
+_PART = 500
 
 #: parts at the top of a record that are equal in many
 _REPEATED = ("sources", "environment")
@@ -263,8 +268,31 @@ def scan_records(dirs: Iterable[str | os.PathLike[str]]) -> tuple[list[Record], 
                 files.setdefault(os.path.realpath(found), found)
     records: list[Record] = []
     problems: list[str] = []
+    for some, wrong in _loaded(sorted(files.values())):
+        records += some
+        problems += wrong
+    return records, problems
+
+
+def _loaded(files: list[Path]) -> Iterator[tuple[list[Record], list[str]]]:
+    """The records of `files` in parts; many are checked by several processes, as that is most of a report's time."""
+    parts = [files[i : i + _PART] for i in range(0, len(files), _PART)]
+    # fork alone starts a worker without importing the caller's program again, and Linux alone forks safely
+    if len(parts) < 3 or sys.platform != "linux" or (cpus := usable_cpus()) == 1:
+        yield from map(_load_part, parts)
+        return
+    import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
+
+    with ProcessPoolExecutor(min(cpus, 8), multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(_load_part, parts)
+
+
+def _load_part(files: list[Path]) -> tuple[list[Record], list[str]]:
+    records: list[Record] = []
+    problems: list[str] = []
     known: dict[str, Any] = {}
-    for path in sorted(files.values()):
+    for path in files:
         try:
             records.append(load_record(path))
         except UserError as error:

@@ -11,10 +11,10 @@ import pytest
 from dualcl.benchmark.bench_report import Grid, parse_grids, read_patterns, write_grid
 from dualcl.benchmark.cli import main
 from dualcl.benchmark.errors import UserError
-from dualcl.results import report, samples
+from dualcl.results import records, report, samples
 from dualcl.results.metrics import KINDS
 from dualcl.results.plots import MAX_METHODS, MAX_STREAMS, loss_curves, overview
-from dualcl.results.records import find_records, load_record
+from dualcl.results.records import find_records, load_record, scan_records
 from dualcl.results.report import build_report
 from dualcl.results.tables import summarise
 
@@ -137,3 +137,14 @@ def test_grids_are_checked() -> None:
     assert parse_grids("77x13x10")[0].records == 10_010
     with pytest.raises(UserError, match="no finished run"):
         read_patterns([RESULTS / "speed"])
+
+
+def test_records_read_by_several_processes_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = grid(tmp_path / "runs", "2x3x4")
+    (runs / "broken").mkdir()
+    (runs / "broken" / "record.json").write_text("{", encoding="utf-8")
+    alone = scan_records([runs])
+    monkeypatch.setattr(records, "_PART", 5)
+    monkeypatch.setattr(records, "usable_cpus", lambda: 2)
+    assert scan_records([runs]) == alone
+    assert (len(alone[0]), len(alone[1])) == (24, 1)
