@@ -106,6 +106,10 @@ def gather(ray: Any, work: Callable[..., Any], jobs: Sequence[Job]) -> Generator
                 ray.cancel(ref)
             for ref in ray.wait(list(left), num_returns=len(left), timeout=3)[0]:
                 del left[ref]
+        for ref in left:  # a worker that hears nothing is killed, and its run with it; that resumes as any other
+            ray.cancel(ref, force=True)
+        if left:
+            ray.wait(list(left), num_returns=len(left), timeout=10)
 
 
 class RayEngine:
