@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import json
 import os
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from dualcl.benchmark.bench import fixed, measure_all, positive_count
+from dualcl.benchmark.environment import resident_peak_mib
 from dualcl.benchmark.errors import RunFailed, UserError
 from dualcl.results.records import find_records, record_checksum
 
@@ -165,15 +165,6 @@ def _tree_mib(pid: int) -> float:
     return total
 
 
-def _own_peak_mib(pid: int) -> float:
-    """Largest resident set of a process so far; its rusage would count that of the process that started it, too."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-    return 0.0
-
-
 def measure(runs: Path, out: Path, options: Sequence[str]) -> dict[str, float]:
     """`dualcl report RUNS --out OUT` once, as a user calls it: seconds, seconds of CPU, peak MiB. Raises RunFailed."""
     import resource
@@ -184,7 +175,8 @@ def measure(runs: Path, out: Path, options: Sequence[str]) -> dict[str, float]:
     peak = 0.0
     with tempfile.TemporaryFile() as said, subprocess.Popen(command, stdout=said, stderr=said, cwd=out.parent) as child:
         while child.poll() is None:
-            peak = max(peak, _tree_mib(child.pid), _own_peak_mib(child.pid))
+            # not its rusage, which counts the memory of the process that started it, too
+            peak = max(peak, _tree_mib(child.pid), resident_peak_mib(child.pid) or 0.0)
             time.sleep(0.2)  # a look holds up what it looks at
         seconds = time.perf_counter() - started
         said.seek(0)

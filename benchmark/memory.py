@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from dualcl.benchmark.environment import resident_peak_mib
+
 
 def reset_peak(device: torch.device) -> None:
     """Starts a new peak where the system allows it (CUDA; Linux)."""
@@ -26,10 +28,8 @@ def peak_mib(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
+    if (peak := resident_peak_mib()) is not None:
+        return peak
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 

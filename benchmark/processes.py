@@ -133,7 +133,7 @@ class Processes:
         """RuntimeError unless all processes hold the same bits."""
         if self.count == 1:
             return
-        sums = torch.stack([_bits(p.detach()) for p in params]).tolist()
+        sums = torch.stack([sum_of_bits(p.detach()) for p in params]).tolist()
         if any(other != sums for other in self.together([sums])):
             raise RuntimeError(f"{what} differ between the {self.count} processes")
 
@@ -158,9 +158,11 @@ class _Gathered(torch.autograd.Function):
         return grads[0][ctx.processes.rows(ctx.n)] * ctx.processes.count, None, None
 
 
-def _bits(value: Tensor) -> Tensor:
-    words = value.contiguous().view(torch.int16 if value.element_size() % 2 == 0 else torch.uint8)
-    return words.sum(dtype=torch.int64).cpu()
+def sum_of_bits(weights: Tensor) -> Tensor:
+    """A sum, modulo 2^64, that every change of one number changes; in words of eight bytes where they are whole."""
+    size, offset = (n * weights.element_size() for n in (weights.numel(), weights.storage_offset()))
+    word = torch.int64 if size % 8 == 0 and offset % 8 == 0 else torch.int16
+    return weights.reshape(-1).view(word).sum(dtype=torch.int64)
 
 
 def join(device: str) -> Processes:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dualcl.benchmark.config import Resolved, positive
 from dualcl.benchmark.domain import Domain, PrefixProvider, Site, Task
 from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.processes import sum_of_bits
 from dualcl.benchmark.seeding import torch_generator
 from dualcl.benchmark.vit import (
     BackboneConfig,
@@ -436,7 +437,7 @@ class Classification(Domain):
 
         Not `_version`: PyTorch's fused optimisers change weights without counting it.
         """
-        return tuple(torch.stack([_sum_of_bits(p.detach()) for p in self.model.parameters()]).tolist())
+        return tuple(torch.stack([sum_of_bits(p.detach()) for p in self.model.parameters()]).tolist())
 
     def _test_features(self, task: int, version: tuple[int, ...]) -> Tensor:
         """Features (n, D) float32 of a task's test images without prefixes; kept while no weight of the model changes.
@@ -582,13 +583,6 @@ class Classification(Domain):
     def _measure_features(self) -> int:
         size = self.view.size
         return int(self._run(torch.zeros(1, 3, size, size, device=self.device)).shape[1])
-
-
-def _sum_of_bits(weights: Tensor) -> Tensor:
-    """A sum, modulo 2^64, that every change of one number changes; in words of eight bytes where they are whole."""
-    size, offset = (n * weights.element_size() for n in (weights.numel(), weights.storage_offset()))
-    word = torch.int64 if size % 8 == 0 and offset % 8 == 0 else torch.int16
-    return weights.reshape(-1).view(word).sum(dtype=torch.int64)
 
 
 DOMAIN = Classification

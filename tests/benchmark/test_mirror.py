@@ -92,15 +92,21 @@ def pulled(url: str, folder: Path) -> dict[str, str]:
     return content(folder)
 
 
+def with_changes_and_a_fault(url: str, here: Path, n: int) -> Mirror:
+    """A writer whose first state is at the URL, with a second one to push, and a fault after n more writes."""
+    Failing.store.clear()
+    Failing.left = None
+    writer = Mirror(url, fill(here, FIRST))
+    writer.push()
+    Failing.writes, Failing.left = 0, n
+    fill(here, SECOND)
+    return writer
+
+
 def test_a_fault_at_any_write_leaves_one_of_the_two_states(url: str, tmp_path: Path) -> None:
     seen = []
     for n in range(20):
-        Failing.store.clear()
-        Failing.left = None
-        writer = Mirror(url, fill(tmp_path / "here", FIRST))
-        writer.push()
-        Failing.writes, Failing.left = 0, n
-        fill(tmp_path / "here", SECOND)
+        writer = with_changes_and_a_fault(url, tmp_path / "here", n)
         try:
             writer.push(tidy=True)
             whole = True
@@ -124,12 +130,7 @@ def test_a_fault_at_any_write_leaves_one_of_the_two_states(url: str, tmp_path: P
 
 def test_a_new_writer_goes_on_after_a_fault_at_any_write(url: str, tmp_path: Path) -> None:
     for n in range(8):
-        Failing.store.clear()
-        Failing.left = None
-        writer = Mirror(url, fill(tmp_path / "here", FIRST))
-        writer.push()
-        Failing.writes, Failing.left = 0, n
-        fill(tmp_path / "here", SECOND)
+        writer = with_changes_and_a_fault(url, tmp_path / "here", n)
         with pytest.raises(OSError, match="c"):
             writer.push(tidy=True)
         Failing.left = None
