@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dualcl.benchmark.errors import UserError, nearest
-from dualcl.benchmark.registry import registered
+from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.benchmark.core.registry import registered
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,30 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.seeding import numpy_generator
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.seeding import numpy_generator
+
+T = TypeVar("T", bound=type)
+
+
+def register_dataset(name: str, *, domain: str, summary: str, needs_prepare: bool = False) -> Callable[[T], T]:
+    """Registers a data set class; arguments must be literals (the index is read without importing).
+
+    The class has `Config` (a frozen dataclass, the keys below `data.`), `load(config)` (a classmethod: ClassData, or
+    ConceptData in customization) and, with `needs_prepare`, `prepare(config)` (a classmethod: downloads, verifies,
+    splits).
+    """
+
+    def apply(cls: T) -> T:
+        cls.name = name  # type: ignore[attr-defined]
+        return cls
+
+    return apply
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from dualcl.benchmark.config import positive
-from dualcl.benchmark.errors import UserError
-from dualcl.datasets.concept_folder import PhotosConfig, Words, check_numbers, photo_concepts
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.settings import positive
+from dualcl.datasets.base import register_dataset
 from dualcl.datasets.concepts import ConceptData
-from dualcl.datasets.registry import register_dataset
+from dualcl.datasets.reading.photos import PhotosConfig, Words, check_numbers, photo_concepts
 
 IMAGES = "CelebA-HQ-img"
 MAPPING = "CelebA-HQ-to-CelebA-mapping.txt"

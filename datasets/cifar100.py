@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from dualcl.benchmark.errors import UserError
-from dualcl.datasets.base import ArrayImages, ClassData, ImageSet
-from dualcl.datasets.download import Checksum, download, extract_tar
-from dualcl.datasets.registry import register_dataset
-from dualcl.datasets.split import SelectConfig, select
+from dualcl.benchmark.core.errors import UserError
+from dualcl.datasets.base import ArrayImages, ClassData, ImageSet, register_dataset
+from dualcl.datasets.reading.download import Checksum, download
+from dualcl.datasets.reading.split import SelectConfig, select
+from dualcl.datasets.reading.unpack import extract_tar
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE = Checksum("md5", "eb9058c3a382ffc7106e4002c42a8d85")
@@ -99,7 +99,7 @@ def _read(root: Path, name: str, md5: str) -> dict[str, Any]:
 
 
 def _official(root: Path, train: bool) -> tuple[ImageSet, list[str]]:
-    import dualcl.benchmark.compat  # noqa: F401
+    import dualcl.benchmark.core.compat  # noqa: F401
 
     # isort: split
     from torchvision.datasets import CIFAR100

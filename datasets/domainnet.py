@@ -11,12 +11,12 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from dualcl.benchmark.errors import UserError, nearest
-from dualcl.datasets.base import ClassData
-from dualcl.datasets.download import Checksum, download, extract_zip
-from dualcl.datasets.image_folder import class_folders, folder_set
-from dualcl.datasets.registry import register_dataset
-from dualcl.datasets.split import SelectConfig, select
+from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.datasets.base import ClassData, register_dataset
+from dualcl.datasets.reading.download import Checksum, download
+from dualcl.datasets.reading.folders import class_folders, folder_set
+from dualcl.datasets.reading.split import SelectConfig, select
+from dualcl.datasets.reading.unpack import extract_zip
 
 URL = "http://csr.bu.edu/ftp/visda/2019/multi-source"
 #: the cleaned version, which the publishers recommend; sums as the catalogue of TensorFlow Datasets has them

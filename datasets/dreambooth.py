@@ -7,8 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from dualcl.benchmark.errors import UserError
-from dualcl.datasets.concept_folder import (
+from dualcl.benchmark.core.errors import UserError
+from dualcl.datasets.base import register_dataset
+from dualcl.datasets.concepts import ConceptData
+from dualcl.datasets.reading.download import download
+from dualcl.datasets.reading.folders import class_folders
+from dualcl.datasets.reading.photos import (
     CLASSES_FILE,
     PhotosConfig,
     Words,
@@ -17,10 +21,7 @@ from dualcl.datasets.concept_folder import (
     photo_concepts,
     read_classes,
 )
-from dualcl.datasets.concepts import ConceptData
-from dualcl.datasets.download import download, extract_tar
-from dualcl.datasets.image_folder import class_folders
-from dualcl.datasets.registry import register_dataset
+from dualcl.datasets.reading.unpack import extract_tar
 
 #: made anew for every request, so it has no checksum: `prepare` counts and decodes what it holds
 URL = "https://codeload.github.com/google/dreambooth/tar.gz/refs/heads/main"

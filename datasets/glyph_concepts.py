@@ -10,14 +10,13 @@ from typing import ClassVar, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from dualcl.benchmark.config import positive
-from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.seeding import numpy_generator
-from dualcl.datasets.base import ArrayImages, ImageSet
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.seeding import numpy_generator
+from dualcl.benchmark.core.settings import positive
+from dualcl.datasets.base import ArrayImages, ImageSet, register_dataset
 from dualcl.datasets.concepts import Concept, ConceptData, concepts_hash
-from dualcl.datasets.glyph_captions import CLASS_NOUN, INK_AND_PAPER, RENDITION_WORDS, near, pose
-from dualcl.datasets.glyph_drawing import COLOURS, CONCEPT_GLYPHS, Colour, Look, draw_glyph
-from dualcl.datasets.registry import register_dataset
+from dualcl.datasets.drawing.captions import CLASS_NOUN, INK_AND_PAPER, RENDITION_WORDS, near, pose
+from dualcl.datasets.drawing.glyphs import COLOURS, CONCEPT_GLYPHS, Colour, Look, draw_glyph
 
 Kind = Literal["mixed", "objects", "faces"]
 

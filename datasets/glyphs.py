@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dualcl.benchmark.config import positive
-from dualcl.benchmark.seeding import numpy_generator
-from dualcl.datasets.base import ArrayImages, ClassData, ImageSet
-from dualcl.datasets.glyph_drawing import STREAM_GLYPHS, draw_images
-from dualcl.datasets.registry import register_dataset
-from dualcl.datasets.split import SelectConfig, select
+from dualcl.benchmark.core.seeding import numpy_generator
+from dualcl.benchmark.core.settings import positive
+from dualcl.datasets.base import ArrayImages, ClassData, ImageSet, register_dataset
+from dualcl.datasets.drawing.glyphs import STREAM_GLYPHS, draw_images
+from dualcl.datasets.reading.split import SelectConfig, select
 
 
 @functools.lru_cache(maxsize=256)

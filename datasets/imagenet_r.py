@@ -12,12 +12,12 @@ from typing import ClassVar, Literal, get_args
 import numpy as np
 import yaml
 
-from dualcl.benchmark.errors import UserError, nearest
-from dualcl.datasets.base import ClassData
-from dualcl.datasets.download import Checksum, download, extract_tar
-from dualcl.datasets.image_folder import class_folders, folder_set, image_files
-from dualcl.datasets.registry import register_dataset
-from dualcl.datasets.split import SelectConfig, hash_split, select
+from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.datasets.base import ClassData, register_dataset
+from dualcl.datasets.reading.download import Checksum, download
+from dualcl.datasets.reading.folders import class_folders, folder_set, image_files
+from dualcl.datasets.reading.split import SelectConfig, hash_split, select
+from dualcl.datasets.reading.unpack import extract_tar
 
 URL = "https://people.eecs.berkeley.edu/~hendrycks/imagenet-r.tar"
 ARCHIVE = Checksum("md5", "a61312130a589d0ca1a8fca1f2bd3337")

@@ -14,15 +14,15 @@ from typing import Any, ClassVar
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 
-from dualcl.benchmark.config import positive
-from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.reading import read_json
-from dualcl.datasets.concept_folder import PhotosConfig, Words, check_numbers, photo_concepts
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.reading import read_json
+from dualcl.benchmark.core.settings import positive
+from dualcl.datasets.base import register_dataset
 from dualcl.datasets.concepts import ConceptData
-from dualcl.datasets.download import Progress, download
-from dualcl.datasets.registry import register_dataset
-from dualcl.datasets.split import stable_order
-from dualcl.datasets.verify import why_unreadable
+from dualcl.datasets.reading.download import Progress, download
+from dualcl.datasets.reading.photos import PhotosConfig, Words, check_numbers, photo_concepts
+from dualcl.datasets.reading.split import stable_order
+from dualcl.datasets.reading.verify import why_unreadable
 
 METADATA_URL = "https://s3.amazonaws.com/google-landmark/metadata"
 #: of every training image its address; of every landmark its category; of every landmark the images of the clean set

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dualcl.benchmark.errors import UserError, nearest
-from dualcl.benchmark.registry import registered
+from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.benchmark.core.registry import registered
 
 if TYPE_CHECKING:
     from dualcl.methods.base import Method

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.core.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from dualcl.benchmark.domain import Domain
+    from dualcl.benchmark.core.domain import Domain
 
 
 def check(condition: bool, message: str) -> None:
@@ -85,7 +85,7 @@ class Method(nn.Module):
 
     def generator(self, *key: int | str) -> torch.Generator:
         """A CPU generator that is a function of (run seed, method, key): the only source of a method's randomness."""
-        from dualcl.benchmark.seeding import torch_generator
+        from dualcl.benchmark.core.generators import torch_generator
 
         return torch_generator(self.seed, type(self).name, *key)
 

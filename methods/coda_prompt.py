@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualcl.methods.base import MethodConfig, ParamGroup, check, check_quirks, register_method
-from dualcl.methods.prompting import PromptMethod, check_blocks, check_depth, check_length, halves
+from dualcl.methods.shared.prompting import PromptMethod, check_blocks, check_depth, check_length, halves
 
 if TYPE_CHECKING:
-    from dualcl.benchmark.domain import Domain
+    from dualcl.benchmark.core.domain import Domain
 
 
 def component_weights(query: Tensor, attention: Tensor, keys: Tensor) -> Tensor:

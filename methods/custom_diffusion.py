@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 import torch
 from torch import Tensor
 
-from dualcl.benchmark.domain import PriorDomain
+from dualcl.benchmark.core.domain import PriorDomain
 from dualcl.methods.base import check, check_quirks, register_method
 from dualcl.methods.finetune import Finetune, FinetuneConfig
 
 if TYPE_CHECKING:
-    from dualcl.benchmark.domain import Domain
+    from dualcl.benchmark.core.domain import Domain
 
 
 @dataclass(frozen=True)

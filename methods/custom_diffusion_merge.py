@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from dualcl.benchmark.domain import ConceptInputsDomain
+from dualcl.benchmark.core.domain import ConceptInputsDomain
 from dualcl.methods.base import check, register_method
 from dualcl.methods.custom_diffusion import CustomDiffusionConfig, set_up
-from dualcl.methods.site_weights import SiteWeights
+from dualcl.methods.shared.site_weights import SiteWeights
 
 if TYPE_CHECKING:
-    from dualcl.benchmark.domain import Domain
+    from dualcl.benchmark.core.domain import Domain
 
 #: least eigenvalue of the common inputs' Gram matrix, relative to its largest one
 FLOOR = 1e-8

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import nn
 
-from dualcl.benchmark.domain import NetworkDomain, PriorDomain
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.domain import NetworkDomain, PriorDomain
+from dualcl.benchmark.core.errors import UserError
 from dualcl.methods.base import Method, MethodConfig, ParamGroup, check, register_method
 
 if TYPE_CHECKING:
-    from dualcl.benchmark.domain import Domain
+    from dualcl.benchmark.core.domain import Domain
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dualcl.methods.base import MethodConfig, ParamGroup, check_quirks, register_method
-from dualcl.methods.prompting import (
+from dualcl.methods.shared.prompting import (
     PromptMethod,
     check_blocks,
     check_depth,
@@ -22,7 +22,7 @@ from dualcl.methods.prompting import (
 )
 
 if TYPE_CHECKING:
-    from dualcl.benchmark.domain import Domain
+    from dualcl.benchmark.core.domain import Domain
 
 
 @dataclass(frozen=True)

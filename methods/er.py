@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from dualcl.benchmark.domain import ExemplarDomain
+from dualcl.benchmark.core.domain import ExemplarDomain
 from dualcl.methods.base import check, register_method
 from dualcl.methods.finetune import Finetune, FinetuneConfig
 
 if TYPE_CHECKING:
-    from dualcl.benchmark.domain import Domain
+    from dualcl.benchmark.core.domain import Domain
 
 
 @dataclass(frozen=True)

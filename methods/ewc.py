@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dualcl.benchmark.seeding import derive_seed
+from dualcl.benchmark.core.seeding import derive_seed
 from dualcl.methods.base import MethodConfig, check, register_method
-from dualcl.methods.site_weights import SiteWeights
+from dualcl.methods.shared.site_weights import SiteWeights
 
 if TYPE_CHECKING:
-    from dualcl.benchmark.domain import Domain
+    from dualcl.benchmark.core.domain import Domain
 
 
 #: the loss is scaled by it, for small gradients vanish in float16; a power of two changes nothing else

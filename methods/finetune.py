@@ -10,7 +10,7 @@ from torch import nn
 from dualcl.methods.base import Method, MethodConfig, ParamGroup, register_method
 
 if TYPE_CHECKING:
-    from dualcl.benchmark.domain import Domain
+    from dualcl.benchmark.core.domain import Domain
 
 
 @dataclass(frozen=True)

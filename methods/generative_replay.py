@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, cast
 
-from dualcl.benchmark.domain import ReplayDomain
+from dualcl.benchmark.core.domain import ReplayDomain
 from dualcl.methods.base import check, register_method
 from dualcl.methods.finetune import Finetune, FinetuneConfig
 

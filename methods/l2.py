@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from dualcl.methods.base import MethodConfig, check, register_method
-from dualcl.methods.site_weights import SiteWeights
+from dualcl.methods.shared.site_weights import SiteWeights
 
 if TYPE_CHECKING:
-    from dualcl.benchmark.domain import Domain
+    from dualcl.benchmark.core.domain import Domain
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dualcl.methods.base import MethodConfig, ParamGroup, check, check_quirks, register_method
-from dualcl.methods.prompting import (
+from dualcl.methods.shared.prompting import (
     PromptMethod,
     check_blocks,
     check_depth,
@@ -23,7 +23,7 @@ from dualcl.methods.prompting import (
 )
 
 if TYPE_CHECKING:
-    from dualcl.benchmark.domain import Domain
+    from dualcl.benchmark.core.domain import Domain
 
 SHALLOW = (0,)
 DEEP = (0, 1, 2, 3, 4)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.seeding import torch_generator
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.generators import torch_generator
 from dualcl.methods.base import Method, MethodConfig, ParamGroup, check, register_method
-from dualcl.methods.low_rank import inject
+from dualcl.methods.shared.low_rank import inject
 
 if TYPE_CHECKING:
-    from dualcl.benchmark.domain import Domain
+    from dualcl.benchmark.core.domain import Domain
 
 
 @dataclass(frozen=True)

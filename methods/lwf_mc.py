@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
-from dualcl.benchmark.domain import LogitsDomain
+from dualcl.benchmark.core.domain import LogitsDomain
 from dualcl.methods.base import check, register_method
 from dualcl.methods.finetune import Finetune, FinetuneConfig
 
 if TYPE_CHECKING:
-    from dualcl.benchmark.domain import Domain
+    from dualcl.benchmark.core.domain import Domain
 
 
 @dataclass(frozen=True)

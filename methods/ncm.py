@@ -8,8 +8,8 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from dualcl.benchmark.domain import FeatureDomain
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.domain import FeatureDomain
+from dualcl.benchmark.core.errors import UserError
 from dualcl.methods.base import Method, MethodConfig, check, register_method
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.results.files import write_bytes
 from dualcl.results.metrics import METRICS
 from dualcl.results.records import Record, run_row, scan_records

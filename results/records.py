@@ -14,10 +14,10 @@ from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualcl.benchmark.environment import usable_cpus
-from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.reading import read_json
-from dualcl.results import shape
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.machine import usable_cpus
+from dualcl.benchmark.core.reading import read_json
+from dualcl.results import record_type as shape
 from dualcl.results.metrics import KINDS, Grid, MatrixKind, run_metrics
 
 if TYPE_CHECKING:

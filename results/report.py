@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.results.data import need_parquet, write_parquet
 from dualcl.results.files import slugs, write_bytes, write_text
 from dualcl.results.metrics import COST, METRICS, MatrixKind, Metric

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.errors import UserError
 
 #: of intervals and of the mark of a significant difference
 CONFIDENCE = 0.95

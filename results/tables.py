@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.results.files import csv_cell
 from dualcl.results.metrics import COST, KINDS, METRICS, MatrixKind, Metric
 from dualcl.results.records import Record, comparable, run_row, scan_records

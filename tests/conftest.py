@@ -70,7 +70,7 @@ methods:
 @pytest.fixture(scope="session")
 def tiny(tiny_preset: str) -> Callable[..., Any]:
     """tiny(method, *assignments) -> the resolved configuration of the method on `tiny_preset`."""
-    from dualcl.benchmark.config import resolve
+    from dualcl.benchmark.config.resolve import resolve
 
     def make(method: str, *sets: str) -> Any:
         return resolve(tiny_preset, method, sets)
@@ -102,14 +102,14 @@ def save_tiny_sd() -> Callable[..., Path]:
     Epsilon prediction, 4 narrow cross-attention layers, latents of 8 px; the VAE doubles the size for every entry of
     `vae_channels` but one. Weights are random, or set by `draw(module)` in each part.
     """
-    import dualcl.benchmark.compat  # noqa: F401
+    import dualcl.benchmark.core.compat  # noqa: F401
 
     # isort: split
     import torch
     from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from dualcl.benchmark.backbones import bundled_diffusion
+    from dualcl.benchmark.models.bundled import bundled_diffusion
 
     def save(
         folder: Path, vae_channels: tuple[int, ...], draw: Callable[[torch.nn.Module], object] | None = None

@@ -7,10 +7,10 @@ import functools
 import importlib
 from typing import TYPE_CHECKING
 
-from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.core.errors import UserError, nearest
 
 if TYPE_CHECKING:
-    from dualcl.benchmark.domain import Domain
+    from dualcl.benchmark.core.domain import Domain
 
 DOMAINS = {
     "classification": "dualcl.benchmark.domains.classification",

@@ -16,22 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualcl.benchmark.config import Resolved, positive
-from dualcl.benchmark.domain import Domain, PrefixProvider, Site, Task
-from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.processes import sum_of_bits
-from dualcl.benchmark.seeding import torch_generator
-from dualcl.benchmark.vit import (
-    BackboneConfig,
-    attention_sites,
-    checkpoint_blocks,
-    load_backbone,
-    read_class_token_only,
-    wrap_prefix_attention,
-)
+from dualcl.benchmark.core.domain import Domain, PrefixProvider, Site, Task
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.generators import torch_generator
+from dualcl.benchmark.core.processes import sum_of_bits
+from dualcl.benchmark.core.settings import Resolved, positive
+from dualcl.benchmark.models.vit import BackboneConfig, attention_sites, load_backbone
+from dualcl.benchmark.models.vit_blocks import checkpoint_blocks, read_class_token_only, wrap_prefix_attention
 from dualcl.datasets import dataset_class
 from dualcl.datasets.base import ClassData, ClassStream, ImageSet, make_class_stream
-from dualcl.datasets.loader import Batch, ImageLoader, KeptImages, View
+from dualcl.datasets.reading.kept import KeptImages
+from dualcl.datasets.reading.loader import Batch, ImageLoader
+from dualcl.datasets.reading.views import View
 
 PREPROCESS = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),

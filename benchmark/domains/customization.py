@@ -9,21 +9,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor, nn
 
-from dualcl.benchmark.concept_evaluation import ConceptEvaluator, EvalConfig
-from dualcl.benchmark.config import Resolved, positive
-from dualcl.benchmark.diffusion import BaseConfig, Diffusion, cross_attention_sites, load_diffusion
-from dualcl.benchmark.domain import Domain, Site, Task
-from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.prior import PriorConfig, prior_images
-from dualcl.benchmark.sampling import sample
-from dualcl.benchmark.seeding import torch_generator
-from dualcl.benchmark.tokens import ConceptTokens
+from dualcl.benchmark.core.domain import Domain, Site, Task
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.generators import torch_generator
+from dualcl.benchmark.core.settings import Resolved, positive
+from dualcl.benchmark.domains.concept_batches import ConceptBatch, Entries, square
+from dualcl.benchmark.domains.concept_evaluation import ConceptEvaluator, EvalConfig
+from dualcl.benchmark.domains.prior import PriorConfig, prior_images
+from dualcl.benchmark.models.sampling import sample
+from dualcl.benchmark.models.stable_diffusion import BaseConfig, Diffusion, cross_attention_sites, load_diffusion
+from dualcl.benchmark.models.tokens import ConceptTokens
 from dualcl.datasets import dataset_class
 from dualcl.datasets.concepts import Concept, ConceptData, ConceptStream, check_template, make_concept_stream
 
@@ -72,35 +71,6 @@ class ConceptInputConfig:
         default="none", metadata={"help": "flip: each image also mirrored, encoded once as an entry of its own"}
     )
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
-
-
-@dataclass
-class Entries:
-    """Encoded training images: latent mean and deviation (n, C, h, w), and the prompts of each."""
-
-    mean: Tensor
-    std: Tensor
-    prompts: list[tuple[str, ...]]
-
-    def __len__(self) -> int:
-        return len(self.prompts)
-
-    def __add__(self, other: Entries) -> Entries:
-        return Entries(
-            torch.cat([self.mean, other.mean]), torch.cat([self.std, other.std]), self.prompts + other.prompts
-        )
-
-
-@dataclass
-class ConceptBatch:
-    """Noised latents and what to predict: latents and targets (B, C, h, w), timesteps (B,), prompts, weights (B,)."""
-
-    noisy: Tensor
-    target: Tensor
-    timesteps: Tensor
-    prompts: list[str]
-    #: of each sample's error in the loss
-    weights: Tensor
 
 
 class Customization(Domain):
@@ -565,17 +535,6 @@ class Customization(Domain):
             return "no images"
         text = f"MMD x 1e3 to the photographs {1e3 * sum(near) / len(near):.1f} over {len(near)}"
         return text + (f", drift {1e3 * sum(drift) / len(drift):.1f}" if drift else "")
-
-
-def square(image: Image.Image, size: int, interpolation: str = "bicubic") -> Tensor:
-    """The centre square of an RGB image at `size` pixels, uint8 (size, size, 3)."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    method = Image.Resampling.BICUBIC if interpolation == "bicubic" else Image.Resampling.BILINEAR
-    cropped = image.crop((left, top, left + side, top + side))
-    if side != size:
-        cropped = cropped.resize((size, size), method)
-    return torch.from_numpy(np.array(cropped, dtype=np.uint8))
 
 
 DOMAIN = Customization

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dualcl.benchmark.errors import UserError, nearest
+from dualcl.benchmark.core.errors import UserError, nearest
 
 FOLDER = Path(__file__).parent
 #: benchmark -> its number of classes, in the order shown

@@ -31,8 +31,8 @@ def concept_run(tmp_path_factory: pytest.TempPathFactory, _cache: Path) -> Calla
     """concept_run(method, *assignments) -> the folder of a finished run of three concepts of `glyph-concepts`."""
     import torch
 
-    from dualcl.benchmark.config import resolve
-    from dualcl.benchmark.runner import run
+    from dualcl.benchmark.config.resolve import resolve
+    from dualcl.benchmark.runs.runner import run
 
     made: dict[tuple[str, ...], Path] = {}
 
@@ -75,7 +75,7 @@ methods: {{lora: {{rank: 2}}, clora: {{rank: 2}}}}
 @pytest.fixture(scope="session")
 def loaded_sd(sd_folder: Path) -> Any:
     """`sd_folder`, loaded; copy it before anything is trained on it."""
-    from dualcl.benchmark.diffusion import BaseConfig, load_diffusion
+    from dualcl.benchmark.models.stable_diffusion import BaseConfig, load_diffusion
 
     return load_diffusion(BaseConfig(model=str(sd_folder)))
 
@@ -89,11 +89,11 @@ def diffusion(loaded_sd: Any) -> Any:
 @pytest.fixture(scope="session")
 def sd_run(sd_preset: str, loaded_sd: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """sd_run(method, *assignments, diffusion=None) -> a `Run` on `sd_preset` that was not begun, in a new folder."""
-    from dualcl.benchmark.config import resolve
+    from dualcl.benchmark.config.resolve import resolve
     from dualcl.benchmark.domains.customization import Customization
-    from dualcl.benchmark.progress import Reporter
-    from dualcl.benchmark.record import RunFolder
-    from dualcl.benchmark.runner import Run
+    from dualcl.benchmark.runs.folder import RunFolder
+    from dualcl.benchmark.runs.progress import Reporter
+    from dualcl.benchmark.runs.runner import Run
 
     def make(method: str, *sets: str, diffusion: Any = None) -> Any:
         resolved = resolve(sd_preset, method, sets)
@@ -114,12 +114,12 @@ def empty_record() -> Callable[[], dict[str, Any]]:
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random CLIP model of 24 px with the bundled tokenizer, as transformers saves it."""
-    import dualcl.benchmark.compat  # noqa: F401
+    import dualcl.benchmark.core.compat  # noqa: F401
 
     # isort: split
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-    from dualcl.benchmark.backbones import bundled_diffusion
+    from dualcl.benchmark.models.bundled import bundled_diffusion
 
     tokenizer = CLIPTokenizer.from_pretrained(str(bundled_diffusion()["glyph-diffusion"]), subfolder="tokenizer")
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dualcl.benchmark.errors import UserError
-from dualcl.datasets import cache
-from dualcl.datasets.cache import Decoded, PixelStore, make_room, open_store, prepared
+from dualcl.benchmark.core.errors import UserError
+from dualcl.datasets.reading import cache
+from dualcl.datasets.reading.cache import Decoded, PixelStore, make_room, open_store, prepared
 
 COUNT, LIMIT = 9, 2**20
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets import dreambooth, landmarks
 from dualcl.datasets.celeba_hq import CelebAHQ
-from dualcl.datasets.download import download
 from dualcl.datasets.dreambooth import DreamBoothSubjects
 from dualcl.datasets.landmarks import Landmarks
+from dualcl.datasets.reading.download import download
 
 
 def refuses(match: str, call, *args: object) -> None:

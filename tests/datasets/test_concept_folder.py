@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualcl.benchmark.errors import UserError
-from dualcl.datasets.concept_folder import ConceptFolder, read_classes
+from dualcl.benchmark.core.errors import UserError
+from dualcl.datasets.concept_folder import ConceptFolder
 from dualcl.datasets.concepts import ConceptData
+from dualcl.datasets.reading.photos import read_classes
 
 MakeTree = Callable[..., Path]
 

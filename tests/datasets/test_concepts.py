@@ -3,7 +3,7 @@ import pickle
 import numpy as np
 import pytest
 
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets import available_datasets, dataset_class
 from dualcl.datasets.base import ArrayImages, ImageSet, make_class_order
 from dualcl.datasets.concepts import Concept, ConceptData, check_template, concepts_hash, make_concept_stream

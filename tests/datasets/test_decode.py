@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualcl.datasets.loader import decode_image
+from dualcl.datasets.reading.views import decode_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

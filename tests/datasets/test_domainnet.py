@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets import domainnet
 from dualcl.datasets.domainnet import ARCHIVES, CODA_DOMAINS, DomainNet
-from dualcl.datasets.download import Checksum
+from dualcl.datasets.reading.download import Checksum
 
 CLASSES = ["aircraft_carrier", "teddy-bear", "The_Eiffel_Tower"]
 DOMAINS = tuple(ARCHIVES)

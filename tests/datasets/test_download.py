@@ -21,10 +21,11 @@ import numpy as np
 import pytest
 
 from dualcl.benchmark.cli import main
-from dualcl.benchmark.errors import EXIT_USER, UserError
+from dualcl.benchmark.core.errors import EXIT_USER, UserError
 from dualcl.datasets import cifar100
-from dualcl.datasets import download as module
-from dualcl.datasets.download import Checksum, Progress, alone_in, download, extract_tar, extract_zip
+from dualcl.datasets.reading import download as module
+from dualcl.datasets.reading.download import Checksum, Progress, alone_in, download
+from dualcl.datasets.reading.unpack import extract_tar, extract_zip
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 GOOD = Checksum("sha256", hashlib.sha256(CONTENT).hexdigest())
@@ -369,7 +370,7 @@ def test_a_second_download_of_the_file_is_refused_while_the_first_goes_on(server
 def test_a_killed_download_goes_on_where_it_was_killed(server, tmp_path):
     server.stall = 400_000
     code = (
-        "import sys; from pathlib import Path; from dualcl.datasets.download import download;"
+        "import sys; from pathlib import Path; from dualcl.datasets.reading.download import download;"
         "download(sys.argv[1], Path(sys.argv[2]), None)"
     )
     process = subprocess.Popen([sys.executable, "-c", code, server.url, str(tmp_path / "d")])

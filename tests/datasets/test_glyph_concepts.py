@@ -4,8 +4,17 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from dualcl.benchmark.errors import UserError
-from dualcl.datasets.glyph_captions import INK_AND_PAPER, RENDITION_WORDS, caption_names
+from dualcl.benchmark.core.errors import UserError
+from dualcl.datasets.drawing.captions import INK_AND_PAPER, RENDITION_WORDS, caption_names
+from dualcl.datasets.drawing.glyphs import (
+    COLOURS,
+    CONCEPT_FACES,
+    CONCEPT_GLYPHS,
+    CONCEPT_OBJECTS,
+    PRETRAINING_GLYPHS,
+    STREAM_GLYPHS,
+    glyph_mask,
+)
 from dualcl.datasets.glyph_concepts import (
     BROAD,
     FACES,
@@ -15,15 +24,6 @@ from dualcl.datasets.glyph_concepts import (
     appearances,
     concept_glyphs,
     concept_look,
-)
-from dualcl.datasets.glyph_drawing import (
-    COLOURS,
-    CONCEPT_FACES,
-    CONCEPT_GLYPHS,
-    CONCEPT_OBJECTS,
-    PRETRAINING_GLYPHS,
-    STREAM_GLYPHS,
-    glyph_mask,
 )
 
 KINDS = ("mixed", "objects", "faces")

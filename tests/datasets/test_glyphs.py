@@ -4,10 +4,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets import available_datasets, dataset_class
 from dualcl.datasets.base import make_class_stream
-from dualcl.datasets.glyph_drawing import (
+from dualcl.datasets.drawing.glyphs import (
     BACKGROUNDS,
     CONCEPT_GLYPHS,
     PRETRAINING_GLYPHS,

@@ -20,19 +20,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import dualcl.benchmark.compat  # noqa: F401
+import dualcl.benchmark.core.compat  # noqa: F401
 
 # isort: split
 from torchvision.datasets import CIFAR100
 
-from dualcl.benchmark.errors import UserError
-from dualcl.datasets import download as module
+from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets.cifar100 import FOLDER, Cifar100, _official
-from dualcl.datasets.download import extract_tar, extract_zip
-from dualcl.datasets.image_folder import FolderImages, ImageFolder
+from dualcl.datasets.image_folder import ImageFolder
 from dualcl.datasets.landmarks import CHOICE, Landmarks
-from dualcl.datasets.loader import decode_image, open_image
-from dualcl.datasets.verify import why_unreadable
+from dualcl.datasets.reading import unpack as module
+from dualcl.datasets.reading.folders import FolderImages
+from dualcl.datasets.reading.unpack import extract_tar, extract_zip
+from dualcl.datasets.reading.verify import why_unreadable
+from dualcl.datasets.reading.views import decode_image, open_image
 
 # --- archives ---------------------------------------------------------------------------------------------------------
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dualcl.benchmark.errors import UserError
-from dualcl.datasets import verify
+from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets.base import ClassData
-from dualcl.datasets.image_folder import ImageFolder, class_folders
+from dualcl.datasets.image_folder import ImageFolder
+from dualcl.datasets.reading import verify
+from dualcl.datasets.reading.folders import class_folders
 
 MakeTree = Callable[..., Path]
 

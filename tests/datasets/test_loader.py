@@ -1,4 +1,4 @@
-import dualcl.benchmark.compat  # noqa: F401 - before torchvision
+import dualcl.benchmark.core.compat  # noqa: F401 - before torchvision
 
 # isort: split
 from collections.abc import Iterable
@@ -11,21 +11,14 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.seeding import numpy_generator
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.seeding import numpy_generator
 from dualcl.datasets.base import ImageSet
 from dualcl.datasets.cifar100 import ArrayImages
-from dualcl.datasets.image_folder import FolderImages, folder_set
-from dualcl.datasets.loader import (
-    Batch,
-    ImageLoader,
-    KeptImages,
-    View,
-    decode_image,
-    evaluation_view,
-    random_resized_crop,
-    reduced,
-)
+from dualcl.datasets.reading.folders import FolderImages, folder_set
+from dualcl.datasets.reading.kept import KeptImages
+from dualcl.datasets.reading.loader import Batch, ImageLoader
+from dualcl.datasets.reading.views import View, decode_image, evaluation_view, random_resized_crop, reduced
 
 N, SIZE = 11, 8
 

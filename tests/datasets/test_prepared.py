@@ -10,11 +10,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets import cifar100, imagenet_r
 from dualcl.datasets.cifar100 import Cifar100
-from dualcl.datasets.download import Checksum
 from dualcl.datasets.imagenet_r import ImageNetR
+from dualcl.datasets.reading.download import Checksum
 
 
 def checksum(path: Path) -> Checksum:
@@ -24,7 +24,7 @@ def checksum(path: Path) -> Checksum:
 @pytest.fixture
 def cifar(site, monkeypatch) -> None:
     """A small CIFAR-100: 4 training and 2 test images of each of 3 classes, with checksums to match."""
-    import dualcl.benchmark.compat  # noqa: F401
+    import dualcl.benchmark.core.compat  # noqa: F401
 
     # isort: split
     from torchvision.datasets import CIFAR100

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets.base import ClassData, ImageSet, make_class_order, make_class_stream
 from dualcl.datasets.cifar100 import ArrayImages
 

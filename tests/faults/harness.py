@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from dualcl.benchmark.backbones import bundled_backbones, bundled_diffusion
+from dualcl.benchmark.models.bundled import bundled_backbones, bundled_diffusion
 from dualcl.results.records import comparable
 
 SURVIVED, CLEAR, LOST = "survived", "clear error", "lost"

@@ -21,20 +21,20 @@ from collections.abc import Callable
 from datetime import datetime, timedelta
 from typing import Any
 
-import dualcl.benchmark.compat
+import dualcl.benchmark.core.compat
 
 # isort: split
 import matplotlib.pyplot
 import pandas  # noqa: F401
 import safetensors.torch  # noqa: F401
 
-import dualcl.benchmark.record
+import dualcl.benchmark.runs.folder
 import dualcl.results.report
 from dualcl.benchmark.cli import main as dualcl_main
-from dualcl.benchmark.config import load_preset
+from dualcl.benchmark.config.presets import load_preset
 from dualcl.benchmark.domains.classification import Classification
 from dualcl.benchmark.domains.customization import Customization
-from dualcl.benchmark.runner import Run
+from dualcl.benchmark.runs.runner import Run
 from dualcl.datasets import available_datasets, dataset_class
 from dualcl.methods import available_methods, method_class
 
@@ -172,7 +172,7 @@ def set_clocks(wall: list[float], steady: list[float]) -> None:
             def now(cls, tz: Any = None) -> Any:
                 return datetime.now(tz) + timedelta(seconds=time.time() - start)
 
-        dualcl.benchmark.record.datetime = Jumping  # type: ignore[misc]
+        dualcl.benchmark.runs.folder.datetime = Jumping  # type: ignore[misc]
     if steady:
         time.perf_counter, time.monotonic = jumping(time.perf_counter, steady), jumping(time.monotonic, steady)
 

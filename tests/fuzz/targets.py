@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries that ask for it
 
-import dualcl.benchmark.compat  # noqa: F401
+import dualcl.benchmark.core.compat  # noqa: F401
 
 # isort: split
 import numpy as np
@@ -33,30 +33,35 @@ from PIL import Image
 from safetensors.torch import save
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dualcl.benchmark import cli, record
-from dualcl.benchmark.backbones import bundled_diffusion
-from dualcl.benchmark.config import PRESET_DIR, bundled_presets, load_preset, resolve
-from dualcl.benchmark.diffusion import Diffusion
+from dualcl.benchmark import cli
+from dualcl.benchmark.config.presets import PRESET_DIR, bundled_presets, load_preset
+from dualcl.benchmark.config.resolve import resolve
+from dualcl.benchmark.core import files
+from dualcl.benchmark.core.errors import EXIT_USER, UserError
 from dualcl.benchmark.domains.customization import ConceptConfig
-from dualcl.benchmark.errors import EXIT_USER, UserError
-from dualcl.benchmark.generate import CARD, Word, expand_prompt, open_model
-from dualcl.benchmark.image_features import plain_prompt
-from dualcl.benchmark.restore import recorded_config
-from dualcl.benchmark.tokens import ConceptTokens
-from dualcl.benchmark.vit import read_safetensors
-from dualcl.datasets import celeba_hq, concept_folder, landmarks, loader
-from dualcl.datasets.download import extract_tar, extract_zip
-from dualcl.datasets.image_folder import FolderImages, ImageFolder
+from dualcl.benchmark.exports.generate import CARD, Word, expand_prompt, open_model
+from dualcl.benchmark.grids.ledger import ledger
+from dualcl.benchmark.models.bundled import bundled_diffusion
+from dualcl.benchmark.models.image_features import plain_prompt
+from dualcl.benchmark.models.stable_diffusion import Diffusion
+from dualcl.benchmark.models.tokens import ConceptTokens
+from dualcl.benchmark.models.weights import read_safetensors
+from dualcl.benchmark.runs.folder import RunFolder
+from dualcl.benchmark.runs.restore import recorded_config
+from dualcl.datasets import celeba_hq, landmarks
+from dualcl.datasets.image_folder import ImageFolder
+from dualcl.datasets.reading import photos, views
+from dualcl.datasets.reading.folders import FolderImages
+from dualcl.datasets.reading.unpack import extract_tar, extract_zip
 from dualcl.methods import available_methods, method_info
 from dualcl.results import plots, report
-from dualcl.results.ledger import ledger
 from dualcl.results.records import comparable, load_record, run_row
 from dualcl.results.tables import summarise
 
 ROOT = Path(__file__).parents[2]
 METHODS = sorted(available_methods())
 #: fuzzed images are small, so that their decoding is quick
-loader.MAX_PIXELS = 1 << 20
+views.MAX_PIXELS = 1 << 20
 #: drawing is not fuzzed, but the page names the plots, and their import takes as long as many pages
 assert plots.PLOTS
 
@@ -113,7 +118,7 @@ def config(data: bytes) -> None:
     given = [os.fsdecode(s) for s in sets if s]
     with _naming("preset", "--set", "unknown", "must ", "give", "lower", "wants", "set ", method):
         resolved = resolve(str(path), method, given)
-        tree = record.as_json(resolved.tree())
+        tree = files.as_json(resolved.tree())
         json.dumps(tree, allow_nan=False).encode()
         resolved.hash()
         restored = recorded_config(tree)
@@ -155,7 +160,7 @@ def records(data: bytes) -> None:
 
 
 def _record_seeds() -> list[bytes]:
-    places = sorted(ROOT.glob("results/*/records/*/record.json"))
+    places = sorted(ROOT.glob("results/recorded/*/records/*/record.json"))
     return [path.read_bytes() for path in places[:: max(1, len(places) // 5)]]
 
 
@@ -167,11 +172,11 @@ def _class_names(path: Path) -> None:
 
 
 def _words(path: Path) -> None:
-    concept_folder.read_words(path, ("dog", "cat"), {})
+    photos.read_words(path, ("dog", "cat"), {})
 
 
 def _classes(path: Path) -> None:
-    concept_folder.read_classes(path, scenes=True)
+    photos.read_classes(path, scenes=True)
 
 
 def _landmarks(path: Path) -> None:
@@ -190,7 +195,7 @@ def _identities(path: Path) -> None:
 LISTS: dict[str, Callable[[Path], None]] = {
     "class_names.json": _class_names,
     "prompts.yaml": _words,
-    concept_folder.CLASSES_FILE: _classes,
+    photos.CLASSES_FILE: _classes,
     landmarks.CHOICE: _landmarks,
     landmarks.CATEGORIES: _table,
     celeba_hq.IDENTITIES: _identities,
@@ -238,13 +243,13 @@ def _list_seeds() -> list[bytes]:
 def images(data: bytes) -> None:
     """An image file, as a data set opens, crops and resizes it."""
     path = _file("image.jpg", data)
-    view = loader.View(size=8)
+    view = views.View(size=8)
     with _naming(path):
         image = FolderImages(path.parent, (path.name,))(0)
         assert image.mode == "RGB"
-        assert 0 < image.width * image.height <= loader.MAX_PIXELS
-        assert loader.evaluation_view(image, view).size == (8, 8)
-        assert loader.random_resized_crop(image, view, np.random.default_rng(0)).size == (8, 8)
+        assert 0 < image.width * image.height <= views.MAX_PIXELS
+        assert views.evaluation_view(image, view).size == (8, 8)
+        assert views.random_resized_crop(image, view, np.random.default_rng(0)).size == (8, 8)
 
 
 def _image_seeds() -> list[bytes]:
@@ -323,7 +328,7 @@ def checkpoints(data: bytes) -> None:
     try:
         parsed = json.loads(state)
         parsed.pop("sha256", None)
-        state = json.dumps({**parsed, "sha256": record._checksum(blob, parsed)}).encode()
+        state = json.dumps({**parsed, "sha256": files._checksum(blob, parsed)}).encode()
     except (ValueError, AttributeError, TypeError, RecursionError):
         pass  # no object: written as it is
     folder = _file("run/checkpoints/task_0/state.json", state).parent
@@ -331,7 +336,7 @@ def checkpoints(data: bytes) -> None:
     with _naming(folder):
         with contextlib.suppress(UserError):
             read_safetensors(weights)
-        record.RunFolder(_place() / "run").load_checkpoint("task_0")
+        RunFolder(_place() / "run").load_checkpoint("task_0")
 
 
 def _checkpoint_seeds() -> list[bytes]:

@@ -14,7 +14,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.errors import UserError
 
 _spec = importlib.util.spec_from_file_location("fuzz_targets", Path(__file__).with_name("targets.py"))
 assert _spec is not None

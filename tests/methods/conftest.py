@@ -30,7 +30,7 @@ methods:
 @pytest.fixture(scope="session")
 def small_diffusion() -> Any:
     """The bundled model with a random U-Net of 4 narrow cross-attention layers: its text encoder is a trained one."""
-    from dualcl.benchmark.diffusion import BaseConfig, Diffusion, load_diffusion
+    from dualcl.benchmark.models.stable_diffusion import BaseConfig, Diffusion, load_diffusion
 
     # isort: split
     from diffusers import UNet2DConditionModel
@@ -63,11 +63,11 @@ def concepts_preset(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def concepts(concepts_preset: str, small_diffusion: Any) -> Callable[..., Any]:
     """concepts(method, folder, *assignments, kind=Run) -> a run on a fresh copy of the small model, not begun yet."""
-    from dualcl.benchmark.config import resolve
+    from dualcl.benchmark.config.resolve import resolve
     from dualcl.benchmark.domains.customization import Customization
-    from dualcl.benchmark.progress import Reporter
-    from dualcl.benchmark.record import RunFolder
-    from dualcl.benchmark.runner import Run
+    from dualcl.benchmark.runs.folder import RunFolder
+    from dualcl.benchmark.runs.progress import Reporter
+    from dualcl.benchmark.runs.runner import Run
 
     def make(name: str, folder: Path, *sets: str, kind: type[Run] = Run) -> Run:
         resolved = resolve(concepts_preset, name, sets)
@@ -86,9 +86,9 @@ def empty_record() -> Callable[[], dict[str, Any]]:
 @pytest.fixture(scope="session")
 def executed(empty_record: Callable[[], dict[str, Any]]) -> Callable[..., Any]:
     """executed(resolved, folder, kind=Run) -> the run of a resolved configuration, done."""
-    from dualcl.benchmark.progress import Reporter
-    from dualcl.benchmark.record import RunFolder
-    from dualcl.benchmark.runner import Run
+    from dualcl.benchmark.runs.folder import RunFolder
+    from dualcl.benchmark.runs.progress import Reporter
+    from dualcl.benchmark.runs.runner import Run
 
     def execute(resolved: Any, folder: Path, kind: type[Run] = Run) -> Run:
         work = kind(resolved, RunFolder(folder), Reporter(quiet=True))
@@ -101,7 +101,7 @@ def executed(empty_record: Callable[[], dict[str, Any]]) -> Callable[..., Any]:
 @pytest.fixture
 def resumed(executed: Callable[..., Any], tmp_path: Path) -> Callable[..., dict[str, torch.Tensor]]:
     """resumed(resolved, where) -> the tensors that a run ends with, whether interrupted at step `where` or not."""
-    from dualcl.benchmark.runner import Run
+    from dualcl.benchmark.runs.runner import Run
 
     def run_twice(resolved: Any, where: str) -> dict[str, torch.Tensor]:
         class Killed(Run):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.progress import Reporter
-from dualcl.benchmark.record import RunFolder
-from dualcl.benchmark.runner import Run, run
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.runs.folder import RunFolder
+from dualcl.benchmark.runs.progress import Reporter
+from dualcl.benchmark.runs.runner import Run, run
 from dualcl.methods.clora import CLoRAConfig, self_regularisation
 from dualcl.methods.lora import LoRAConfig
 

@@ -8,9 +8,9 @@ import dataclasses
 import pytest
 import torch
 
+from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.domains.customization import Customization
-from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.runner import Run
+from dualcl.benchmark.runs.runner import Run
 from dualcl.methods.custom_diffusion import CustomDiffusionConfig
 from dualcl.methods.custom_diffusion_merge import CustomDiffusionMergeConfig, merging_map
 from dualcl.methods.dreambooth import DreamBoothConfig
@@ -203,7 +203,7 @@ def test_dreambooth_trains_the_whole_network_and_no_text(concepts, tmp_path):
 
 
 def test_dreambooth_refuses_half_precision_weights(concepts_preset, concepts, small_diffusion):
-    from dualcl.benchmark.config import resolve
+    from dualcl.benchmark.config.resolve import resolve
     from dualcl.methods import method_class
 
     resolved = resolve(concepts_preset, "dreambooth", ("precision=bf16", "base.weights_dtype=bf16"))

@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.runner import Run, run
-from dualcl.datasets.loader import ImageLoader, View
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.runs.runner import Run, run
+from dualcl.datasets.reading.loader import ImageLoader
+from dualcl.datasets.reading.views import View
 from dualcl.methods import available_methods
 from dualcl.methods.er import ERConfig, reservoir
 

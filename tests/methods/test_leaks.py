@@ -23,14 +23,14 @@ from PIL import Image
 from torch import nn
 
 from dualcl.benchmark.cli import main
-from dualcl.benchmark.config import resolve
-from dualcl.benchmark.domain import Domain
+from dualcl.benchmark.config.resolve import resolve
+from dualcl.benchmark.core.domain import Domain
 from dualcl.benchmark.domains.classification import Classification
 from dualcl.benchmark.domains.customization import Customization
-from dualcl.benchmark.progress import Reporter
-from dualcl.benchmark.record import RunFolder
-from dualcl.benchmark.runner import Run
-from dualcl.benchmark.sweep import plan_sweep
+from dualcl.benchmark.grids.sweep import plan_sweep
+from dualcl.benchmark.runs.folder import RunFolder
+from dualcl.benchmark.runs.progress import Reporter
+from dualcl.benchmark.runs.runner import Run
 from dualcl.datasets import dataset_class
 from dualcl.datasets.base import ClassData, ImageSet
 from dualcl.datasets.concepts import ConceptData

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from dualcl.benchmark.domain import Site
-from dualcl.methods.low_rank import AdaptedLinear, LowRankUpdate, inject
+from dualcl.benchmark.core.domain import Site
+from dualcl.methods.shared.low_rank import AdaptedLinear, LowRankUpdate, inject
 
 D_IN, D, RANK = 10, 8, 3  # one fused Linear of 3 x 8 rows
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.functional import binary_cross_entropy
 
-from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.runner import Run
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.runs.runner import Run
 from dualcl.methods.lwf_mc import LwFMCConfig, distillation_loss
 
 

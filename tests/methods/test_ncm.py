@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 from sklearn.neighbors import NearestCentroid
 
-import dualcl.benchmark.compat  # noqa: F401 - before torchvision and timm
-from dualcl.benchmark.config import resolve
+import dualcl.benchmark.core.compat  # noqa: F401 - before torchvision and timm
+from dualcl.benchmark.config.resolve import resolve
+from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.domains.classification import Classification
-from dualcl.benchmark.errors import UserError
 from dualcl.methods import available_methods, method_class
 from dualcl.methods.ncm import NCM, NCMConfig, read_out
 

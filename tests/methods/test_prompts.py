@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-import dualcl.benchmark.compat  # noqa: F401 - before torchvision and timm
-from dualcl.benchmark.config import resolve
-from dualcl.benchmark.domain import PrefixProvider
+import dualcl.benchmark.core.compat  # noqa: F401 - before torchvision and timm
+from dualcl.benchmark.config.resolve import resolve
+from dualcl.benchmark.core.domain import PrefixProvider
+from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.domains.classification import Classification
-from dualcl.benchmark.errors import UserError
 from dualcl.methods import available_methods, method_class
 from dualcl.methods.coda_prompt import (
     CodaPrompt,
@@ -29,7 +29,7 @@ from dualcl.methods.coda_prompt import (
 )
 from dualcl.methods.dualprompt import DualPrompt, DualPromptConfig
 from dualcl.methods.l2p import L2P, L2PConfig
-from dualcl.methods.prompting import majority
+from dualcl.methods.shared.prompting import majority
 
 DIM, BLOCKS, TASKS = 24, 6, 3
 METHODS = ("l2p", "dualprompt", "coda_prompt", "coda_prompt_small")

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import dualcl.methods
-from dualcl.benchmark.errors import UserError
-from dualcl.benchmark.progress import Reporter
-from dualcl.benchmark.record import RunFolder
-from dualcl.benchmark.runner import Run
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.runs.folder import RunFolder
+from dualcl.benchmark.runs.progress import Reporter
+from dualcl.benchmark.runs.runner import Run
 from dualcl.methods import available_methods, method_class, method_info
 from dualcl.methods.base import Method, MethodConfig
 

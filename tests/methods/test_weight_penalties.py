@@ -8,11 +8,11 @@ import itertools
 import pytest
 import torch
 
-from dualcl.benchmark.domain import Domain, Site, Task
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.domain import Domain, Site, Task
+from dualcl.benchmark.core.errors import UserError
 from dualcl.methods.ewc import EWC, EWCConfig
 from dualcl.methods.l2 import L2Config
-from dualcl.methods.site_weights import whole_weights
+from dualcl.methods.shared.site_weights import whole_weights
 
 
 def move(method, seed=0, size=0.01):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import dualcl.benchmark.compat  # noqa: F401 - before diffusers
+import dualcl.benchmark.core.compat  # noqa: F401 - before diffusers
 
 # isort: split
 from accelerate import Accelerator

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dualcl.benchmark import bench_classification
-from dualcl.benchmark.bench_pairs import OURS, Bench, Peer
+from dualcl.benchmark.speed import classification as bench_classification
+from dualcl.benchmark.speed.pairs import OURS, Bench, Peer
 
 VARIABLE, REPOSITORY = "DUALCL_REFERENCE_CODA_PROMPT", bench_classification.SOURCES["coda_prompt"]
 

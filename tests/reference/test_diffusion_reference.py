@@ -23,11 +23,12 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dualcl.benchmark.config import resolve
-from dualcl.benchmark.domains.customization import ConceptBatch, Entries
-from dualcl.benchmark.progress import Reporter
-from dualcl.benchmark.record import RunFolder
-from dualcl.benchmark.runner import Run, make_optimizer
+from dualcl.benchmark.config.resolve import resolve
+from dualcl.benchmark.domains.concept_batches import ConceptBatch, Entries
+from dualcl.benchmark.runs.folder import RunFolder
+from dualcl.benchmark.runs.progress import Reporter
+from dualcl.benchmark.runs.runner import Run
+from dualcl.benchmark.runs.step import make_optimizer
 
 VARIABLE, REPOSITORY = "DUALCL_REFERENCE_DIFFUSERS", "huggingface/diffusers (its folder examples)"
 VALUES, TRAJECTORY = 1e-5, 1e-4
@@ -214,7 +215,7 @@ def candidates(domain: Any, kind: str) -> Tensor:
     inputs = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     if kind == "inversion":
         return torch.cat([inputs, inputs.flip(3)])
-    from dualcl.benchmark.prior import PriorConfig, prior_images
+    from dualcl.benchmark.domains.prior import PriorConfig, prior_images
 
     other, _ = prior_images(domain.diffusion, domain.resolved.section("prior", PriorConfig), NOUN)
     return torch.cat([inputs, other.permute(0, 3, 1, 2).float() / 127.5 - 1])

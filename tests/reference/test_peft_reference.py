@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import dualcl.benchmark.compat  # noqa: F401 - before transformers, which peft imports
+import dualcl.benchmark.core.compat  # noqa: F401 - before transformers, which peft imports
 
 # isort: split
 from peft import LoraConfig, get_peft_model
 
-from dualcl.benchmark.config import resolve
+from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.domains import domain_class
-from dualcl.methods.low_rank import LowRankUpdate, inject
+from dualcl.methods.shared.low_rank import LowRankUpdate, inject
 
 RANK, STEPS, LR = 4, 20, 1e-3
 VALUES, TRAJECTORY = 1e-5, 1e-4

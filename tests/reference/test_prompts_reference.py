@@ -23,18 +23,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import dualcl.benchmark.compat  # noqa: F401 - before torchvision and timm
+import dualcl.benchmark.core.compat  # noqa: F401 - before torchvision and timm
 
 # isort: split
 import timm
 
-from dualcl.benchmark.config import resolve
+from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.domains.classification import Classification
-from dualcl.benchmark.progress import Reporter
-from dualcl.benchmark.record import RunFolder
-from dualcl.benchmark.runner import Run, lr_factor, make_optimizer
+from dualcl.benchmark.runs.folder import RunFolder
+from dualcl.benchmark.runs.progress import Reporter
+from dualcl.benchmark.runs.runner import Run
+from dualcl.benchmark.runs.step import lr_factor, make_optimizer
 from dualcl.datasets.base import ArrayImages, ClassData, ImageSet
-from dualcl.datasets.loader import Batch
+from dualcl.datasets.reading.loader import Batch
 from dualcl.methods.coda_prompt import CodaPromptConfig, projected_rows
 
 VARIABLE, REPOSITORY, COMMIT = "DUALCL_REFERENCE_CODA_PROMPT", "https://github.com/GT-RIPL/CODA-Prompt", "6417d4f"

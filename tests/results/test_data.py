@@ -13,7 +13,7 @@ import pytest
 
 import dualcl.results as results
 from dualcl.benchmark.cli import main
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.errors import UserError
 from dualcl.results.data import DTYPES, FRAMES, VERSION, columns_markdown
 from dualcl.results.records import find_records, run_row
 
@@ -124,7 +124,7 @@ def test_parquet_without_pyarrow_names_the_extra(runs: Path, tmp_path: Path) -> 
 def test_committed_records_fill_known_columns_only() -> None:
     known = {column.name for column in FRAMES["runs"][0]}
     for name in ("photos", "concepts", "glyphs", "quirks"):
-        for record in find_records([RESULTS / name / "records"]):
+        for record in find_records([RESULTS / "recorded" / name / "records"]):
             assert set(run_row(record)) <= known
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.grids.ledger import ledger
 from dualcl.results.files import csv_cell, slugs, write_text
-from dualcl.results.ledger import ledger
 from dualcl.results.records import load_record
 from dualcl.results.report import build_report, terminal_table
 from dualcl.results.tables import markdown_code, markdown_text, summarise, tex_text

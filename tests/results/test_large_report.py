@@ -1,16 +1,17 @@
-"""Reports on many records: records made for it, what is left out and said, and `dualcl bench report`."""
+"""Reports on many records: records made for it, what is left out and said."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
-from dualcl.benchmark.bench_report import Grid, parse_grids, read_patterns, write_grid
 from dualcl.benchmark.cli import main
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.errors import UserError
 from dualcl.results import records, report, samples
 from dualcl.results.metrics import KINDS
 from dualcl.results.plots import MAX_METHODS, MAX_STREAMS, loss_curves, overview
@@ -18,8 +19,19 @@ from dualcl.results.records import find_records, load_record, scan_records
 from dualcl.results.report import build_report
 from dualcl.results.tables import summarise
 
+_SPEC = importlib.util.spec_from_file_location("likeness", Path(__file__).with_name("likeness.py"))
+assert _SPEC is not None
+assert _SPEC.loader is not None
+likeness = sys.modules[_SPEC.name] = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(likeness)
+Grid, parse_grids = likeness.Grid, likeness.parse_grids
+read_patterns, write_grid = likeness.read_patterns, likeness.write_grid
+
 RESULTS = Path(__file__).parents[2] / "results"
-PATTERNS = {"accuracy": RESULTS / "glyphs" / "records", "mmd": RESULTS / "concepts" / "records"}
+PATTERNS = {
+    "accuracy": RESULTS / "recorded" / "glyphs" / "records",
+    "mmd": RESULTS / "recorded" / "concepts" / "records",
+}
 
 
 def grid(folder: Path, text: str, kind: str = "accuracy") -> Path:
@@ -119,24 +131,11 @@ def test_contact_sheets_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert notes[0] == "contact sheets of 3 of 6 runs, the first seeds"
 
 
-def test_bench_report_measures_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "report.json"
-    options = ["--grids", "2x2x1", "--report", "--format csv,md", "--format", "json", "--out", str(out)]
-    assert main(["bench", "report", str(PATTERNS["accuracy"]), *options]) == 0
-    (row,) = json.loads(out.read_text(encoding="utf-8"))["rows"]
-    assert (row["records"], row["like"], row["files"]) == (4, "glyphs", 4)
-    assert 0 < row["cpu_seconds"] < 60
-    assert 15 < row["mib"] < 1024
-    capsys.readouterr()
-    assert main(["bench", "report", str(tmp_path)]) == 2
-    assert "give runs to make records like" in capsys.readouterr().err
-
-
 def test_grids_are_checked() -> None:
     assert parse_grids("1x20x500, 77x13x10") == [Grid(1, 20, 500), Grid(77, 13, 10)]
     assert parse_grids("77x13x10")[0].records == 10_010
     with pytest.raises(UserError, match="no finished run"):
-        read_patterns([RESULTS / "speed"])
+        read_patterns([RESULTS / "recorded" / "speed"])
 
 
 def test_records_read_by_several_processes_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

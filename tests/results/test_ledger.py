@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from dualcl.benchmark.cli import main
-from dualcl.benchmark.config import bundled_presets, load_preset
-from dualcl.benchmark.errors import UserError
-from dualcl.results.ledger import judge, ledger, sections
+from dualcl.benchmark.config.presets import bundled_presets, load_preset
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.grids.ledger import judge, ledger, sections
 from dualcl.results.published import Group, Number, groups, numbers_for
 from dualcl.results.records import Record, find_records, load_record
 

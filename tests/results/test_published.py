@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dualcl.benchmark.cli import main
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.errors import UserError
 from dualcl.methods import available_methods
 from dualcl.results.metrics import METRICS
 from dualcl.results.published import (

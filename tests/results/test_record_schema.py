@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.errors import UserError
 from dualcl.results import records
 from dualcl.results.records import VERSION, load_record
 
@@ -24,7 +24,7 @@ def errors(data: Any) -> list[str]:
 
 
 def test_all_committed_records_have_the_schema() -> None:
-    files = [*RESULTS.glob("*/records/*/record.json"), *STORED.glob("*.json")]
+    files = [*RESULTS.glob("recorded/*/records/*/record.json"), *STORED.glob("*.json")]
     assert len(files) > 100
     for file in files:
         assert errors(json.loads(file.read_text(encoding="utf-8"))) == [], file
@@ -32,8 +32,8 @@ def test_all_committed_records_have_the_schema() -> None:
 
 
 def test_a_run_of_today_has_the_schema(tmp_path: Path) -> None:
-    from dualcl.benchmark.config import resolve
-    from dualcl.benchmark.runner import run
+    from dualcl.benchmark.config.resolve import resolve
+    from dualcl.benchmark.runs.runner import run
 
     sets = ["threads=1", "data.classes=2", "data.train_per_class=2", "data.test_per_class=2", "stream.tasks=2"]
     run(resolve("glyphs", "ncm", sets), tmp_path / "run")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.errors import UserError
 from dualcl.results import records
 from dualcl.results.records import comparable, find_records, frame, load_record, scan_records
 
@@ -190,7 +190,7 @@ def test_rows_of_concept_runs_say_what_they_were_measured_with(write_concept_run
 
 
 def test_the_published_records_still_give_the_published_numbers() -> None:
-    photos = Path(__file__).parents[2] / "results" / "photos"
+    photos = Path(__file__).parents[2] / "results" / "recorded" / "photos"
     with (photos / "runs.csv").open() as file:
         published = {(row["label"], row["seed"]): row for row in csv.DictReader(file)}
     found = find_records([photos / "records"])

@@ -9,15 +9,8 @@ from collections.abc import Mapping
 import pytest
 from scipy import stats
 
-from dualcl.benchmark.errors import UserError
-from dualcl.results.statistics import (
-    Ranking,
-    compare,
-    critical_difference,
-    holm,
-    paired,
-    rank_methods,
-)
+from dualcl.benchmark.core.errors import UserError
+from dualcl.results.statistics import Ranking, compare, critical_difference, holm, paired, rank_methods
 
 BASE = {0: 40.0, 1: 42.0, 2: 41.0, 3: 39.0}
 

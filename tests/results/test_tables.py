@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from scipy import stats
 
-from dualcl.benchmark.errors import UserError
+from dualcl.benchmark.core.errors import UserError
 from dualcl.results.report import terminal_table
 from dualcl.results.statistics import Ranking
 from dualcl.results.tables import differences_csv, render, runs_csv, summarise

@@ -1,0 +1,170 @@
+"""`dualcl doctor`: what is installed, what can be used, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from dualcl.benchmark.core.devices import available_devices
+from dualcl.benchmark.core.machine import package_version, source_state, usable_cpus
+
+BACKBONES = Path(__file__).parents[1] / "models" / "bundled"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's report; `broken` makes the exit code 1."""
+
+    topic: str
+    text: str
+    mend: str = ""
+    broken: bool = False
+
+    @property
+    def mark(self) -> str:
+        """`ok`, `note` or `BROKEN`."""
+        return "BROKEN" if self.broken else "note" if self.mend else "ok"
+
+
+def _packages() -> Iterator[Finding]:
+    """Every requirement of the installed distribution against what is there."""
+    from packaging.requirements import Requirement
+
+    missing_extras: dict[str, list[str]] = {}
+    for text in importlib.metadata.requires("dualcl") or []:
+        requirement = Requirement(text)
+        extras = sorted(importlib.metadata.metadata("dualcl").get_all("Provides-Extra") or [])
+        extra = next((e for e in extras if requirement.marker and requirement.marker.evaluate({"extra": e})), None)
+        if requirement.marker and extra is None and not requirement.marker.evaluate({"extra": ""}):
+            continue  # for another platform or Python
+        found = package_version(requirement.name)
+        fits = found is not None and requirement.specifier.contains(found, prereleases=True)
+        if extra is not None:
+            if not fits:
+                missing_extras.setdefault(extra, []).append(requirement.name)
+        elif fits:
+            yield Finding("package", f"{requirement.name} {found}")
+        else:
+            wanted = f"{requirement.name}{requirement.specifier}"
+            yield Finding(
+                "package", f"{wanted} {f'(found {found})' if found else 'is missing'}", f"pip install '{wanted}'", True
+            )
+    for extra, names in missing_extras.items():
+        yield Finding("optional", f"{', '.join(names)} missing (extra `{extra}`)", f"pip install 'dualcl[{extra}]'")
+
+
+def _torch() -> Iterator[Finding]:
+    import torch
+
+    from dualcl.benchmark.core.compat import TORCHVISION_OPS
+
+    if TORCHVISION_OPS:
+        yield Finding("torchvision", "compiled operators load")
+    else:
+        yield Finding(
+            "torchvision",
+            "compiled operators do not match this torch; the suite does not need them",
+            "install torch and torchvision of one kind (both for CPU, or both for CUDA)",
+        )
+    for name in available_devices():
+        if name.startswith("cuda"):
+            facts = torch.cuda.get_device_properties(name)
+            yield Finding("device", f"{name}: {facts.name}, {facts.total_memory / 2**30:.0f} GiB")
+        elif name == "cpu":
+            yield Finding("device", f"cpu: {usable_cpus()} usable cores, torch uses {torch.get_num_threads()} threads")
+        else:
+            yield Finding("device", name)
+
+
+def _cache_folders() -> dict[str, Path]:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    hub = os.environ.get("HF_HUB_CACHE") or Path(os.environ.get("HF_HOME") or cache / "huggingface") / "hub"
+    own = os.environ.get("DUALCL_CACHE") or Path("~/.cache/dualcl").expanduser()
+    return {"dualcl": Path(own), "Hugging Face hub (timm's weights)": Path(hub)}
+
+
+def _write_error(folder: Path) -> str:
+    """Why nothing can be written below `folder` (or its nearest existing parent); empty when it can."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return ""
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _places() -> Iterator[Finding]:
+    for name, folder in _cache_folders().items():
+        state = "there" if folder.is_dir() else "not made yet"
+        if why := _write_error(folder):
+            yield Finding(
+                "cache", f"{name}: {folder}: {why}", "set DUALCL_CACHE / HF_HOME to a folder that can be written"
+            )
+        else:
+            yield Finding("cache", f"{name}: {folder} ({state})")
+    here, temporary = Path.cwd(), Path(tempfile.gettempdir())
+    if why := _write_error(here):
+        yield Finding("folder", f"working directory {here}: {why}", "give --out DIR; runs would go to ./runs")
+    else:
+        free = shutil.disk_usage(here).free / 2**30
+        mend = "runs of large backbones need some GiB" if free < 2 else ""
+        yield Finding("folder", f"working directory {here}: {free:.1f} GiB free", mend)
+    if why := _write_error(temporary):
+        yield Finding(
+            "folder", f"temporary files {temporary}: {why}", "set TMPDIR to a folder that can be written", True
+        )
+
+
+def _backbones() -> Iterator[Finding]:
+    """Bundled weights against the checksums in their descriptions."""
+    cards = sorted(BACKBONES.glob("*.json"))
+    mend = "reinstall dualcl"
+    if not cards:
+        yield Finding("backbone", "no bundled backbone: the presets glyphs and glyphs-10 cannot run", mend, True)
+    for card in cards:
+        name, weights = card.stem.replace("_", "-"), card.with_suffix(".safetensors")
+        if not weights.is_file():
+            yield Finding("backbone", f"{name}: {weights.name} is missing", mend, True)
+            continue
+        same = (
+            hashlib.sha256(weights.read_bytes()).hexdigest() == json.loads(card.read_text(encoding="utf-8"))["sha256"]
+        )
+        if same:
+            yield Finding("backbone", f"{name}: checksum agrees")
+        else:
+            yield Finding("backbone", f"{name}: {weights.name} is damaged (its checksum differs)", mend, True)
+
+
+def examine() -> Iterator[Finding]:
+    """All findings, in the order in which they are printed."""
+    commit, dirty = source_state()
+    where = "" if commit is None else f" (commit {commit[:12]}{', modified' if dirty else ''})"
+    yield Finding("dualcl", f"{package_version('dualcl')}{where}")
+    yield Finding("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
+    yield from _packages()
+    try:
+        yield from _torch()
+    except (ImportError, OSError, RuntimeError) as error:
+        yield Finding("torch", f"cannot be imported: {error}", "reinstall torch and torchvision from one index", True)
+    yield from _backbones()
+    yield from _places()
+
+
+def doctor() -> int:
+    """Prints all findings to stdout; returns 0 unless something that is needed is broken, then 1."""
+    broken = 0
+    for finding in examine():
+        broken += finding.broken
+        mend = f" -> {finding.mend}" if finding.mend else ""
+        print(f"{finding.mark:<6}  {finding.topic:<11}  {finding.text}{mend}")
+    print(f"\n{broken} thing(s) broken" if broken else "\nnothing needed is broken")
+    return 1 if broken else 0

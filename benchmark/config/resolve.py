@@ -1,0 +1,177 @@
+"""From a preset, a method and `--set` arguments to the configuration of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dualcl.benchmark.config.presets import load_preset
+from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.benchmark.core.settings import (
+    GeneralConfig,
+    Resolved,
+    ResourcesConfig,
+    TrainConfig,
+    _hints,
+    coerce,
+    flatten,
+    parse_assignment,
+)
+
+
+def _unknown(key: str, known: Iterable[str]) -> UserError:
+    return UserError(f"unknown key {key!r}; {nearest(key, known, 'valid keys')}")
+
+
+def section_classes(domain: str, data_name: str, method_config: type) -> dict[str, type]:
+    """The config class of every section of a run, by name."""
+    from dualcl.benchmark.domains import domain_sections
+
+    return {
+        "general": GeneralConfig,
+        "train": TrainConfig,
+        "resources": ResourcesConfig,
+        **domain_sections(domain, data_name),
+        "method": method_config,
+    }
+
+
+def resolve(
+    preset: str,
+    method: str,
+    sets: Iterable[str] = (),
+    *,
+    seed: int | None = None,
+    method_config: type | None = None,
+) -> Resolved:
+    """The configuration of `method` on `preset` with `--set` assignments on top.
+
+    All mistakes in keys and values are reported together, one UserError with one line.
+    """
+    from dualcl.methods import available_methods, method_class, method_info
+
+    loaded = load_preset(preset)
+    method_info(method, loaded.domain)
+    given = dict(loaded.values)
+    method_sources: list[tuple[str, Any, str]] = []
+    assignments = [parse_assignment(text) for text in sets]
+    for key, value in assignments:
+        for path, leaf in (flatten({key: value}) if isinstance(value, Mapping) else {key: value}).items():
+            given[path] = (leaf, "--set")
+    if seed is not None:
+        given["seed"] = (seed, "--seed")
+
+    data_name, data_source = given.pop("data.name", (None, ""))
+    if data_name is None:
+        raise UserError(f"preset {loaded.name} must name its data set: data.name")
+    classes = section_classes(loaded.domain, str(data_name), method_config or method_class(method).Config)
+    known_keys = {
+        (f.name if section == "general" else f"{section}.{f.name}"): (section, f)
+        for section, cls in classes.items()
+        for f in dataclasses.fields(cls)
+    }
+    # `lambda` is a word of Python's, so its field is `lambda_`; both are taken
+    method_fields = {f.name for f in dataclasses.fields(classes["method"])}
+    given = {
+        f"{key}_"
+        if key.rpartition(".")[0] in ("method", f"methods.{method}") and key.rpartition(".")[2] + "_" in method_fields
+        else key: value
+        for key, value in given.items()
+    }
+    errors: list[str] = []
+    for key in list(given):
+        if not key.startswith("methods."):
+            continue
+        value, source = given.pop(key)
+        _, name, *rest = key.split(".")
+        if name not in available_methods():
+            errors.append(str(UserError(f"unknown method in {key!r}; {nearest(name, available_methods(), 'methods')}")))
+        elif name == method:
+            if not rest and value in (None, {}):
+                continue
+            method_sources.append(("method." + ".".join(rest), value, f"{source} (methods.{name})"))
+        elif source == "--set":
+            known = {f.name for f in dataclasses.fields(method_class(name).Config)}
+            if not rest or not {rest[0], f"{rest[0]}_"} & known:
+                errors.append(str(_unknown(key, (f"methods.{name}.{k}" for k in known))))
+    for key, value, source in method_sources:
+        if given.get(key, (None, ""))[1] != "--set":
+            given[key] = (value, source)
+
+    values: dict[str, dict[str, Any]] = {name: {} for name in classes}
+    sources: dict[str, str] = {}
+    for key, (value, source) in given.items():
+        owner = key if key in known_keys else ".".join(key.split(".")[:2])
+        if owner not in known_keys:
+            errors.append(str(_unknown(key, [*known_keys, "data.name"])))
+            continue
+        section, spec = known_keys[owner]
+        annotation = _hints(classes[section])[spec.name]
+        if owner != key:  # a key inside a free mapping, such as backbone.kwargs.img_size
+            if typing.get_origin(annotation) is not dict:
+                errors.append(str(_unknown(key, [*known_keys, "data.name"])))
+                continue
+            values[section].setdefault(spec.name, {})[key[len(owner) + 1 :]] = value
+            sources[key] = source
+            continue
+        try:
+            values[section][spec.name] = coerce(value, annotation, key)
+            sources[key] = source
+        except UserError as error:
+            errors.append(str(error))
+    sections: dict[str, Any] = {}
+    for name, cls in classes.items():
+        try:
+            sections[name] = cls(**values[name])
+        except UserError as error:
+            errors.append(str(error))
+    if errors:
+        raise UserError("; ".join(dict.fromkeys(errors)))
+    resolved = Resolved(
+        preset=loaded.name,
+        domain=loaded.domain,
+        method=method,
+        sections=sections,
+        sources={},
+        table=loaded.table,
+        tuning=_tuning_line(loaded.tuning.get(method), sources),
+        volatile=frozenset(k for k, (_, f) in known_keys.items() if f.metadata.get("volatile")),
+    )
+    resolved.sources.update({key: sources.get(key, "default") for key in flatten(resolved.tree())})
+    for key in ("preset", "domain", "method_name"):
+        resolved.sources[key] = "command line"
+    resolved.sources["data.name"] = data_source
+    return resolved
+
+
+def _tuning_line(line: str | None, sources: Mapping[str, str]) -> str:
+    """Who tuned the method: the preset's line, after the keys that `--set` gave."""
+    own = {key: source for key, source in sources.items() if key.startswith("method.")}
+    by_hand = [key for key, source in own.items() if source.startswith("--set")]
+    if line is None:
+        presets = sorted({source for key, source in own.items() if key not in by_hand})
+        line = f"not tuned: values of {', '.join(presets)}" if presets else "not tuned: code defaults"
+    return f"--set {', '.join(by_hand)}; the rest: {line}" if by_hand else line
+
+
+def own_values(resolved: Resolved) -> dict[str, Any]:
+    """The method's values that differ from the code's defaults, by name."""
+    config = resolved.sections["method"]
+    default = type(config)()
+    return {
+        f.name: value
+        for f in dataclasses.fields(config)
+        if (value := getattr(config, f.name)) != getattr(default, f.name)
+    }
+
+
+def help_text(resolved: Resolved, key: str) -> str:
+    """The one-line help of a dotted key, empty when its field has none."""
+    section, _, name = key.rpartition(".") if "." in key else ("general", "", key)
+    config = resolved.sections.get(section)
+    for spec in dataclasses.fields(config) if config is not None else ():
+        if spec.name == name:
+            return str(spec.metadata.get("help", ""))
+    return ""

@@ -1,0 +1,1 @@
+"""What everyone may use; imports nothing else of the project."""

@@ -1,0 +1,16 @@
+"""Torch generators as a function of keys."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+from dualcl.benchmark.core.seeding import derive_seed
+
+
+def torch_generator(seed: int, *key: int | str) -> torch.Generator:
+    """A CPU torch generator for this key."""
+    import torch
+
+    return torch.Generator().manual_seed(derive_seed(seed, *key))

@@ -1,0 +1,114 @@
+"""What a run ran on: versions, commit, platform; and the choice of the device."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    pass
+
+
+#: distributions whose version can change a result (Pillow: the bundled glyphs are drawn with it)
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "Pillow")
+_SOURCES = ("benchmark", "datasets", "methods", "results", "setup.cfg")
+
+
+def package_version(name: str) -> str | None:
+    """Installed version of a distribution, without importing it; None when it is not installed."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git(root: Path, *args: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *args],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"},
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@functools.lru_cache(maxsize=1)
+def source_state() -> tuple[str | None, bool | None]:
+    """(commit, whether the suite's files differ from it) of the checkout this runs from; (None, None) without one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists() or not (root / "setup.cfg").is_file():
+        return None, None
+    commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
+    if commit is None:
+        return None, None
+    changes = _git(root, "status", "--porcelain", "--", *_SOURCES)
+    return commit, None if changes is None else bool(changes)
+
+
+def checkout_commit(root: Path) -> str | None:
+    """The short commit of a git checkout; None where the folder is none of its own."""
+    return _git(root, "rev-parse", "--short", "HEAD") if (root / ".git").exists() else None
+
+
+def environment() -> dict[str, Any]:
+    """Versions, commit and platform for a record; no host name, no user name, no path."""
+    commit, dirty = source_state()
+    return {
+        "dualcl": package_version("dualcl"),
+        "commit": commit,
+        "dirty": dirty,
+        "python": platform.python_version(),
+        **{name.lower(): package_version(name) for name in PACKAGES},
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+    }
+
+
+def resident_peak_mib(pid: int | Literal["self"] = "self") -> float | None:
+    """Largest resident set of a process so far, MiB; None off Linux, or when it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def launched() -> int:
+    """How many processes a launcher (accelerate, torchrun) has started for one run; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def follower() -> int:
+    """This process's number among those launched together, 0 for the one that speaks and writes."""
+    return int(os.environ.get("RANK") or 0) if launched() > 1 else 0
+
+
+def usable_cpus() -> int:
+    """CPU cores this process may use (fewer than the machine has in a container, a batch job, or beside its likes)."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE") or 1))
+
+
+class Stopwatch:
+    """Seconds since it was made; it stands still where the clock goes back, as after the move of a virtual machine."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._seconds = 0.0
+
+    def read(self) -> float:
+        """Seconds so far."""
+        now = time.perf_counter()
+        self._seconds += max(0.0, now - self._last)
+        self._last = now
+        return self._seconds

@@ -1,0 +1,101 @@
+"""Reading what others wrote - JSON, names, weights - so that the worst a file can do is to be refused in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dualcl.benchmark.core.errors import UserError
+
+#: levels of a JSON or YAML file: what is nested deeper would overflow the stack somewhere
+DEEPEST = 100
+#: integers are smaller: Python takes no time for them, prints them, and makes floats of them
+TOO_LARGE = 2**64
+CONVERT = 'convert it where you trust it: safetensors.torch.save_file(torch.load(OLD, weights_only=True), "NEW")'
+
+#: what may be a number beyond the range of float or TOO_LARGE
+_LONG_NUMBER = re.compile(r"\d(?<![\w.]\d)(?:\d{19}|[\d.]*[eE]\+?\d{3})")
+
+#: what no name in a table, a log or a terminal may hold
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+#: of a surrogate pair: no file can hold them
+HALVES = re.compile("[\ud800-\udfff]")
+
+
+def check_text(text: str, where: str) -> None:
+    """UserError naming `where` for text that came of bytes that are no UTF-8: nothing could write or encode it."""
+    if HALVES.search(text):
+        raise UserError(f"{where} is {text[:80]!r}, which is no text in UTF-8; write it anew")
+
+
+def check_name(text: str, where: str) -> None:
+    """UserError naming `where` for text with line breaks or other control characters: it stands in tables and logs."""
+    if CONTROL.search(text):
+        raise UserError(f"{where} is {text[:80]!r}, which has control characters; write it on one line without")
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text. ValueError for what is none, infinite, an integer from 2^64 on, or nested too deep."""
+    try:
+        if _LONG_NUMBER.search(text):
+            value = json.loads(text, parse_constant=_no_constant, parse_int=_integer, parse_float=_finite)
+        else:
+            value = json.loads(text, parse_constant=_no_constant)
+    except RecursionError:
+        raise _too_deep() from None
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = [x for v in level if isinstance(v, (dict, list)) for x in (v.values() if isinstance(v, dict) else v)]
+        level = [x for x in inner if isinstance(x, (dict, list))]
+        if not level:
+            return value
+    raise _too_deep()
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file. Raises OSError, and ValueError as `parse_json` does."""
+    return parse_json(path.read_text(encoding="utf-8"))
+
+
+def _too_deep() -> ValueError:
+    return ValueError(f"it is nested deeper than {DEEPEST} levels")
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is no JSON")
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or abs(value := int(text)) >= TOO_LARGE:
+        raise ValueError(f"it holds the integer {text[:20]}, which is too large")
+    return value
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"it holds the number {text[:20]}, which is too large")
+    return value
+
+
+@contextlib.contextmanager
+def no_pickles(what: str) -> Iterator[None]:
+    """Within it a library that would unpickle weights, in whichever way it came to it, gets a UserError of `what`.
+
+    safetensors are asked for everywhere; this is for what the libraries fall back to where there are none.
+    """
+    import torch
+
+    def refuse(file: Any, *args: Any, **kwargs: Any) -> None:
+        raise UserError(f"{what}: {file} is a pickle file, which is never loaded; {CONVERT}")
+
+    load = torch.load
+    torch.load = refuse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.load = load

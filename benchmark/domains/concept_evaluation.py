@@ -1,0 +1,303 @@
+"""Evaluation of the customization domain: generated images against the photographs, and against earlier ones."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.files import atomic_write
+from dualcl.benchmark.core.processes import Processes
+from dualcl.benchmark.core.seeding import derive_seed
+from dualcl.benchmark.core.settings import positive
+from dualcl.benchmark.models.image_features import ImageFeatures, load_features, mmd, plain_prompt
+from dualcl.benchmark.models.sampling import sample
+from dualcl.benchmark.models.stable_diffusion import Diffusion
+from dualcl.benchmark.models.tokens import ConceptTokens
+from dualcl.datasets.concepts import ConceptStream, check_template
+from dualcl.datasets.reading.views import check_blocks, decode_image
+
+KERNEL: Literal["poly2"] = "poly2"
+#: real images of a concept that are kept as thumbnails
+THUMBNAILS = 8
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Evaluation: which images are made, and how they are compared."""
+
+    n: int = field(default=8, metadata={"help": "images per concept and evaluation"})
+    every: int = field(
+        default=1, metadata={"help": "tasks between evaluations of all concepts seen; 0: after the last task only"}
+    )
+    steps: int = field(default=15, metadata={"help": "denoising steps"})
+    scheduler: Literal["ddim", "dpm"] = field(default="ddim", metadata={"help": "dpm: DPM-Solver++, second order"})
+    guidance: float = field(default=7.5, metadata={"help": "classifier-free guidance scale; 1 or less: none"})
+    batch_size: int = field(default=32, metadata={"help": "images generated at once"})
+    features: str = field(
+        default="auto",
+        metadata={"help": "a bundled or timm backbone, or a CLIP directory or hub id; auto: by the base model"},
+    )
+    estimator: Literal["biased", "unbiased"] = field(default="biased", metadata={"help": "of the squared MMD"})
+    prompt: str = field(default="a photo of {token}", metadata={"help": "for concepts without prompts of their own"})
+    negative_prompt: str = field(default="", metadata={"help": "prompt of the unconditional pass"})
+    save: Literal["all", "needed"] = field(
+        default="all",
+        metadata={"help": "images kept; needed: each concept's right after its task, and all after the last task"},
+    )
+
+    def __post_init__(self) -> None:
+        positive("eval.n", self.n)
+        if self.estimator == "unbiased" and self.n < 2:
+            raise UserError(f"eval.estimator=unbiased needs eval.n of at least 2, got {self.n}")
+        positive("eval.every", self.every, 0)
+        positive("eval.steps", self.steps)
+        positive("eval.guidance", self.guidance, 0)
+        positive("eval.batch_size", self.batch_size)
+        check_template(self.prompt, "eval.prompt")
+
+
+class EvaluatedDomain(Protocol):
+    """What an evaluator asks of its domain."""
+
+    diffusion: Diffusion
+    stream: ConceptStream
+    tokens: ConceptTokens
+    seed: int
+    device: torch.device
+    folder: Path | None
+    processes: Processes
+
+    def pixels(self, task: int) -> Tensor:
+        """The concept's photographs at the model's size: uint8 (n, S, S, 3)."""
+
+    def fill(self, template: str, task: int) -> str:
+        """A prompt template with the concept's placeholder."""
+
+
+def slug(name: str) -> str:
+    """A concept's name for a folder: lower-case letters, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:40].strip("-") or "concept"
+
+
+def sample_folder(run: Path, after: int | Literal["real"], concept: int, name: str) -> Path:
+    """Folder of a concept's images in a run folder; `after` and `concept` count from 1, "real" holds photographs."""
+    part = after if after == "real" else f"after_{after}"
+    return run / "samples" / part / f"{concept}_{slug(name)}"
+
+
+def write_image(file: Path, image: Tensor, text: dict[str, str]) -> None:
+    """Writes a uint8 image (H, W, 3) as PNG with text entries, atomically."""
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    with atomic_write(file) as handle:
+        Image.fromarray(image.numpy()).save(handle, format="PNG", pnginfo=info)
+
+
+class ConceptEvaluator:
+    """Generates images of the concepts seen so far and measures them.
+
+    Image k of concept j starts from noise that is a function of (seed, j, k), and a concept's images never share a
+    batch with another's: as long as the weights stay, so do the images, bit for bit.
+    """
+
+    def __init__(self, domain: EvaluatedDomain, config: EvalConfig) -> None:
+        self.domain = domain
+        self.config = config
+        self._real: dict[int, Tensor] = {}
+        #: features of each concept's images right after it was learnt
+        self._own: dict[int, Tensor] = {}
+        #: concepts whose thumbnails this process has written
+        self._shown: set[int] = set()
+        for concept in domain.stream.concepts:
+            if config.estimator == "unbiased" and len(concept.images) < 2:
+                raise UserError(
+                    f"eval.estimator=unbiased needs two images of every concept, {concept.name!r} has one; "
+                    "set eval.estimator=biased"
+                )
+
+    @functools.cached_property
+    def features(self) -> ImageFeatures:
+        """The feature model, loaded when it is first needed."""
+        with torch.random.fork_rng(devices=[]):  # a model draws random weights before it loads its own
+            return load_features(self.config.features, self.domain.device, self.domain.diffusion.info.name)
+
+    @torch.no_grad()
+    def evaluate(self, seen: Sequence[int], joint: bool = False) -> dict[str, list[float | int | None]]:
+        """Lists with one entry per concept of `seen`, the last of which was just learnt; None where not evaluated.
+
+        mmd: squared MMD of generated and real images; drift: of the images now and right after learning (0 for the
+        concept just learnt; None for joint training, or where those images are not known); image_similarity,
+        text_similarity: mean cosines over all pairs, over images and their own prompts (None without a text tower);
+        nearest_correct of `generated` images are nearest to their own concept's mean real feature, of the stream's.
+        Raises UserError when images right after learning are missing from the run folder or cannot be read.
+        """
+        last = seen[-1]
+        row: dict[str, list[float | int | None]] = {
+            key: [None] * len(seen)
+            for key in ("mmd", "drift", "image_similarity", "text_similarity", "nearest_correct", "generated")
+        }
+        means = F.normalize(torch.stack([self._real_features(j).double().mean(0) for j in self._concepts()]), dim=1)
+        for at, j in enumerate(seen):
+            if not (joint or j == last or self._evaluates_all(last)):
+                continue
+            prompts = self._prompts(j)
+            made = self._generate(j, prompts)
+            self._save(j, last, joint, prompts, made)
+            found, real = self.features.images(made), self._real_features(j)
+            row["mmd"][at] = self._mmd(real, found)
+            if not joint and j == last:
+                self._own[j] = found
+                row["drift"][at] = 0.0
+            elif not joint and (own := self._own_features(j)) is not None:
+                row["drift"][at] = self._mmd(own, found)
+            row["image_similarity"][at] = float((found.double() @ real.double().T).mean())
+            row["text_similarity"][at] = self._text_similarity(j, prompts, found)
+            closeness = found.double() @ means.T
+            row["nearest_correct"][at] = int((closeness.argmax(1) == j).sum())
+            row["generated"][at] = len(found)
+        return row
+
+    def identity(self) -> dict[str, object]:
+        """What must be equal for two runs to share a table: features, kernel, estimator, how images are made."""
+        config = self.config
+        templates = {c.name: self._templates(j) for j, c in enumerate(self.domain.stream.concepts)}
+        return {
+            "features": self.features.name,
+            "features_sha256": self.features.sha256,
+            "kernel": KERNEL,
+            "estimator": config.estimator,
+            "eval": {
+                "n": config.n,
+                "steps": config.steps,
+                "scheduler": config.scheduler,
+                "guidance": config.guidance,
+                "prompt": config.prompt,
+                "negative_prompt": config.negative_prompt,
+                "prompts_hash": hashlib.sha256(json.dumps(sorted(templates.items())).encode()).hexdigest()[:16],
+            },
+        }
+
+    # --- images -----------------------------------------------------------------------------------------------------
+
+    def _concepts(self) -> range:
+        return range(len(self.domain.stream.concepts))
+
+    def _evaluates_all(self, last: int) -> bool:
+        every = self.config.every
+        return last == len(self.domain.stream.concepts) - 1 or (every > 0 and (last + 1) % every == 0)
+
+    def _templates(self, j: int) -> tuple[str, ...]:
+        return self.domain.stream.concepts[j].eval_prompts or (self.config.prompt,)
+
+    def _prompts(self, j: int) -> list[str]:
+        """The prompt of each of the concept's n images, placeholders not expanded."""
+        filled = [self.domain.fill(template, j) for template in self._templates(j)]
+        return [filled[k % len(filled)] for k in range(self.config.n)]
+
+    def _seed(self, j: int, k: int) -> int:
+        return derive_seed(self.domain.seed, "eval", j, k)
+
+    def _generate(self, j: int, prompts: list[str]) -> Tensor:
+        config = self.config
+        return sample(
+            self.domain.diffusion,
+            [self.domain.tokens.expand(prompt) for prompt in prompts],
+            [torch.Generator().manual_seed(self._seed(j, k)) for k in range(len(prompts))],
+            scheduler=config.scheduler,
+            steps=config.steps,
+            guidance=config.guidance,
+            batch_size=config.batch_size,
+            negative_prompt=config.negative_prompt,
+            processes=self.domain.processes,
+        )
+
+    def _folder(self, after: int | Literal["real"], j: int) -> Path | None:
+        run = self.domain.folder
+        return None if run is None else sample_folder(run, after, j + 1, self.domain.stream.concepts[j].name)
+
+    def _save(self, j: int, last: int, joint: bool, prompts: list[str], images: Tensor) -> None:
+        """Writes the images as far as `eval.save` wants them, and thumbnails of the photographs once."""
+        folder, real = self._folder(last + 1, j), self._folder("real", j)
+        if folder is None or real is None:
+            return
+        concept = self.domain.stream.concepts[j].name
+        final = joint or last == len(self.domain.stream.concepts) - 1
+        if self.config.save == "all" or final or j == last:
+            for k, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+                text = {
+                    "prompt": prompt,
+                    "seed": str(self._seed(j, k)),
+                    "concept": concept,
+                    "after_task": str(last + 1),
+                }
+                write_image(folder / f"{k}.png", image, text)
+        if j not in self._shown:  # those that are there may be damaged
+            for k, image in enumerate(self.domain.pixels(j)[:THUMBNAILS]):
+                write_image(real / f"{k}.png", image, {"concept": concept})
+            self._shown.add(j)
+
+    # --- measures ---------------------------------------------------------------------------------------------------
+
+    def _mmd(self, x: Tensor, y: Tensor) -> float:
+        return mmd(x, y, estimator=self.config.estimator, kernel=KERNEL)
+
+    def _real_features(self, j: int) -> Tensor:
+        if j not in self._real:
+            self._real[j] = self.features.images(self.domain.pixels(j))
+        return self._real[j]
+
+    def _own_features(self, j: int) -> Tensor | None:
+        """Features of the concept's images right after it was learnt; from the run folder in a resumed run."""
+        if j not in self._own:
+            folder = self._folder(j + 1, j)
+            if folder is None:
+                return None
+            self._own[j] = self.features.images(self._read(folder))
+        return self._own[j]
+
+    def _read(self, folder: Path) -> Tensor:
+        size = self.domain.diffusion.info.image_size
+        images = []
+        for k in range(self.config.n):
+            file = folder / f"{k}.png"
+            try:
+                check_blocks(file)
+                pixels = np.array(decode_image(file))
+            except OSError as error:
+                what = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+                raise UserError(
+                    f"{file} {what}: drift is measured from it; put it back, or delete {self.domain.folder} to start "
+                    "afresh"
+                ) from None
+            if pixels.shape != (size, size, 3):
+                raise UserError(
+                    f"{file} has {pixels.shape[1]} x {pixels.shape[0]} pixels, the run made {size} x {size}; put the "
+                    f"original back, or delete {self.domain.folder} to start afresh"
+                )
+            images.append(torch.from_numpy(pixels))
+        return torch.stack(images)
+
+    def _text_similarity(self, j: int, prompts: list[str], found: Tensor) -> float | None:
+        words = self.domain.tokens.words(j)
+        noun = self.domain.stream.concepts[j].noun
+        unique = list(dict.fromkeys(plain_prompt(prompt, words, noun) for prompt in prompts))
+        texts = self.features.texts(unique)
+        if texts is None:
+            return None
+        index = [unique.index(plain_prompt(prompt, words, noun)) for prompt in prompts]
+        return float((found.double() * texts[index].double()).sum(1).mean())

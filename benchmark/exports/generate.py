@@ -1,0 +1,362 @@
+"""Images from what a run learnt: of a run's folder, or of an exported one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dualcl.benchmark.core.devices import pick_device
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.files import atomic_write
+from dualcl.benchmark.core.reading import read_json
+from dualcl.benchmark.domains.concept_evaluation import EvalConfig
+from dualcl.benchmark.exports.export import CARD, EMBEDDINGS, FORMAT, LORA_FILES, VERSION, embedding_file
+from dualcl.benchmark.models.sampling import SchedulerName, sample
+from dualcl.benchmark.models.stable_diffusion import DTYPES, BaseConfig, Diffusion, load_diffusion
+from dualcl.benchmark.models.tokens import ConceptTokens
+from dualcl.benchmark.runs.folder import RECORD
+from dualcl.benchmark.runs.restore import restore
+from dualcl.datasets.reading.views import open_image
+
+Say = Callable[[str], None]
+#: a concept in a prompt: <c1>, or <its name>; not a special token such as <|endoftext|>
+TAG = re.compile(r"<[^<>|]+>")
+#: kinds of exports without a LoRA
+OTHER_KINDS = ("textual-inversion", "merged")
+#: what is read of a card, and of each of its concepts
+_CARD: dict[str, Any] = {
+    "kind": str,
+    **{f"base.{key}": str for key in ("name", "weights", "weights_dtype", "weights_sha256")},
+    **{f"base.{key}": str | None for key in ("revision", "variant")},
+    **{f"run.{key}": str for key in ("method", "precision")},
+    **{f"sampling.{key}": str for key in ("scheduler", "negative_prompt")},
+    "sampling.steps": int,
+    "sampling.guidance": int | float,
+    "concepts": list,
+}
+_WORD = {"placeholder": str, "words": list, "name": str}
+
+
+@dataclass(frozen=True)
+class Word:
+    """How a concept is written: its placeholder, the tokens that it stands for, and the concept's name."""
+
+    placeholder: str
+    tokens: tuple[str, ...]
+    name: str
+
+
+@dataclass
+class Model:
+    """A diffusion model that knows concepts, and how its images are made unless told otherwise."""
+
+    diffusion: Diffusion
+    words: list[Word]
+    precision: str
+    scheduler: SchedulerName
+    steps: int
+    guidance: float
+    negative_prompt: str
+    #: what images are made from, for their PNG text
+    source: str
+    #: keeps a restored run's modules, in which parts of the model live
+    owner: Any = field(default=None, repr=False)
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the run."""
+        enabled = self.precision != "fp32"
+        return torch.autocast(
+            self.diffusion.device.type, dtype=DTYPES[self.precision] if enabled else None, enabled=enabled
+        )
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[\W_]+", "-", text.lower()).strip("-")
+
+
+def expand_prompt(prompt: str, words: Sequence[Word]) -> tuple[str, list[Word]]:
+    """The prompt with every concept's tokens in place of its tag, and the concepts it holds.
+
+    A tag is a placeholder (`<c1>`) or a concept's name (`<cat>`). Raises UserError for a tag that is neither, or a
+    name that two concepts share.
+    """
+    used: list[Word] = []
+
+    def replace(match: re.Match[str]) -> str:
+        tag = match.group()
+        wanted = _slug(tag)
+        found = [w for w in words if w.placeholder == tag] or [w for w in words if wanted and _slug(w.name) == wanted]
+        if len(found) > 1:
+            shared = " or ".join(w.placeholder for w in found)
+            raise UserError(f"{tag} may be {shared}: {len(found)} concepts are called so; write the placeholder")
+        if not found:
+            known = ", ".join(f"{w.placeholder} ({w.name})" for w in words)
+            raise UserError(f"unknown placeholder {tag} in {prompt!r}; this model knows: {known or 'none'}")
+        if found[0] not in used:
+            used.append(found[0])
+        return " ".join(found[0].tokens)
+
+    # placeholders that are not written in angle brackets are set by concept.placeholder
+    bare = [w for w in words if not TAG.fullmatch(w.placeholder)]
+    pattern = "|".join([*(re.escape(w.placeholder) + r"(?!\w)" for w in bare), TAG.pattern])
+    return re.sub(pattern, replace, prompt), used
+
+
+# --- models -----------------------------------------------------------------------------------------------------------
+
+
+def open_model(
+    folder: str | Path, device: str = "auto", *, base: str | None = None, after: int | None = None, say: Say = print
+) -> Model:
+    """The model of a run's folder or of an exported one.
+
+    `base` names the model that an exported LoRA or embedding is put on (default: the one it was made on); `say` is told
+    when that is another one. Raises UserError when the folder is neither, or does not fit the base.
+    """
+    path = Path(folder)
+    if (path / CARD).is_file():
+        if after is not None:
+            raise UserError(f"{path} is an exported model with one state; leave out --after")
+        return _open_export(path, device, base, say)
+    if base is not None:
+        raise UserError(f"--base is for exported folders; a run has its own base model, and {path} has no {CARD}")
+    if not (path / RECORD).is_file():
+        raise UserError(f"{path} is neither a run (no {RECORD}) nor an exported model (no {CARD})")
+    return _open_run(path, device, after)
+
+
+def _open_run(path: Path, device: str, after: int | None) -> Model:
+    run = restore(path, device, after=after, loaded=lambda domain: _check_domain(domain, path))
+    domain: Any = run.domain
+    shown = run.resolved.section("eval", EvalConfig)
+    tokens = domain.tokens
+    return Model(
+        diffusion=domain.diffusion,
+        words=[
+            Word(name, tuple(tokens.words(i)), domain.stream.concepts[i].name)
+            for i, name in enumerate(tokens.placeholders)
+        ],
+        precision=run.resolved.general.precision,
+        scheduler=shown.scheduler,
+        steps=shown.steps,
+        guidance=shown.guidance,
+        negative_prompt=shown.negative_prompt,
+        source=f"{run.resolved.method} after task {len(tokens.placeholders)}",
+        owner=run,
+    )
+
+
+def _check_domain(domain: Any, path: Path) -> None:
+    if domain.name != "customization":
+        raise UserError(f"{path} is a run of the domain {domain.name}; only customization runs make images")
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    try:
+        card: Any = read_json(path / CARD)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path / CARD} cannot be read ({error}); export again") from None
+    if not isinstance(card, dict) or card.get("format") != FORMAT:
+        raise UserError(f"{path / CARD} is not the card of an exported model; export again")
+    if card.get("version") != VERSION:
+        raise UserError(f"{path / CARD} has version {card.get('version')}, this dualcl reads {VERSION}; export again")
+    wrong = [key for key, kind in _CARD.items() if not isinstance(_at(card, key), kind)]
+    concepts = () if "concepts" in wrong else card["concepts"]
+    wrong += [
+        f"concepts[].{key}" for key, kind in _WORD.items() if not all(isinstance(_at(c, key), kind) for c in concepts)
+    ]
+    choices = {"kind": (*LORA_FILES, *OTHER_KINDS), "run.precision": DTYPES, "base.weights_dtype": DTYPES}
+    wrong += [key for key, known in choices.items() if key not in wrong and _at(card, key) not in known]
+    if wrong:
+        raise UserError(f"{path / CARD} is damaged ({', '.join(wrong)}); export again")
+    return card
+
+
+def _at(tree: Any, key: str) -> Any:
+    """The value at a dotted key; None where there is none."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def _open_export(path: Path, device: str, base: str | None, say: Say) -> Model:
+    card = _read_card(path)
+    made_on, kind = card["base"], str(card["kind"])
+    if kind == "merged":
+        if base is not None:
+            raise UserError(f"{path} is a whole model; leave out --base")
+        # float32, for half precision would round the learnt projections
+        config = BaseConfig(model=str(path))
+    elif base is not None or made_on["weights"] == "local directory":
+        if base is None:
+            raise UserError(
+                f"{path} was made on the model directory {made_on['name']}; say where it is with --base DIR"
+            )
+        config = BaseConfig(model=base, weights_dtype=made_on["weights_dtype"])
+    else:
+        config = BaseConfig(made_on["name"], made_on.get("revision"), made_on.get("variant"), made_on["weights_dtype"])
+    diffusion = load_diffusion(config, pick_device(device))
+    if kind != "merged":
+        if diffusion.info.weights_sha256 != made_on["weights_sha256"]:
+            say(
+                f"note: {diffusion.info.name} (sha256 {diffusion.info.weights_sha256[:12]}) is not the model this was "
+                f"made on, {made_on['name']} (sha256 {made_on['weights_sha256'][:12]}): expect other images"
+            )
+        _add_words(diffusion, card["concepts"], path)
+        if kind in LORA_FILES:
+            _add_lora(diffusion, _read_tensors(path / LORA_FILES[kind]), kind, path)
+    return Model(
+        diffusion=diffusion,
+        words=[Word(c["placeholder"], tuple(c["words"]), c["name"]) for c in card["concepts"]],
+        precision=card["run"]["precision"],
+        **{key: card["sampling"][key] for key in ("scheduler", "steps", "guidance", "negative_prompt")},
+        source=f"{card['run']['method']}, exported as {kind}",
+    )
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:  # safetensors has errors of its own beside OSError
+        raise UserError(f"{path} cannot be read ({error}); export again") from None
+
+
+def _add_words(diffusion: Diffusion, concepts: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Puts the exported embeddings in the text encoder."""
+    if not concepts:
+        return
+    tokens = ConceptTokens(diffusion.text_encoder, diffusion.tokenizer, len(concepts[0]["words"]))
+    for concept in concepts:
+        placeholder = concept["placeholder"]
+        rows = _read_tensors(path / EMBEDDINGS / embedding_file(placeholder)).get(placeholder, torch.empty(0))
+        width = tokens.base.weight.shape[1]
+        if rows.shape != (tokens.n_tokens, width):
+            has = "no rows" if rows.ndim < 2 else f"width {rows.shape[-1]}"
+            raise UserError(
+                f"the embedding of {placeholder} has {has}, the base model's text encoder width {width}; "
+                "give the base model that it was made on"
+            )
+        tokens.add(placeholder, "random", "", torch.Generator(), rename=False)
+        with torch.no_grad():
+            tokens.rows[-1].copy_(rows)
+    tokens.requires_grad_(False)
+    tokens.to(diffusion.device)
+
+
+@torch.no_grad()
+def _add_lora(diffusion: Diffusion, tensors: Mapping[str, Tensor], kind: str, path: Path) -> None:
+    """Adds up @ down of every module to its weight (alpha is the rank: the scale is one)."""
+    down, up = ("lora_down", "lora_up") if kind == "kohya" else ("lora_A", "lora_B")
+    prefix = {"diffusers-lora": "unet.", "kohya": "lora_unet_", "peft": "base_model.model."}[kind]
+    modules = {name.replace(".", "_") if kind == "kohya" else name: m for name, m in diffusion.unet.named_modules()}
+    for key in [k for k in tensors if k.endswith(f".{down}.weight")]:
+        name = key.removesuffix(f".{down}.weight")
+        weight = getattr(modules.get(name.removeprefix(prefix)), "weight", None)
+        factors = tensors.get(f"{name}.{up}.weight", torch.empty(0)).double(), tensors[key].double()
+        fits = factors[0].ndim == factors[1].ndim == 2 and factors[0].shape[1] == factors[1].shape[0]
+        if not fits or weight is None or weight.shape != (factors[0].shape[0], factors[1].shape[1]):
+            raise UserError(
+                f"the base model {diffusion.info.name} has no projection that fits {name} of {path}; "
+                "give the base model that it was made on"
+            )
+        weight.copy_(weight.double() + (factors[0] @ factors[1]).to(weight.device))
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[str],
+    out: str | Path,
+    *,
+    n: int = 8,
+    seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
+    scheduler: SchedulerName | None = None,
+    negative_prompt: str | None = None,
+    batch_size: int = 8,
+    say: Say = print,
+) -> list[Path]:
+    """Writes `n` images of every prompt to `out` and returns their paths.
+
+    Image k has the seed `seed` + k and is a function of model, prompt, settings and that seed alone; its PNG text says
+    all of them. A file of the same name and the same text is written again, any other is left alone. `say` is told of
+    prompts without a concept. Raises UserError for a wrong prompt or setting before any image is made.
+    """
+    most = model.diffusion.scheduler.config.num_train_timesteps
+    steps = model.steps if steps is None else steps
+    if not 1 <= steps <= most:
+        raise UserError(f"--steps must be from 1 to {most}, got {steps}")
+    guidance = model.guidance if guidance is None else guidance
+    if not 0 <= guidance < float("inf"):
+        raise UserError(f"--guidance must be a number from 0 on, got {guidance}")
+    if seed + n > 2**63:
+        raise UserError(f"--seed must be less than 2^63 - n, got {seed}")
+    negative = model.negative_prompt if negative_prompt is None else negative_prompt
+    expanded = []
+    for prompt in prompts:
+        text, used = expand_prompt(prompt, model.words)
+        if not used:
+            known = ", ".join(w.placeholder for w in model.words)
+            say(f"note: the prompt {prompt!r} holds no concept; this model knows: {known or 'none'}")
+        expanded.append(text)
+    model.diffusion.token_ids([*expanded, expand_prompt(negative, model.words)[0]])  # too long a prompt is found here
+
+    folder, paths = Path(out), []
+    for prompt, text in zip(prompts, expanded, strict=True):
+        facts = {
+            "prompt": prompt,
+            "scheduler": str(scheduler or model.scheduler),
+            "steps": str(steps),
+            "guidance": str(guidance),
+            "negative_prompt": negative,
+            "model": model.source,
+        }
+        for start in range(seed, seed + n, batch_size):
+            seeds = range(start, min(start + batch_size, seed + n))
+            with model.autocast():
+                images = sample(
+                    model.diffusion,
+                    [text] * len(seeds),
+                    [torch.Generator().manual_seed(s) for s in seeds],
+                    scheduler=scheduler or model.scheduler,
+                    steps=steps,
+                    guidance=guidance,
+                    batch_size=batch_size,
+                    negative_prompt=expand_prompt(negative, model.words)[0],
+                )
+            paths += [_save(folder, image, {**facts, "seed": str(s)}) for image, s in zip(images, seeds, strict=True)]
+    return paths
+
+
+def _save(folder: Path, image: Tensor, facts: Mapping[str, str]) -> Path:
+    stem, number = f"{_slug(facts['prompt'])[:60].strip('-') or 'image'}-{facts['seed']}", 1
+    path = folder / f"{stem}.png"
+    while path.exists() and _png_text(path) != facts:
+        number += 1
+        path = folder / f"{stem}_{number}.png"
+    text = PngInfo()
+    for key, value in facts.items():
+        text.add_itxt(key, value)
+    with atomic_write(path) as handle:
+        Image.fromarray(image.numpy()).save(handle, format="PNG", pnginfo=text)
+    return path
+
+
+def _png_text(path: Path) -> dict[str, str] | None:
+    try:
+        with open_image(path) as image:
+            return {k: str(v) for k, v in getattr(image, "text", {}).items()}
+    except Exception:  # `text` reads on, and Pillow raises many kinds on damaged files
+        return None

@@ -1,0 +1,1 @@
+"""Many runs: comparisons, sweeps, engines, the state of a grid, the ledger."""

@@ -1,0 +1,97 @@
+"""Doing what a plan says: each run once, by one of the engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.benchmark.grids.local import Local, SideBySide
+from dualcl.benchmark.grids.plan import Engine, Outcome, Planned, is_finished
+from dualcl.benchmark.runs.progress import Reporter
+
+
+def execute(
+    plan: Sequence[Planned],
+    *,
+    engine: str = "local",
+    jobs: int = 1,
+    address: str | None = None,
+    quiet: bool = False,
+    root: Path | None = None,
+    url: str | None = None,
+) -> list[Outcome]:
+    """Does all planned runs that have no finished record; one that fails does not stop the others.
+
+    `jobs` > 1 (engine local) runs that many processes side by side, each with its share of the cores; `address` is a
+    Ray cluster's. `root`, where given, gets the plan (grid.json); with `url` it is the local copy of what lies there.
+    KeyboardInterrupt stops them all, resumable.
+    """
+    from dualcl.benchmark.grids.execute import make_engine
+    from dualcl.benchmark.grids.survey import PLAN, write_plan
+    from dualcl.benchmark.runs.mirror import pull_records, push_files
+
+    refresh = None if url is None else partial(pull_records, url)
+    doer = make_engine(engine, jobs=jobs, address=address, quiet=quiet, refresh=refresh)
+    if refresh is not None:
+        refresh()
+    overview = Reporter(quiet=quiet)
+    finished = [planned for planned in plan if is_finished(planned)]
+    done = {planned.out for planned in finished}
+    waiting = [planned for planned in plan if planned.out not in done]
+    if root is not None:
+        write_plan(root, plan)
+        if url is not None:
+            push_files(root / PLAN, url)
+    for planned in finished:
+        overview.note(f"{planned.label}: finished already, in {planned.remote or planned.out}")
+    outcomes = {planned.out: Outcome(planned, 0) for planned in finished}
+    if waiting:
+        outcomes.update({outcome.planned.out: outcome for outcome in doer.do(waiting)})
+        if refresh is not None:
+            refresh()
+    failed = {out: outcome.error for out, outcome in outcomes.items() if outcome.code}
+    if root is not None and failed:
+        write_plan(root, plan, failed)
+    return [outcomes[planned.out] for planned in plan]
+
+
+def exit_code(outcomes: Iterable[Outcome]) -> int:
+    """The largest exit code of the runs."""
+    return max((outcome.code for outcome in outcomes), default=0)
+
+
+def summary_lines(outcomes: Sequence[Outcome]) -> list[str]:
+    """How many runs finished, and one line per run that did not."""
+    bad = [o for o in outcomes if o.code]
+    lines = [f"{len(outcomes) - len(bad)} of {len(outcomes)} runs finished"]
+    return lines + [f"failed: {o.planned.label}: {o.error}" for o in bad]
+
+
+ENGINES = ("local", "ray")
+
+
+def make_engine(
+    name: str,
+    *,
+    jobs: int = 1,
+    address: str | None = None,
+    quiet: bool = False,
+    refresh: Callable[[], object] | None = None,
+) -> Engine:
+    """The engine called `name`; UserError when there is none, or it has no use for what was given.
+
+    `refresh` fetches the runs' records, where they do not lie in a folder that this machine sees.
+    """
+    if name not in ENGINES:
+        raise UserError(f"unknown --engine {name!r}; {nearest(name, ENGINES, 'engines')}")
+    if name == "local":
+        if address is not None:
+            raise UserError("--address is for --engine ray; leave it out")
+        return Local(quiet) if jobs == 1 else SideBySide(jobs, quiet, refresh)
+    if jobs != 1:
+        raise UserError("--jobs is for --engine local; with Ray the nodes' resources decide (--set resources.cpus=N)")
+    from dualcl.benchmark.grids.ray import RayEngine
+
+    return RayEngine(address or "auto", quiet, refresh)

@@ -1,0 +1,184 @@
+"""Many runs of one preset, one after another or side by side; methods x seeds of a comparison."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from dualcl.benchmark.config.presets import bundled_presets, load_preset
+from dualcl.benchmark.config.resolve import resolve
+from dualcl.benchmark.core.errors import EXIT_FAILED, EXIT_USER, UserError
+from dualcl.benchmark.core.settings import Resolved, flatten, parse_assignment
+from dualcl.benchmark.core.text import printable
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run to be done: its checked configuration, the arguments that gave it, and its directory."""
+
+    resolved: Resolved
+    preset: str
+    sets: tuple[str, ...]
+    out: Path
+    label: str
+    #: where the run's files go in the end, a URL; `out` is then their copy on this machine
+    remote: str = ""
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return self.resolved.general.seed
+
+    def arguments(self, *sets: str) -> list[str]:
+        """What follows `dualcl` to do this run, from any folder, with these settings too."""
+        preset = self.preset if self.preset in bundled_presets() else os.path.abspath(self.preset)
+        command = ["run", preset, self.resolved.method, "--seed", str(self.seed)]
+        command += ["--out", self.remote or os.path.abspath(self.out)]
+        own = [text for text in (*self.sets, *sets) if parse_assignment(text)[0] != "seed"]
+        return command + (["--set", *own] if own else [])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a planned run ended: exit code and, unless that is 0, the error in one line."""
+
+    planned: Planned
+    code: int
+    error: str = ""
+
+
+def parse_names(text: str, what: str) -> list[str]:
+    """`a,b,c` -> ["a", "b", "c"]; UserError when one is empty or given twice."""
+    names = [name.strip() for name in text.split(",")]
+    for i, name in enumerate(names):
+        if not name:
+            raise UserError(f"--{what} {text!r} has an empty entry; separate the entries with single commas")
+        if name in names[:i]:
+            raise UserError(f"--{what} names {name!r} twice; give it once")
+    return names
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`0,1,2` -> [0, 1, 2]; UserError when one is no natural number or given twice."""
+    seeds = []
+    for name in parse_names(text, "seeds"):
+        if not (name.isascii() and name.isdecimal()):
+            raise UserError(f"--seeds wants whole numbers from 0 on, such as 0,1,2; got {name!r}")
+        if int(name) in seeds:
+            raise UserError(f"--seeds names {int(name)} twice; give it once")
+        seeds.append(int(name))
+    return seeds
+
+
+def check_seed_given_once(sets: Iterable[str], flag: str) -> None:
+    """UserError when `--set seed=...` competes with a flag that gives the seed."""
+    if any(parse_assignment(text)[0] == "seed" for text in sets):
+        raise UserError(f"the seed is given by {flag} and by --set seed=...; keep one of the two")
+
+
+def plan_comparison(
+    preset: str,
+    methods: Sequence[str],
+    seeds: Sequence[int] | None,
+    sets: Sequence[str],
+    out: Path,
+    url: str | None = None,
+) -> list[Planned]:
+    """Checks every method with every seed and says where each run goes: `<out>/<method>-seed<seed>`, or below a URL.
+
+    No seeds: the preset's own. Raises UserError for the first thing that is wrong, before anything runs.
+    """
+    if seeds is not None:
+        check_seed_given_once(sets, "--seeds")
+    plan = []
+    for seed in [None] if seeds is None else seeds:
+        for method in methods:
+            resolved = resolve(preset, method, sets, seed=seed)
+            label = f"{method} seed {resolved.general.seed}"
+            folder = out / f"{method}-seed{resolved.general.seed}"
+            remote = "" if url is None else f"{url.rstrip('/')}/{folder.name}"
+            plan.append(Planned(resolved, preset, tuple(sets), folder, label, remote))
+    return plan
+
+
+def default_methods(preset: str) -> list[str]:
+    """The preset's own list (`compare:`); UserError when it has none."""
+    methods = list(load_preset(preset).compare)
+    if not methods:
+        raise UserError(f"preset {preset} has no default methods; give --methods a,b,c (see `dualcl list methods`)")
+    return methods
+
+
+def is_finished(planned: Planned) -> bool:
+    """Whether the directory holds a finished record of this configuration.
+
+    Raises UserError when it holds a damaged record, or one of another configuration.
+    """
+    from dualcl.results.records import load_record
+
+    path = planned.out / "record.json"
+    if not path.is_file():
+        return False
+    record = load_record(path)
+    if record.data.get("config_hash") != planned.resolved.hash():
+        old, new = flatten(record.data["config"]), planned.resolved.flat(volatile=False)
+        differ = [f"{k} (there {old.get(k)!r}, now {v!r})" for k, v in new.items() if old.get(k) != v]
+        raise UserError(
+            f"{planned.out} holds a run with another configuration: {', '.join(differ[:3]) or 'older keys'}; "
+            "choose another --out or remove that folder"
+        )
+    return record.finished
+
+
+class Engine(Protocol):
+    """Does runs, resumes those that were begun, and says how each ended."""
+
+    def do(self, plan: Sequence[Planned]) -> list[Outcome]:
+        """One outcome per run, in the order of the plan; a run that fails does not stop the others.
+
+        KeyboardInterrupt stops all of them, resumable.
+        """
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a run asks of a scheduler; memory None: nothing said."""
+
+    cpus: int
+    gpus: float
+    memory_gib: float | None
+
+
+def needs(planned: Planned, *, cuda: bool) -> Needs:
+    """The declared resources of a run, completed; `cuda`: whether device=auto finds a GPU where it will run."""
+    general, asked = planned.resolved.general, planned.resolved.resources
+    on_gpu = general.device.startswith("cuda") or (general.device == "auto" and cuda)
+    gpus = float(on_gpu) if asked.gpus is None else asked.gpus
+    return Needs(asked.cpus or general.threads or 1, gpus, asked.memory_gib)
+
+
+def outcome_of(planned: Planned, code: int, last: str) -> Outcome:
+    """How a child process's end reads: its exit code (negative: a signal) and the last line of its stderr."""
+    if code == 0:
+        return Outcome(planned, 0)
+    if code < 0:
+        why = " (out of memory?)" if code == -9 else ""
+        return Outcome(planned, EXIT_FAILED, f"killed by signal {-code}{why}; the same command resumes")
+    text = last.removeprefix("dualcl: error: ").removeprefix("dualcl: run failed: ").removeprefix("dualcl: ")
+    return Outcome(planned, EXIT_USER if code == EXIT_USER else EXIT_FAILED, printable(text))
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads it any more
+        print(text, file=sys.stderr, flush=True)
+
+
+def describe_os_error(error: OSError, place: str | Path) -> str:
+    """`FILE: No space left on device`; writing to an open file gives no name, then `place` stands for it."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{place if error.filename is None else error.filename}: {reason}"

@@ -1,0 +1,1 @@
+"""Pretrained networks: one file per family, and what families share."""

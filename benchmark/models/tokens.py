@@ -1,0 +1,161 @@
+"""New words of a text encoder: each concept's rows are their own small parameter, the table stays frozen."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.reading import check_text
+
+
+def table_hash(table: Tensor) -> str:
+    """sha256 of an embedding table's bits."""
+    return hashlib.sha256(table.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+class ConceptTokens(nn.Module):
+    """Stands in for the token embedding of a CLIP text encoder: the frozen table, then rows of concepts.
+
+    A concept has `n_tokens` rows (n_tokens, D) in float32, a Parameter of its own: no optimiser ever holds the table or
+    an earlier concept's rows, so neither gradients nor weight decay can reach them. With several tokens a placeholder
+    `<c1>` stands for `<c1> <c1>_1 <c1>_2`, the convention of diffusers' `load_textual_inversion`.
+    """
+
+    def __init__(self, text_encoder: Any, tokenizer: Any, n_tokens: int = 1) -> None:
+        super().__init__()
+        embedding = text_encoder.get_input_embeddings()
+        self.tokenizer = tokenizer
+        self.n_tokens = n_tokens
+        self.base = embedding
+        self.base_size = len(tokenizer)
+        if embedding.num_embeddings < self.base_size:
+            raise UserError(
+                f"the tokenizer has {self.base_size} tokens, the text encoder {embedding.num_embeddings}; "
+                "they are of different models"
+            )
+        self.base_hash = table_hash(embedding.weight)
+        self.rows = nn.ParameterList()
+        self.placeholders: list[str] = []
+        self.train(embedding.training)
+        text_encoder.set_input_embeddings(self)
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen table; libraries ask an embedding for its weight."""
+        return self.base.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) -> embeddings (..., D)."""
+        base: Tensor = self.base(ids.clamp(max=self.base_size - 1))
+        if not len(self.rows):
+            return base
+        new = ids >= self.base_size
+        rows = torch.cat(list(self.rows))
+        learnt = F.embedding((ids - self.base_size).clamp(min=0), rows)
+        return torch.where(new[..., None], learnt.to(base.dtype), base)
+
+    def words(self, concept: int) -> list[str]:
+        """The tokens of a concept, the placeholder first."""
+        return self._names(self.placeholders[concept])
+
+    def _names(self, placeholder: str) -> list[str]:
+        return [placeholder, *(f"{placeholder}_{i}" for i in range(1, self.n_tokens))]
+
+    def add(
+        self,
+        placeholder: str,
+        init: Literal["random", "word"],
+        word: str,
+        generator: torch.Generator,
+        *,
+        rename: bool = True,
+    ) -> nn.Parameter:
+        """Adds a concept's tokens and returns their rows, shape (n_tokens, D).
+
+        Random rows are normal with the table's mean and standard deviation, per dimension. A placeholder that the
+        vocabulary has is renamed (`<c1>` to `<c1-2>`), or refused with `rename=False`. Raises UserError also when
+        `word` is not one token.
+        """
+        check_text(placeholder, "concept.placeholder")
+        check_text(word, "a class noun")
+        if not rename:
+            self.check_free(placeholder)
+        name, tried = placeholder, 1
+        while self._taken(name):
+            tried += 1
+            name = re.sub(r">?$", f"-{tried}>" if placeholder.endswith(">") else f"-{tried}", placeholder, count=1)
+        table = self.base.weight.detach().float()[: self.base_size]
+        if init == "word":
+            start = table[self.word_id(word)].repeat(self.n_tokens, 1)
+        else:
+            noise = torch.empty(self.n_tokens, table.shape[1]).normal_(generator=generator).to(table.device)
+            start = table.mean(0) + table.std(0) * noise
+        self.placeholders.append(name)
+        rows = nn.Parameter(start.clone())
+        self.rows.append(rows)
+        words = self.words(len(self.placeholders) - 1)
+        if self.tokenizer.add_tokens(words) != self.n_tokens:
+            raise UserError(f"the tokenizer did not take {', '.join(words)}; choose another concept.placeholder")
+        return rows
+
+    def check_free(self, placeholder: str) -> None:
+        """Raises UserError when the vocabulary has the placeholder."""
+        if self._taken(placeholder):
+            raise UserError(f"the vocabulary has {placeholder!r} already; choose another concept.placeholder")
+
+    def _taken(self, placeholder: str) -> bool:
+        vocabulary = self.tokenizer.get_vocab()
+        # a whole word is there in lower case, with its end marked
+        return any(w in vocabulary or f"{w.lower()}</w>" in vocabulary for w in self._names(placeholder))
+
+    def word_id(self, word: str) -> int:
+        """Token id of a word; UserError when it is not one token of the pretrained vocabulary."""
+        if not word:
+            raise UserError("concept.init=word needs a class noun of every concept; give one, or concept.init=random")
+        ids = self.tokenizer(word, add_special_tokens=False).input_ids
+        if len(ids) != 1 or ids[0] >= self.base_size:
+            raise UserError(
+                f"concept.init=word: {word!r} is {len(ids)} tokens of this model, not one of its words; choose another "
+                "noun, or concept.init=random"
+            )
+        return int(ids[0])
+
+    def expand(self, prompt: str) -> str:
+        """The prompt with every placeholder followed by its further tokens."""
+        if self.n_tokens == 1:
+            return prompt
+        for concept, name in enumerate(self.placeholders):
+            words = " ".join(self.words(concept))
+            prompt = self._pattern(name).sub(lambda _, words=words: words, prompt)  # type: ignore[misc]
+        return prompt
+
+    def used(self, prompt: str) -> list[int]:
+        """Concepts whose placeholder the prompt holds."""
+        return [i for i, name in enumerate(self.placeholders) if self._pattern(name).search(prompt)]
+
+    @staticmethod
+    def _pattern(placeholder: str) -> re.Pattern[str]:
+        """Where a prompt holds the placeholder: not in its further tokens, nor in `sks10` that of `sks1`."""
+        return re.compile(re.escape(placeholder) + (r"(?!\w)" if placeholder[-1].isalnum() else r"(?!_\d)"))
+
+    def check_table(self) -> None:
+        """Raises RuntimeError when a bit of the pretrained table has changed."""
+        if table_hash(self.base.weight) != self.base_hash:
+            raise RuntimeError("the pretrained token table has changed")
+
+    def rows_state(self) -> dict[str, Tensor]:
+        """The rows by concept."""
+        return {f"rows.{i}": r.detach() for i, r in enumerate(self.rows)}
+
+    @torch.no_grad()
+    def load_rows(self, state: Mapping[str, Tensor]) -> None:
+        """Restores `rows_state` of concepts that were added."""
+        for i, rows in enumerate(self.rows):
+            rows.copy_(state[f"rows.{i}"])

@@ -1,0 +1,42 @@
+"""Weights as files: safetensors, hashes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+import dualcl.benchmark.core.compat  # noqa: F401 - before timm
+
+# isort: split
+
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.reading import CONVERT
+
+
+def state_hash(state: Mapping[str, Tensor]) -> str:
+    """sha256 over names, dtypes, shapes and bytes of all tensors, in the order of their names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(f"{name}\t{tensor.dtype}\t{tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_safetensors(path: str | Path, key: str = "backbone.weights") -> dict[str, Tensor]:
+    """All tensors of a safetensors file; UserError that names the file when missing, truncated or another format."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{key}: {file} does not exist")
+    if file.suffix in (".pth", ".pt", ".bin", ".ckpt", ".tar"):
+        raise UserError(f"{key}: {file} is a pickle file, which is never loaded; {CONVERT}")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(f"{key}: {file} is no valid safetensors file (truncated?): {error}; replace it") from None

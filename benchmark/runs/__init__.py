@@ -1,0 +1,1 @@
+"""One run: the task loop, its folder, its progress."""

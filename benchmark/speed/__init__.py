@@ -1,0 +1,1 @@
+"""`dualcl bench`: speed and memory, alone and beside public code."""

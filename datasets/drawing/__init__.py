@@ -1,0 +1,1 @@
+"""Drawings: the bundled data is made by these."""

@@ -1,0 +1,1 @@
+"""How images are read: views, loaders, caches, downloads, checks."""

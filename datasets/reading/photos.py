@@ -1,0 +1,247 @@
+"""Folders of photographs of concepts."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.benchmark.core.safe_yaml import read_yaml
+from dualcl.benchmark.core.settings import positive
+from dualcl.datasets.concepts import NOUN, TOKEN, Concept, ConceptData, check_template, concepts_hash
+from dualcl.datasets.reading.folders import (
+    SUFFIXES,
+    OnBadImage,
+    bad_images,
+    check_on_bad_image,
+    folder_set,
+    image_files,
+)
+from dualcl.datasets.reading.split import stable_order
+from dualcl.datasets.reading.views import open_image
+
+#: the DreamBooth set's list of class nouns and evaluation prompts
+CLASSES_FILE = "prompts_and_classes.txt"
+#: class nouns that get that file's live-subject prompts
+LIVE_NOUNS = ("cat", "dog")
+#: images with a shorter side below this are noted in the record
+SMALL_SIDE = 64
+
+
+@dataclass(frozen=True)
+class PhotosConfig:
+    """Keys below `data.` of all sets of photographs."""
+
+    limit: int | None = field(default=None, metadata={"help": "only this many images per concept"})
+    min_images: int = field(default=1, metadata={"help": "a concept with fewer images is an error"})
+    on_bad_image: OnBadImage = field(default="stop", metadata={"help": "a file that cannot be read: stop or skip"})
+    validation: int = field(
+        default=0, metadata={"help": "keep the last so many concepts for `dualcl sweep`; all other runs leave them out"}
+    )
+    tuning: bool = field(
+        default=False, metadata={"help": "tune hyper-parameters: teach the validation concepts and no others"}
+    )
+
+    def __post_init__(self) -> None:
+        positive("data.limit", self.limit)
+        positive("data.min_images", self.min_images)
+        check_on_bad_image(self.on_bad_image)
+        positive("data.validation", self.validation, 0)
+        if self.tuning and not self.validation:
+            raise UserError("data.tuning=true needs validation concepts; set data.validation=N, in all other runs too")
+        if self.limit is not None and self.limit < self.min_images:
+            raise UserError(f"data.limit={self.limit} leaves fewer images than data.min_images={self.min_images}")
+
+    @property
+    def spares_concepts(self) -> bool:
+        """Whether validation concepts come on top of those that are reported on, which are chosen by number."""
+        return False
+
+
+@dataclass(frozen=True)
+class Words:
+    """The words that go with a concept; see `Concept`."""
+
+    noun: str = ""
+    prompts: tuple[str, ...] = ()
+    eval_prompts: tuple[str, ...] = ()
+
+
+def chosen_folders(key: str, chosen: Sequence[str] | None, there: Sequence[str], root: Path) -> list[str]:
+    """The `chosen` folders (None: all) out of those that are there; UserError naming `key` for an unknown one."""
+    if chosen is None:
+        return list(there)
+    if not chosen:
+        raise UserError(f"{key} is empty; name at least one folder of {root}")
+    for name in chosen:
+        if name not in there:
+            raise UserError(f"{key}: {root} has no folder {name!r}; {nearest(name, there, 'folders')}")
+        if list(chosen).count(name) > 1:
+            raise UserError(f"{key} names {name!r} twice; name each folder once")
+    return list(chosen)
+
+
+def check_numbers(key: str, numbers: Sequence[int] | None) -> None:
+    """UserError unless `numbers` is None or names at least one thing, each once."""
+    if numbers is not None and (not numbers or len(set(numbers)) < len(numbers)):
+        raise UserError(f"{key} must name at least one number and each once, got {list(numbers)}")
+
+
+def without_validation(concepts: Sequence[str], config: PhotosConfig) -> list[str]:
+    """The concepts that a run teaches: all but the last `data.validation`, or under `data.tuning` only those."""
+    left = len(concepts) - config.validation
+    if left < 1:
+        raise UserError(
+            f"data.validation={config.validation} leaves none of the {len(concepts)} concepts to report on; lower it"
+        )
+    return list(concepts[left:] if config.tuning else concepts[:left])
+
+
+def folder_files(root: Path, folders: Sequence[str]) -> dict[str, list[str]]:
+    """{folder: its images, as paths below `root`}; UserError for a folder without any."""
+    files = {folder: [f"{folder}/{name}" for name in image_files(root / folder)] for folder in folders}
+    for folder, names in files.items():
+        if not names:
+            raise UserError(f"the concept folder {root / folder} has no images ({', '.join(sorted(SUFFIXES))})")
+    return files
+
+
+def photo_concepts(
+    name: str,
+    root: Path,
+    files: Mapping[str, Sequence[str]],
+    words: Mapping[str, Words],
+    config: PhotosConfig,
+    split_name: str,
+) -> ConceptData:
+    """ConceptData of {concept: images below `root`}, all of them decoded once; see `PhotosConfig` for what is refused.
+
+    `files` also holds the validation concepts, last; of these and the others only those that the run teaches are read.
+    Facts: images and shortest side (pixels) of each concept, the sha256 of all files, and warnings in words.
+    """
+    files = {concept: files[concept] for concept in without_validation(list(files), config)}
+    bad = bad_images(root, [image for images in files.values() for image in images], config.on_bad_image)
+    concepts, warnings = [], []
+    sides: dict[str, int] = {}
+    digest = hashlib.sha256()
+    for concept, images in files.items():
+        good = [image for image in images if image not in bad]
+        if not good:
+            raise UserError(f"no image of the concept {concept!r} in {root} can be read; replace them")
+        if config.limit is not None:
+            good = [good[i] for i in sorted(stable_order(good, "limit")[: config.limit])]
+        if len(good) < config.min_images:
+            raise UserError(
+                f"the concept {concept!r} in {root} has {len(good)} image(s), data.min_images is {config.min_images}; "
+                "add images or lower it"
+            )
+        if len(good) == 1:
+            warnings.append(f"{concept}: one image only")
+        shorter = {image: _shorter_side(root / image) for image in good}
+        sides[concept] = min(shorter.values())
+        warnings += [f"{image}: its shorter side has {n} pixels only" for image, n in shorter.items() if n < SMALL_SIDE]
+        for image in good:
+            digest.update(hashlib.sha256((root / image).read_bytes()).digest())
+        given = words.get(concept, Words())
+        image_set = folder_set(root, good, np.zeros(len(good), dtype=np.int64))
+        concepts.append(Concept(concept, given.noun, image_set, given.prompts, given.eval_prompts))
+    if config.validation:
+        split_name += f"+{'validation' if config.tuning else 'without'}-{config.validation}"
+    if config.limit is not None:
+        split_name += f"+limit-{config.limit}"
+    return ConceptData(
+        name=name,
+        concepts=tuple(concepts),
+        split_name=split_name,
+        split_hash=concepts_hash(concepts),
+        skipped=tuple(sorted(bad)),
+        facts={
+            "images": {c.name: len(c.images) for c in concepts},
+            "shortest_side": sides,
+            "images_sha256": digest.hexdigest(),
+            "warnings": warnings,
+        },
+    )
+
+
+def _shorter_side(path: Path) -> int:
+    with open_image(path) as image:
+        return min(image.size)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); give a text file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path} (it is not UTF-8); save it as a text file in UTF-8") from error
+
+
+def read_words(path: Path, concepts: Sequence[str], known: Mapping[str, Words]) -> dict[str, Words]:
+    """`known` words with those of a YAML file on top: {concept: {noun: ..., prompts: [...], eval_prompts: [...]}}."""
+    content = read_yaml(_read_text(path), str(path))
+    if not isinstance(content, dict):
+        raise UserError(f"{path} must be a mapping such as {{dog: {{noun: dog, prompts: [a photo of {TOKEN}]}}}}")
+    out = dict(known)
+    for key, given in content.items():
+        concept = str(key)
+        if concept not in concepts:
+            raise UserError(f"{path}: there is no concept folder {concept!r}; {nearest(concept, concepts)}")
+        if not isinstance(given, dict):
+            raise UserError(f"{path}: {concept} must have keys such as noun and prompts, got {given!r}")
+        fields: dict[str, Any] = {str(name): _word(path, concept, str(name), value) for name, value in given.items()}
+        out[concept] = replace(out.get(concept, Words()), **fields)
+    return out
+
+
+def _word(path: Path, concept: str, key: str, value: Any) -> str | tuple[str, ...]:
+    """The value of a key of a concept, checked."""
+    if key == "noun":
+        if not isinstance(value, str):
+            raise UserError(f"{path}: noun of {concept} must be text, got {value!r}")
+        return value.strip()
+    if key not in ("prompts", "eval_prompts"):
+        hint = nearest(key, ("noun", "prompts", "eval_prompts"), "keys")
+        raise UserError(f"{path}: unknown key {key!r} of {concept}; {hint}")
+    templates = [value] if isinstance(value, str) else value
+    if not isinstance(templates, list) or not all(isinstance(t, str) for t in templates):
+        raise UserError(f"{path}: {key} of {concept} must be a list of prompts, got {value!r}")
+    for template in templates:
+        check_template(template, f"{path}, {key} of {concept}")
+    return tuple(templates)
+
+
+def read_classes(path: Path, scenes: bool = False) -> dict[str, Words]:
+    """Words by subject from the DreamBooth set's prompts_and_classes.txt; `scenes`: with its prompts for evaluation.
+
+    Its live-subject prompts go to cats and dogs, its object prompts to all others. UserError when a list is missing.
+    """
+    text = _read_text(path)
+    table = re.search(r"^subject_name\s*,\s*class\s*$\n((?:^[^,\n]+,[^,\n]+$\n?)+)", text, flags=re.MULTILINE)
+    if table is None:
+        raise UserError(f"{path} has no list of subjects below a line `subject_name,class`; mend or remove it")
+    rows = [line.split(",") for line in table[1].splitlines()]
+    nouns = {subject.strip(): noun.strip() for subject, noun in rows}
+    if not scenes:
+        return {subject: Words(noun) for subject, noun in nouns.items()}
+    objects, live = (_templates(path, text, title) for title in ("Object Prompts", "Live Subject Prompts"))
+    return {s: Words(noun, eval_prompts=live if noun in LIVE_NOUNS else objects) for s, noun in nouns.items()}
+
+
+def _templates(path: Path, text: str, title: str) -> tuple[str, ...]:
+    """Templates of one of the file's lists, written as Python: 'a {0} {1} in the snow'.format(...)."""
+    section = re.search(rf"^{title}\s*$(.*?)^\]", text, flags=re.MULTILINE | re.DOTALL)
+    lines = re.findall(r"""^\s*(['"])(.*)\1\.format\(""", section[1], flags=re.MULTILINE) if section else []
+    templates = tuple(line.replace("{0}", TOKEN).replace("{1}", NOUN) for _, line in lines)
+    if not templates:
+        raise UserError(f"{path} has no prompts below `{title}`; mend it, or set data.scenes=false")
+    for template in templates:
+        check_template(template, f"{path}, {title}")
+    return templates

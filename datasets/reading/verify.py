@@ -1,0 +1,87 @@
+"""Decodes every image before any training, and remembers which files were good."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from dualcl.benchmark.core.machine import usable_cpus
+from dualcl.benchmark.core.reading import read_json
+from dualcl.datasets.reading.cache import cache_dir
+from dualcl.datasets.reading.download import Progress
+from dualcl.datasets.reading.kept import in_threads
+from dualcl.datasets.reading.views import check_blocks, decode_image
+
+
+def why_unreadable(path: Path) -> str | None:
+    """One line on why `path` cannot be decoded in full, None when it can."""
+    try:
+        decode_image(path)
+        check_blocks(path)
+    except OSError as error:
+        if isinstance(error, Image.UnidentifiedImageError):
+            return "empty file" if path.stat().st_size == 0 else "not an image, or damaged at its start"
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
+
+
+def verify_images(root: Path, ids: Sequence[str]) -> dict[str, str]:
+    """Decodes the files `root`/id and returns {id: reason} of those that cannot be read.
+
+    Files that were good before, with the same size and time of change, are not decoded again. That memory is one small
+    file per root below `cache_dir`; when it cannot be read or written, everything is decoded.
+    """
+    memory = cache_dir() / "verified" / f"{hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:16]}.json"
+    known = _read(memory)
+    stamps: dict[str, list[int]] = {}
+    bad: dict[str, str] = {}
+    for name in ids:
+        try:
+            stat = (root / name).stat()
+            stamps[name] = [stat.st_size, stat.st_mtime_ns]
+        except OSError as error:
+            bad[name] = error.strerror or str(error)
+    new = [name for name, stamp in stamps.items() if known.get(name) != stamp]
+    progress = Progress("checking images", len(new), unit=(1, "images"))
+    with warnings.catch_warnings():
+        # what Pillow only warns of (corrupt EXIF, one to two times its limit of pixels) can be decoded
+        warnings.filterwarnings("ignore", module="PIL")
+        reasons = in_threads(lambda name: why_unreadable(root / name), new, usable_cpus())
+        for done, (name, reason) in enumerate(zip(new, reasons, strict=True), 1):
+            progress.update(done)
+            if reason is not None:
+                bad[name] = reason
+    progress.close()
+    good = {name: stamp for name, stamp in stamps.items() if name not in bad}
+    if any(known.get(name) != stamp for name, stamp in good.items()):
+        _write(memory, {**known, **good})
+    return bad
+
+
+def _read(path: Path) -> dict[str, list[int]]:
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write(path: Path, content: dict[str, list[int]]) -> None:
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):  # an unwritable cache costs time only
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("w", encoding="utf-8") as file:
+                json.dump(content, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)

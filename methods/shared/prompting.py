@@ -1,0 +1,108 @@
+"""What the prompt methods share: prompts as prefixes of attention blocks, option checks, cosines in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dualcl.methods.base import Method, ParamGroup, check
+
+if TYPE_CHECKING:
+    from dualcl.benchmark.core.domain import Domain, PrefixDomain
+
+
+def check_length(name: str, length: int) -> None:
+    """Raises UserError unless `length` splits into equally many key and value positions."""
+    check(length >= 2, f"{name} must be at least 2 (one key and one value position), got {length}")
+    check(
+        length % 2 == 0,
+        f"{name} must be even, since half of a prompt goes to the keys and half to the values, got {length}; "
+        f"use {length - 1} or {length + 1}",
+    )
+
+
+def check_blocks(name: str, blocks: tuple[int, ...]) -> None:
+    """Raises UserError unless `blocks` is a list of distinct block indices."""
+    check(len(blocks) > 0, f"{name} must name at least one attention block, got an empty list")
+    check(min(blocks) >= 0, f"{name} must not hold negative block indices, got {list(blocks)}")
+    check(len(set(blocks)) == len(blocks), f"{name} must not name a block twice, got {list(blocks)}")
+
+
+def check_depth(name: str, field: str, blocks: tuple[int, ...], n_blocks: int) -> None:
+    """Raises UserError when `blocks`, which the setting `name` asks for, reach beyond the backbone's `n_blocks`.
+
+    The mend proposes a value for `field`: the blocks that exist, else the last one.
+    """
+    missing = [b for b in blocks if b >= n_blocks]
+    mend = ",".join(str(b) for b in blocks if b < n_blocks) or str(n_blocks - 1)
+    check(
+        not missing,
+        f"{name} asks for blocks {missing}, but the backbone has {n_blocks} attention blocks (0..{n_blocks - 1}); "
+        f"set {field}={mend} or take a deeper backbone",
+    )
+
+
+def halves(prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """Splits prompts (..., L, D) into what is prepended to the keys and to the values, each (..., L/2, D)."""
+    keys, values = prompts.chunk(2, dim=-2)
+    return keys, values
+
+
+def cosine(query: Tensor, keys: Tensor) -> Tensor:
+    """Cosine of each query (B, D) with each key (n_blocks, M, D), shape (n_blocks, B, M), never autocast."""
+    with torch.autocast(query.device.type, enabled=False):
+        return F.normalize(query.to(keys.dtype), dim=-1) @ F.normalize(keys, dim=-1).mT
+
+
+def count_choices(choice: Tensor, pool: int) -> Tensor:
+    """How often each of `pool` members occurs in `choice` (n_blocks, ...), shape (n_blocks, pool); no device sync."""
+    members = torch.arange(pool, device=choice.device)
+    return (choice.flatten(1).unsqueeze(-1) == members).sum(dim=1)
+
+
+def majority(choice: Tensor, pool: int) -> Tensor:
+    """What a batch votes for: the k most frequent of its choices (n_blocks, B, k) among `pool` members, for each row.
+
+    Most votes first, ties by the lower index. Source: `batchwise_prompt` of the public L2P code (google-research/l2p).
+    """
+    ranked = count_choices(choice, pool).sort(dim=-1, descending=True, stable=True).indices
+    return ranked[:, None, : choice.shape[-1]].expand_as(choice)
+
+
+class PromptMethod(Method):
+    """Base of the methods that learn prefixes for a frozen ViT; subclasses say what `provide` returns.
+
+    Prompts enter as prefix tuning: half of a prompt is prepended to a block's keys, half to its values. Tensors of all
+    prompted blocks are stacked in their first axis.
+    """
+
+    requires = ("prefix",)
+
+    def __init__(self, config: Any, domain: Domain, n_tasks: int, seed: int) -> None:
+        super().__init__(config, domain, n_tasks, seed)
+        prefix_domain = cast("PrefixDomain", domain)
+        self.n_blocks = prefix_domain.n_blocks
+        self.feature_dim = prefix_domain.feature_dim
+        self._key_loss: Tensor | None = None
+        prefix_domain.set_prefix_provider(self.provide)
+
+    def provide(self, query: Tensor, training: bool) -> Mapping[int, tuple[Tensor, Tensor]]:
+        """Prefixes {block: (keys (B, L/2, D), values (B, L/2, D))} for queries (B, D)."""
+        raise NotImplementedError
+
+    def penalty(self) -> Tensor | None:
+        """The key loss of the last training forward pass, a scalar; handed out once."""
+        loss, self._key_loss = self._key_loss, None
+        return loss
+
+    def uniform(self, generator: torch.Generator, *shape: int) -> nn.Parameter:
+        """A parameter drawn from uniform(0, 1), the reference's initialisation of L2P and DualPrompt."""
+        return nn.Parameter(torch.rand(shape, generator=generator).to(self.domain.device))
+
+    def group(self, *params: nn.Parameter) -> list[ParamGroup]:
+        """`params` as the one group of the method."""
+        return [ParamGroup("prompts", list(params), self.config.lr, self.config.weight_decay)]

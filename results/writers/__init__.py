@@ -1,0 +1,1 @@
+"""A report in one form each: text, Markdown, LaTeX, CSV, HTML."""
