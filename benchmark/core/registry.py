@@ -15,10 +15,10 @@ import os
 import re
 import sys
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from dualcl.benchmark.core.errors import UserError, nearest
 
@@ -59,52 +59,71 @@ class Plugin:
         """`package 1.2`, or the file."""
         return f"{self.package} {self.version}" if self.package else str(self.file)
 
+    @property
+    def place(self) -> str:
+        """For errors."""
+        return f"{self.origin} ({self.file})" if self.package else self.origin
+
     def record(self) -> dict[str, str]:
         """For the record of a run."""
         own = {"package": self.package, "version": self.version} if self.package else {"file": self.file.name}
         return {"kind": "package" if self.package else "file", **own, "sha256": self.sha256}
 
 
+class Info(Protocol):
+    """What is known of something registered, without importing it; `plugin` None: built in."""
+
+    @property
+    def name(self) -> str:
+        """As registered."""
+
+    @property
+    def module(self) -> str:
+        """To be imported; "" for a file."""
+
+    @property
+    def plugin(self) -> Plugin | None:
+        """Where it comes from."""
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A registered class."""
+    """A registered class as read."""
 
     name: str
     class_name: str
     module: str
-    file: Path
     #: the decorator's keywords
     given: dict[str, Any]
-    #: None: built in
     plugin: Plugin | None = None
 
-    @property
-    def place(self) -> str:
-        """For errors: where it is registered."""
-        if self.plugin is None:
-            return f"dualcl itself ({self.file.parent.name}/{self.file.name})"
-        return f"{self.plugin.origin} ({self.file})" if self.plugin.package else str(self.file)
+
+Found = TypeVar("Found", bound=Info)
 
 
-def registered(folder: Path, package: str, decorator: str, group: str) -> dict[str, Entry]:
-    """What the files of a folder and entry points of the group register with `@decorator("name", key=literal, ...)`.
+def registered(folder: Path, package: str, decorator: str, make: Callable[[Entry], Found]) -> dict[str, Found]:
+    """What a folder's files, then entry points of installed packages, register with `@decorator("name", key=literal)`.
 
-    `package`: the folder's, as it is imported. Raises UserError for a name that is registered twice.
+    `package`: the folder's, as it is imported, and the entry points' group. Raises UserError for a name given twice.
     """
-    out: dict[str, Entry] = {}
+    out: dict[str, Found] = {}
     for path in sorted(folder.glob("*.py")):
         for name, class_name, given in _read(path.read_bytes(), path, decorator):
-            _add(out, Entry(name, class_name, f"{package}.{path.stem}", path, given))
-    for entry in _installed(decorator, group):
-        _add(out, entry)
+            info = make(Entry(name, class_name, f"{package}.{path.stem}", given))
+            check_free(out, info)
+            out[name] = info
+    for entry in _installed(decorator, package):
+        check_free(out, info := make(entry))
+        out[info.name] = info
     return out
 
 
-def _add(out: dict[str, Entry], entry: Entry) -> None:
-    other = out.setdefault(entry.name, entry)
-    if other is not entry and (other.file, other.class_name) != (entry.file, entry.class_name):
-        places = f"{other.place} and in {entry.place}"
-        raise UserError(f"the name {entry.name!r} is registered in {places}; rename one of the two, or take it away")
+def check_free(taken: Mapping[str, Info], info: Info) -> None:
+    """UserError when something else has the name, with both places."""
+    other = taken.get(info.name, info)
+    if other != info:
+        places = " and in ".join(i.module if i.plugin is None else i.plugin.place for i in (other, info))
+        raise UserError(f"the name {info.name!r} is registered in {places}; rename one of the two, or take it away")
 
 
 @functools.lru_cache(maxsize=256)
@@ -116,11 +135,10 @@ def _read(text: bytes, path: Path, decorator: str) -> list[tuple[str, str, dict[
         line = f", line {error.lineno}" if isinstance(error, SyntaxError) and error.lineno else ""
         raise UserError(f"{path}{line} is no Python: {getattr(error, 'msg', error)}") from error
     out: list[tuple[str, str, dict[str, Any]]] = []
-    for node in body:
-        for call in node.decorator_list if isinstance(node, ast.ClassDef) else ():
+    for node in (node for node in body if isinstance(node, ast.ClassDef)):
+        for call in node.decorator_list:
             called = call.func if isinstance(call, ast.Call) else call
             if decorator in (getattr(called, "id", ""), getattr(called, "attr", "")):
-                assert isinstance(node, ast.ClassDef)
                 name, given = _arguments(call, f"{path}, line {call.lineno}", decorator)
                 if name in {n for n, *_ in out}:
                     raise UserError(f"{path} registers {name!r} twice; rename one of the two")
@@ -170,7 +188,7 @@ def _installed(decorator: str, group: str) -> Iterator[Entry]:
         version = point.dist.version if point.dist is not None else ""
         for name, cls, given in found:
             plugin = Plugin(name, path, hashlib.sha256(text).hexdigest(), package, version)
-            yield Entry(name, cls, module, path, given, plugin)
+            yield Entry(name, cls, module, given, plugin)
 
 
 def _file_of(module: str, dist: importlib.metadata.Distribution | None) -> Path | None:
@@ -212,32 +230,33 @@ def _parts(reference: str) -> tuple[str, str | None]:
     return match["what"], match["sha256"]
 
 
-def find(reference: str, known: Mapping[str, Entry], decorator: str, unknown: str) -> Entry:
-    """The entry of NAME, FILE.py or FILE.py:NAME; `unknown` begins the error for a name that nobody registers."""
+def find(
+    reference: str, known: Mapping[str, Found], decorator: str, make: Callable[[Entry], Found], unknown: str = ""
+) -> Found:
+    """What NAME, FILE.py or FILE.py:NAME means; `unknown` begins the error for a name that nobody registers."""
     what, sha256 = _parts(reference)
     if is_file(reference):
-        entry = _named(what, known, decorator)
+        info = make(_named(what, decorator))
+        check_free(known, info)
     elif what in known:
-        entry = known[what]
+        info = known[what]
     else:
-        raise UserError(f"{unknown} {what!r}; {nearest(what, known, _NOUNS[decorator] + 's')}")
-    if sha256 is not None and (entry.plugin is None or entry.plugin.sha256 != sha256):
-        now = "built in" if entry.plugin is None else f"sha256 {entry.plugin.sha256[:12]}"
-        raise UserError(f"{entry.file} has changed: {now}, sha256 {sha256[:12]} when the run was planned; put it back")
-    return entry
+        noun = _NOUNS[decorator]
+        raise UserError(f"unknown {noun} {unknown}{what!r}; {nearest(what, known, noun + 's')}")
+    if sha256 is not None and (info.plugin is None or info.plugin.sha256 != sha256):
+        now = f"{info.module} is built in" if info.plugin is None else f"{info.plugin.place} has changed"
+        raise UserError(f"{now}: the run was planned with sha256 {sha256[:12]}; put it back, or start anew")
+    return info
 
 
-def _named(what: str, known: Mapping[str, Entry], decorator: str) -> Entry:
+def _named(what: str, decorator: str) -> Entry:
     noun, match = _NOUNS[decorator], _FILE.fullmatch(what)
     if match is None:
         raise UserError(f"{what} is no .py file; give the {noun}'s file, FILE.py:NAME where it has several, or a name")
     path = Path(os.path.abspath(os.path.expanduser(match["file"])))
     text = _bytes(path)
     sha256 = hashlib.sha256(text).hexdigest()
-    found = {
-        name: Entry(name, cls, "", path, given, Plugin(name, path, sha256))
-        for name, cls, given in _read(text, path, decorator)
-    }
+    found = {name: (cls, given) for name, cls, given in _read(text, path, decorator)}
     if not found:
         raise UserError(f"{path} registers no {noun}: decorate its class with @{decorator}(...)")
     name = match["name"]
@@ -246,9 +265,8 @@ def _named(what: str, known: Mapping[str, Entry], decorator: str) -> Entry:
         raise UserError(f"{path} registers {len(found)} {noun}s, {', '.join(found)}; choose one, {path.name}:{first}")
     if name is not None and name not in found:
         raise UserError(f"{path} registers no {noun} {name!r}; {nearest(name, found, 'there')}")
-    entry = found[name or next(iter(found))]
-    _add(dict(known), entry)
-    return entry
+    name = name or next(iter(found))
+    return Entry(name, found[name][0], "", found[name][1], Plugin(name, path, sha256))
 
 
 def _bytes(path: Path) -> bytes:
@@ -312,8 +330,3 @@ def _executed(plugin: Plugin) -> types.ModuleType:
         del sys.modules[name]
         raise
     return module
-
-
-def said(names: Iterable[str]) -> str:
-    """`a, b` for a list of names."""
-    return ", ".join(names)

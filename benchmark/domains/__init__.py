@@ -27,16 +27,16 @@ def domain_class(name: str) -> type[Domain]:
 
 
 @functools.lru_cache(maxsize=32)
-def _data_config(domain: str, data_name: str) -> type:
-    from dualcl.datasets import dataset_class
+def _data_config(domain: str, reference: str) -> type:
+    from dualcl.datasets import dataset_class, dataset_info
 
-    config: type = dataset_class(data_name, domain).Config
+    config: type = dataset_class(reference, domain).Config
     named = dataclasses.make_dataclass(config.__name__, [], bases=(config,), frozen=True)
-    named.dataset_name = data_name  # type: ignore[attr-defined]
+    named.dataset_name = dataset_info(reference, domain).name  # type: ignore[attr-defined]
     return named
 
 
-def domain_sections(domain: str, data_name: str) -> dict[str, type]:
-    """Section name -> config class for this domain and data set."""
+def domain_sections(domain: str, data: str) -> dict[str, type]:
+    """Section name -> config class for this domain and data set, a reference of the registry."""
     sections: dict[str, type] = domain_class(domain).sections_config  # type: ignore[attr-defined]
-    return {"data": _data_config(domain, data_name), **sections}
+    return {"data": _data_config(domain, data), **sections}
