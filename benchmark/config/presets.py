@@ -15,6 +15,7 @@ from dualcl.benchmark.core.reading import check_name
 from dualcl.benchmark.core.registry import absolute, check_free, is_file
 from dualcl.benchmark.core.safe_yaml import read_yaml
 from dualcl.benchmark.core.settings import flatten
+from dualcl.methods import available_methods, method_info
 
 PRESET_DIR = Path(__file__).parents[1] / "presets"
 
@@ -105,8 +106,6 @@ def load_preset(name_or_path: str, method: str = "", _chain: tuple[str, ...] = (
 
 def _methods(references: Iterable[str]) -> dict[str, str]:
     """Registered methods and those of files, by name, and what the registry finds each by."""
-    from dualcl.methods import available_methods, method_info
-
     known = dict(available_methods())
     for reference in filter(is_file, references):
         info = method_info(reference)

@@ -27,6 +27,17 @@ CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 HALVES = re.compile("[\ud800-\udfff]")
 
 
+def parse_names(text: str, what: str) -> list[str]:
+    """`a,b,c` -> ["a", "b", "c"]; UserError when one is empty or given twice."""
+    names = [name.strip() for name in text.split(",")]
+    for i, name in enumerate(names):
+        if not name:
+            raise UserError(f"--{what} {text!r} has an empty entry; separate the entries with single commas")
+        if name in names[:i]:
+            raise UserError(f"--{what} names {name!r} twice; give it once")
+    return names
+
+
 def check_text(text: str, where: str) -> None:
     """UserError naming `where` for text that came of bytes that are no UTF-8: nothing could write or encode it."""
     if HALVES.search(text):

@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.datasets import dataset_class, dataset_info
 
 if TYPE_CHECKING:
     from dualcl.benchmark.core.domain import Domain
@@ -28,8 +29,6 @@ def domain_class(name: str) -> type[Domain]:
 
 @functools.lru_cache(maxsize=32)
 def _data_config(domain: str, reference: str) -> type:
-    from dualcl.datasets import dataset_class, dataset_info
-
     config: type = dataset_class(reference, domain).Config
     named = dataclasses.make_dataclass(config.__name__, [], bases=(config,), frozen=True)
     named.dataset_name = dataset_info(reference, domain).name  # type: ignore[attr-defined]

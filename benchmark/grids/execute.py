@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.benchmark.core.text import say
 from dualcl.benchmark.grids.local import Local, SideBySide
 from dualcl.benchmark.grids.plan import Engine, Outcome, Planned, is_finished
 from dualcl.benchmark.runs.progress import Reporter
@@ -57,16 +58,17 @@ def execute(
     return [outcomes[planned.out] for planned in plan]
 
 
-def exit_code(outcomes: Iterable[Outcome]) -> int:
-    """The largest exit code of the runs."""
-    return max((outcome.code for outcome in outcomes), default=0)
+def conclude(outcomes: Sequence[Outcome], quiet: bool) -> int:
+    """Tells how many runs finished, and of each that did not, why; the largest of their exit codes.
 
-
-def summary_lines(outcomes: Sequence[Outcome]) -> list[str]:
-    """How many runs finished, and one line per run that did not."""
+    Where all finished, `quiet` says nothing.
+    """
     bad = [o for o in outcomes if o.code]
-    lines = [f"{len(outcomes) - len(bad)} of {len(outcomes)} runs finished"]
-    return lines + [f"failed: {o.planned.label}: {o.error}" for o in bad]
+    if bad or not quiet:
+        say(f"{len(outcomes) - len(bad)} of {len(outcomes)} runs finished")
+    for o in bad:
+        say(f"failed: {o.planned.label}: {o.error}")
+    return max((o.code for o in bad), default=0)
 
 
 ENGINES = ("local", "ray")

@@ -231,7 +231,7 @@ def plan_sweep(
     on validation data, see `validation`. Raises UserError for the first thing that is wrong, before anything runs.
     """
     if select is None:
-        select = KINDS[domain_class(load_preset(preset).domain).matrix_kind].quality
+        select = KINDS[domain_class(load_preset(preset, method).domain).matrix_kind].quality
     if select not in METRICS:
         raise UserError(f"unknown metric --select {select!r}; {nearest(select, METRICS, 'metrics')}")
     axes = [parse_axis(text) for text in over] if over else space(preset, method)

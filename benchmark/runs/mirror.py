@@ -390,3 +390,13 @@ def push_files(folder: Path, url: str) -> None:
             target = f"{root}/{file.name if file == folder else file.relative_to(folder).as_posix()}"
             fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             fs.put_file(str(file), target)
+
+
+def local_and_url(place: Path | str) -> tuple[Path, str | None]:
+    """The folder to read records from, and the URL of which it is a copy, if it is one."""
+    return (place, None) if isinstance(place, Path) else (local_copy(place, "records"), place)
+
+
+def fetched(places: Iterable[Path | str]) -> list[Path]:
+    """Folders as they are; of URLs the folders that their records were fetched into."""
+    return [place if isinstance(place, Path) else pull_records(place) for place in places]

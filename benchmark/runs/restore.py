@@ -101,8 +101,8 @@ def restore(
 
     A customization run needs its base model but neither its photographs nor its prior images. `after` (1, 2, ...) asks
     for the state after that task. `loaded` is called with the domain before the method attaches to it: the pretrained
-    model as it was found. `method` and `data` name the files of plug-ins, which no record can. Raises UserError when there
-    is no such run or checkpoint, or when the pretrained weights are not those of the run.
+    model as it was found. `method` and `data` name the files of plug-ins, which no record can. Raises UserError when
+    there is no such run or checkpoint, or when the pretrained weights are not those of the run.
     """
     folder = RunFolder(Path(run_dir))
     record = folder.read_record() if folder.path.is_dir() else None

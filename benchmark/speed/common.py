@@ -18,9 +18,9 @@ from typing import Any, TypeVar
 from dualcl.benchmark.config.presets import load_preset
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import RunFailed, UserError
+from dualcl.benchmark.core.reading import parse_names
 from dualcl.benchmark.core.settings import parse_assignment
 from dualcl.benchmark.core.text import align
-from dualcl.benchmark.grids.plan import parse_names
 
 #: where the methods' hyper-parameters and the optimiser come from
 PRESET = "imagenet-r-10"

@@ -13,9 +13,9 @@ from typing import Any
 
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.reading import parse_names
 from dualcl.benchmark.core.settings import parse_assignment
 from dualcl.benchmark.core.text import align
-from dualcl.benchmark.grids.plan import parse_names
 from dualcl.benchmark.speed.common import add_shared, ascending_counts, fixed, in_process, measure_all, positive_count
 
 #: the methods' hyper-parameters: of the published benchmarks with Stable Diffusion, and of the bundled model

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dualcl.benchmark.core.errors import RunFailed, UserError, nearest
+from dualcl.benchmark.core.reading import parse_names
 from dualcl.benchmark.core.text import align
-from dualcl.benchmark.grids.plan import parse_names
 from dualcl.benchmark.speed.common import fixed, measure_all, positive_count, say
 
 #: kinds of `dualcl bench`: the module with `add_arguments(parser)` and `main(args) -> int`, and a line of help
