@@ -16,6 +16,8 @@ from dualcl.methods import available_methods
 from dualcl.results.published.render import overview
 from dualcl.results.report import terminal_stream
 
+_STORES = "; stores data"
+
 
 def _bundled_backbones() -> dict[str, str]:
     """Bundled backbones and what each was trained on, read without timm."""
@@ -32,12 +34,7 @@ def _list_rows(what: str) -> list[list[str]]:
     if what == "methods":
         methods = sorted(available_methods().values(), key=lambda m: m.name)
         return [
-            [
-                m.name,
-                ", ".join(m.domains),
-                _origin(m.plugin),
-                f"{m.summary}{'; stores data' if m.stores_data else ''} [{m.source}]",
-            ]
+            [m.name, ", ".join(m.domains), _origin(m.plugin), f"{m.summary}{_STORES * m.stores_data} [{m.source}]"]
             for m in methods
         ]
     if what == "presets":
