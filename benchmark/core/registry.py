@@ -174,9 +174,9 @@ def _arguments(call: ast.expr, where: str, decorator: str) -> tuple[str, dict[st
 
 
 def _installed(decorator: str, group: str) -> Iterator[Entry]:
-    for point in importlib.metadata.entry_points(group=group):
+    points = importlib.metadata.entry_points(group=group)
+    for package, point in sorted(("" if p.dist is None else p.dist.name, p) for p in points):
         module, _, class_name = point.value.replace(" ", "").partition(":")
-        package = point.dist.metadata["Name"] if point.dist is not None else point.name
         said = f"package {package}: its entry point {point.name} = {point.value} ({group})"
         path = _file_of(module, point.dist)
         if path is None:

@@ -192,7 +192,7 @@ def test_a_new_file_is_enough_and_a_name_given_twice_raises(tmp_path, monkeypatc
     found = available_methods.__wrapped__()
     assert {n: (i.module, i.domains) for n, i in found.items()} == {"first": ("dualcl.methods.a", ("classification",))}
     (tmp_path / "b.py").write_text(ONE.format(name="first"))
-    with pytest.raises(ValueError, match=r"'first' is registered in a\.py and in b\.py"):
+    with pytest.raises(UserError, match=r"'first' is registered in dualcl\.methods\.a and in dualcl\.methods\.b"):
         available_methods.__wrapped__()
 
 
