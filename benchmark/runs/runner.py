@@ -297,7 +297,7 @@ class Run(Steps):
 
 def _check_config(record: dict[str, Any], resolved: Resolved, path: Path) -> None:
     """A folder made with another configuration is refused, with the keys that differ."""
-    old = {k: v for k, v in flatten(record["config"]).items() if k not in resolved.volatile}
+    old = resolved.telling(flatten(record["config"]))
     new = resolved.flat(volatile=False)
     differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     if differ:
