@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 
+from dualcl.benchmark.core.bar import Bar
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.reading import read_json
 from dualcl.benchmark.core.settings import positive
 from dualcl.datasets.base import register_dataset
 from dualcl.datasets.concepts import ConceptData
-from dualcl.datasets.reading.download import Progress, download
+from dualcl.datasets.reading.download import download
 from dualcl.datasets.reading.photos import PhotosConfig, Words, check_numbers, photo_concepts
 from dualcl.datasets.reading.split import stable_order
 from dualcl.datasets.reading.verify import why_unreadable
@@ -200,14 +201,13 @@ def _fetch_landmark(
     """Fetches up to `limit` of a landmark's images, in a stable random order; returns those that are good, sorted."""
     good: list[str] = []
     total = len(images) if limit is None else min(limit, len(images))
-    progress = Progress(name, total, unit=(1, "images"))
-    for index in stable_order(images, "landmarks"):
-        if len(good) == total:
-            break
-        if _fetch_image(root / _place(images[index]), addresses.get(images[index])):
-            good.append(images[index])
-            progress.update(len(good))
-    progress.close()
+    with Bar(name, total, "images") as bar:
+        for index in stable_order(images, "landmarks"):
+            if len(good) == total:
+                break
+            if _fetch_image(root / _place(images[index]), addresses.get(images[index])):
+                good.append(images[index])
+                bar.update()
     if len(good) < total:
         print(f"{name}: {len(good)} of {total} images can be had", file=sys.stderr)
     return sorted(good)

@@ -23,7 +23,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
-from dualcl.datasets.reading.download import Progress
+from dualcl.benchmark.core.bar import Bar
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -196,13 +196,12 @@ def _fill(path: Path, count: int, decode: Callable[[int], Decoded], limit: int, 
             expected = sum(decode(i).pixels.nbytes for i in _some(count, 16)) * count // min(count, 16)
             make_room(path.parent, expected, limit)
             table = np.zeros(count, _ENTRY)
-            progress = Progress("decoding images", count, unit=(1, "images"))
-            for index, image in enumerate(prepared(decode, range(count), workers, 4 * max(1, workers))):
-                pixels = np.ascontiguousarray(image.pixels)
-                table[index] = (*pixels.shape[:2], *image.full, zlib.crc32(pixels.data))
-                file.write(pixels.data)
-                progress.update(index + 1)
-            progress.close()
+            with Bar("decoding images", count, "images") as bar:
+                for index, image in enumerate(prepared(decode, range(count), workers, 4 * max(1, workers))):
+                    pixels = np.ascontiguousarray(image.pixels)
+                    table[index] = (*pixels.shape[:2], *image.full, zlib.crc32(pixels.data))
+                    file.write(pixels.data)
+                    bar.update()
             length = file.tell()
             file.write(table.tobytes())
             file.write(_FOOTER.pack(_MAGIC, count, length, zlib.crc32(table.tobytes())))

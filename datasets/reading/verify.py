@@ -12,10 +12,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from dualcl.benchmark.core.bar import Bar
 from dualcl.benchmark.core.machine import usable_cpus
 from dualcl.benchmark.core.reading import read_json
 from dualcl.datasets.reading.cache import cache_dir
-from dualcl.datasets.reading.download import Progress
 from dualcl.datasets.reading.kept import in_threads
 from dualcl.datasets.reading.views import check_blocks, decode_image
 
@@ -49,16 +49,14 @@ def verify_images(root: Path, ids: Sequence[str]) -> dict[str, str]:
         except OSError as error:
             bad[name] = error.strerror or str(error)
     new = [name for name, stamp in stamps.items() if known.get(name) != stamp]
-    progress = Progress("checking images", len(new), unit=(1, "images"))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), Bar("checking images", len(new), "images") as bar:
         # what Pillow only warns of (corrupt EXIF, one to two times its limit of pixels) can be decoded
         warnings.filterwarnings("ignore", module="PIL")
         reasons = in_threads(lambda name: why_unreadable(root / name), new, usable_cpus())
-        for done, (name, reason) in enumerate(zip(new, reasons, strict=True), 1):
-            progress.update(done)
+        for name, reason in zip(new, reasons, strict=True):
+            bar.update()
             if reason is not None:
                 bad[name] = reason
-    progress.close()
     good = {name: stamp for name, stamp in stamps.items() if name not in bad}
     if any(known.get(name) != stamp for name, stamp in good.items()):
         _write(memory, {**known, **good})
