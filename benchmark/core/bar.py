@@ -22,51 +22,31 @@ def redraws(stream: Any) -> bool:
 
 
 class Bar(tqdm):
-    """Counts from `start` to `total` (None: unknown), `size` of them making a `unit`; `update(n)` counts n more.
+    """Counts from `initial` to `total` (None: unknown), `size` of them making a `unit`; `update(n)` counts n more.
 
-    It says nothing for `interval` seconds, on a terminal for `wait`; `close` takes it away.
+    It says nothing for `interval` seconds, on a terminal for `wait`; `close` takes it away. `given` goes to tqdm.
     """
 
     monitor_interval = 0  # a thread, and a run forks
+    wait = 0.5
 
     def __init__(
-        self,
-        name: str,
-        total: int | None,
-        unit: str,
-        *,
-        start: int = 0,
-        size: int = 1,
-        stream: Any = None,
-        interval: float = LINE_SECONDS,
-        wait: float = 0.5,
+        self, name: str, total: int | None, unit: str, size: int = 1, interval: float = LINE_SECONDS, **given: Any
     ) -> None:
-        stream = sys.stderr if stream is None else stream
-        self.size, self.moves = size, redraws(stream)
-        super().__init__(
-            desc=name,
-            total=total,
-            initial=start,
-            unit=unit,
-            file=stream,
-            leave=False,
-            position=0,
-            miniters=1,
-            mininterval=BAR_SECONDS if self.moves else interval,
-            delay=wait if self.moves else interval,
-            bar_format="{desc} |{bar}| {facts}" if self.moves else "{desc}: {facts}",
-        )
+        self.size, self.moves = size, redraws(given.setdefault("file", sys.stderr))
+        every, wait = (BAR_SECONDS, self.wait) if self.moves else (interval, interval)
+        shown = "{desc} |{bar}| {facts}" if self.moves else "{desc}: {facts}"
+        given |= {"unit": unit, "bar_format": shown, "mininterval": every, "delay": wait}
+        super().__init__(desc=name, total=total, miniters=1, position=0, leave=False, **given)
 
     def eta(self, seconds: float) -> list[str]:
-        """The time left when it took `seconds` from `start` to here; empty before there is one, and at the end."""
-        done = self.n - self.initial
-        if done <= 0 or self.total is None or self.n >= self.total:
-            return []
-        return [f"ETA {duration((self.total - self.n) * seconds / done)}"]
+        """The time left when it took `seconds` from `initial` to here; empty before there is one, and at the end."""
+        done, left = self.n - self.initial, (self.total or 0) - self.n
+        return [f"ETA {duration(left * seconds / done)}"] if done > 0 and left > 0 else []
 
     def facts(self, seconds: float) -> list[str]:
         """What is said beside the bar, `seconds` after it began."""
-        of = "" if self.total is None else f" of {self.total / self.size:.0f}"
+        of = f" of {self.total / self.size:.0f}" if self.total else ""
         share = f" ({100 * self.n / self.total:.0f}%)" if self.total else ""
         speed = (self.n - self.initial) / self.size / max(seconds, 1e-9)
         return [f"{self.n / self.size:.0f}{of} {self.unit}{share}", *self.eta(seconds), f"{speed:.1f} {self.unit}/s"]
@@ -75,11 +55,11 @@ class Bar(tqdm):
     def format_dict(self) -> dict[str, Any]:
         """As tqdm's; the name gives way before the facts do."""
         told = super().format_dict
-        told["facts"] = ", ".join(self.facts(told["elapsed"]))
-        if not self.moves:
-            return {**told, "ncols": None}
-        columns = shutil.get_terminal_size().columns
-        return {**told, "ncols": columns - 1, "prefix": self.desc[: max(0, columns - len(told["facts"]) - 13)]}
+        told |= {"facts": ", ".join(self.facts(told["elapsed"])), "ncols": None}
+        if self.moves:
+            told["ncols"] = shutil.get_terminal_size().columns - 1
+            told["prefix"] = self.desc[: max(0, told["ncols"] - len(told["facts"]) - 12)]
+        return told
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
         """As tqdm's; a line where nothing can be written over."""

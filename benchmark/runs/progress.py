@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 from dualcl.benchmark.core.bar import LINE_SECONDS, Bar, redraws
 from dualcl.benchmark.core.text import duration, printable
@@ -27,9 +27,11 @@ def peak_mib() -> float | None:
 class _Steps(Bar):
     """The optimiser steps of a task."""
 
-    def __init__(self, loss: float, name: str, total: int, start: int, reporter: Reporter) -> None:
+    wait = 0.0
+
+    def __init__(self, loss: float, *given: Any, **more: Any) -> None:
         self.loss = loss
-        super().__init__(name, total, "steps", start=start, stream=reporter, interval=reporter.interval, wait=0)
+        super().__init__(*given, **more)
 
     def facts(self, seconds: float) -> list[str]:
         """Loss, ETA and memory."""
@@ -71,7 +73,8 @@ class Reporter:
         if self.quiet:
             return
         if self._bar is None:  # a resumed task starts in the middle: the ETA counts from here
-            self._bar = _Steps(loss, self._prefixed(self._title), self._steps, step, self)
+            name, interval = self._prefixed(self._title), self.interval
+            self._bar = _Steps(loss, name, self._steps, "steps", interval=interval, initial=step, file=self)
         self._bar.loss = loss
         self._bar.update(step - self._bar.n)
         if self._bar.moves and step >= self._steps:

@@ -223,7 +223,7 @@ def _copy(
     name: str,
     max_bytes: int | None,
 ) -> None:
-    with Bar(name, total, "MiB", start=have, size=MIB) as bar:
+    with Bar(name, total, "MiB", MIB, initial=have) as bar:
         while True:
             try:
                 # what has come by now: a wait for a full chunk would lose it when the server stalls

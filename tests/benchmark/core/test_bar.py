@@ -16,6 +16,12 @@ from dualcl.benchmark.core.bar import Bar
 MIB = 1 << 20
 
 
+class Now(Bar):
+    """Seen at once."""
+
+    wait = 0.0
+
+
 class Terminal(io.StringIO):
     """A text stream that says it is a terminal."""
 
@@ -32,7 +38,7 @@ def lines_of(text: str) -> list[str]:
 
 
 def test_bytes_are_told_in_lines_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    with Bar("data.bin", 4 * MIB, "MiB", size=MIB, interval=0) as bar:
+    with Bar("data.bin", 4 * MIB, "MiB", MIB, interval=0) as bar:
         bar.update(MIB)
     out, err = capsys.readouterr()
     assert out == ""
@@ -41,9 +47,9 @@ def test_bytes_are_told_in_lines_on_stderr(capsys: pytest.CaptureFixture[str]) -
 
 def test_things_and_an_unknown_total() -> None:
     stream = io.StringIO()
-    with Bar("checking", 10, "images", stream=stream, interval=0) as bar:
+    with Bar("checking", 10, "images", file=stream, interval=0) as bar:
         bar.update(5)
-    with Bar("page.html", None, "MiB", size=MIB, stream=stream, interval=0) as bar:
+    with Bar("page.html", None, "MiB", MIB, file=stream, interval=0) as bar:
         bar.update(3 * MIB)
     assert lines_of(stream.getvalue())[1].startswith("checking: 5 of 10 images (50%), ETA ")
     assert re.fullmatch(r"page\.html: 3 MiB, \d+\.\d MiB/s", lines_of(stream.getvalue())[-1])
@@ -51,7 +57,7 @@ def test_things_and_an_unknown_total() -> None:
 
 def test_what_goes_on_is_counted_from_where_it_began() -> None:
     stream = io.StringIO()
-    with Bar("data.bin", 1000, "images", start=900, stream=stream, interval=0) as bar:
+    with Bar("data.bin", 1000, "images", initial=900, file=stream, interval=0) as bar:
         bar.start_t -= 10
         bar.update(10)
     first, last = lines_of(stream.getvalue())
@@ -61,7 +67,7 @@ def test_what_goes_on_is_counted_from_where_it_began() -> None:
 
 def test_what_is_done_in_a_moment_says_nothing() -> None:
     for stream in (io.StringIO(), Terminal()):
-        with Bar("quick", 1, "images", stream=stream) as bar:
+        with Bar("quick", 1, "images", file=stream) as bar:
             bar.update()
         assert stream.getvalue() == ""
 
@@ -70,9 +76,7 @@ def test_a_terminal_gets_one_line_that_is_taken_away(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "70")
     stream = Terminal()
-    with Bar(
-        "a name that is far too long for so narrow a line, by any measure", 2, "images", stream=stream, wait=0
-    ) as bar:
+    with Now("a name that is far too long for so narrow a line, by any measure", 2, "images", file=stream) as bar:
         bar.update(2)
         bar.refresh()
     shown = stream.getvalue().split("\r")
@@ -87,7 +91,7 @@ def test_a_terminal_gets_one_line_that_is_taken_away(monkeypatch: pytest.MonkeyP
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()
-    with Bar("checking", 2, "images", stream=stream, interval=0) as bar:
+    with Bar("checking", 2, "images", file=stream, interval=0) as bar:
         bar.update()
     assert lines_of(stream.getvalue())[-1].startswith("checking: 1 of 2 images (50%), ")
 
@@ -95,7 +99,7 @@ def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_no_thread_is_started_and_a_forked_process_can_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     before = threading.active_count()
-    with Bar("checking", 2, "images", stream=Terminal(), wait=0) as bar:
+    with Now("checking", 2, "images", file=Terminal()) as bar:
         assert threading.active_count() == before
         if (child := os.fork()) == 0:
             bar.update()
@@ -109,7 +113,7 @@ def test_on_a_real_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "80")
     ours, theirs = pty.openpty()
-    with os.fdopen(theirs, "w", encoding="utf-8") as stream, Bar("checking", 4, "images", stream=stream, wait=0) as bar:
+    with os.fdopen(theirs, "w", encoding="utf-8") as stream, Now("checking", 4, "images", file=stream) as bar:
         bar.update(1)
         bar.refresh()
         shown = os.read(ours, 4096).decode()
