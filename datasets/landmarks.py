@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 
 from dualcl.benchmark.core.bar import Bar
 from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.files import write_json
 from dualcl.benchmark.core.reading import read_json
 from dualcl.benchmark.core.settings import positive
 from dualcl.datasets.base import register_dataset
@@ -159,7 +159,7 @@ class Landmarks:
             )
         if config.landmarks is None:
             choice["by_rule"] = done
-        _write_choice(root, choice)
+        write_json(root / CHOICE, choice)
         cls.load(config)
 
 
@@ -248,9 +248,3 @@ def _read_choice(root: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged; remove it and {_mend(root)}") from error
-
-
-def _write_choice(root: Path, choice: dict[str, Any]) -> None:
-    temporary = root / f"{CHOICE}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(choice, indent=1, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(root / CHOICE)

@@ -1,4 +1,4 @@
-"""Downloads that resume, are checked, and say in one line what to do when they cannot go on; safe unpacking."""
+"""Downloads that resume, are checked, and say in one line what to do when they cannot go on."""
 
 from __future__ import annotations
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +12,11 @@ from pathlib import Path
 from PIL import Image
 
 from dualcl.benchmark.core.bar import Bar
+from dualcl.benchmark.core.files import atomic_write
 from dualcl.benchmark.core.machine import usable_cpus
 from dualcl.benchmark.core.reading import read_json
 from dualcl.datasets.reading.cache import cache_dir
-from dualcl.datasets.reading.kept import in_threads
+from dualcl.datasets.reading.threads import in_threads
 from dualcl.datasets.reading.views import check_blocks, decode_image
 
 
@@ -59,7 +59,8 @@ def verify_images(root: Path, ids: Sequence[str]) -> dict[str, str]:
                 bad[name] = reason
     good = {name: stamp for name, stamp in stamps.items() if name not in bad}
     if any(known.get(name) != stamp for name, stamp in good.items()):
-        _write(memory, {**known, **good})
+        with contextlib.suppress(OSError), atomic_write(memory) as file:  # an unwritable cache costs time only
+            file.write(json.dumps({**known, **good}).encode())
     return bad
 
 
@@ -69,17 +70,3 @@ def _read(path: Path) -> dict[str, list[int]]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _write(path: Path, content: dict[str, list[int]]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):  # an unwritable cache costs time only
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
