@@ -22,8 +22,9 @@ from dualcl.benchmark.core.reading import read_json
 from dualcl.benchmark.core.settings import positive
 from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.stable_diffusion import Diffusion
+from dualcl.datasets.reading.cache import cache_dir
 from dualcl.datasets.reading.folders import class_folders, image_files
-from dualcl.datasets.reading.verify import cache_dir, why_unreadable
+from dualcl.datasets.reading.verify import why_unreadable
 from dualcl.datasets.reading.views import decode_image
 
 

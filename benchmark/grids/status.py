@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 import sys
 import threading
@@ -15,6 +14,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from dualcl.benchmark.core.bar import redraws
 from dualcl.benchmark.core.text import duration, printable
 from dualcl.benchmark.grids.survey import STATES, PlannedRun, RunState, Survey, counts, seconds_left
 from dualcl.results.files import csv_cell
@@ -123,11 +123,6 @@ def watch(look: Callable[[], list[RunState]], seconds: float, stream: TextIO) ->
         if not any(s.state in ("waiting", "running") for s in states):
             return
         time.sleep(seconds)
-
-
-def redraws(stream: TextIO) -> bool:
-    """Whether lines on `stream` can be replaced."""
-    return stream.isatty() and os.environ.get("TERM", "") != "dumb"
 
 
 class _Screen:
