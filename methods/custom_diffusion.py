@@ -80,5 +80,5 @@ class CustomDiffusion(Finetune):
     output_scope: ClassVar[Literal["task", "seen"]] = "task"
 
     def __init__(self, config: CustomDiffusionConfig, domain: Domain, n_tasks: int, seed: int) -> None:
-        set_up(config, domain)
         super().__init__(config, domain, n_tasks, seed)
+        set_up(config, domain)

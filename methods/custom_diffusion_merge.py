@@ -73,8 +73,8 @@ class CustomDiffusionMerge(SiteWeights):
     requires = ("prior", "concept_inputs")
 
     def __init__(self, config: CustomDiffusionMergeConfig, domain: Domain, n_tasks: int, seed: int) -> None:
-        set_up(config, domain)
         super().__init__(config, domain, n_tasks, seed)
+        set_up(config, domain)
         self.pretrained = self.flat().detach()
         self.gram: Tensor | None = None
         self.tasks = 0
@@ -101,12 +101,11 @@ class CustomDiffusionMerge(SiteWeights):
     def merged(self, tasks: int) -> Tensor:
         """The weights of all sites (n,) that map each of the first `tasks` concepts' inputs as its own weights do."""
         domain = cast(ConceptInputsDomain, self.domain)
-        with torch.autocast(self.pretrained.device.type, enabled=False):
-            inputs = [domain.concept_inputs(j).to("cpu", torch.float64) for j in range(tasks)]
-            if self.gram is None:
-                common = domain.common_inputs(self.config.captions).to("cpu", torch.float64)
-                self.gram = common.T @ common
-                self.gram.diagonal().add_(float(self.config.ridge) * self.gram.diagonal().mean())
+        inputs = [domain.concept_inputs(j).to("cpu", torch.float64) for j in range(tasks)]
+        if self.gram is None:
+            common = domain.common_inputs(self.config.captions).to("cpu", torch.float64)
+            self.gram = common.T @ common
+            self.gram.diagonal().add_(float(self.config.ridge) * self.gram.diagonal().mean())
         project = merging_map(torch.cat(inputs), self.gram)
         sizes = [w.numel() for w in self.weights]
         learnt = [self.learnt(j).split(sizes) for j in range(tasks)]
@@ -117,6 +116,6 @@ class CustomDiffusionMerge(SiteWeights):
             parts.append((start + torch.cat(moved, dim=1) @ project).float().reshape(-1))
         return torch.cat(parts)
 
-    def stored_parameters(self) -> int:
+    def stored(self) -> int:
         """Every concept's weights."""
         return self.tasks * self.pretrained.numel()
