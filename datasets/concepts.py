@@ -29,12 +29,10 @@ class Request:
     kind: str = "object"
 
     def __post_init__(self) -> None:
-        for name, value in (("target", self.target), ("anchor", self.anchor), ("kind", self.kind)):
-            if not value.strip():
-                raise UserError(f"a request of {self.target!r} has an empty {name}; give its words")
-            check_name(value, f"a request's {name}")
-        if self.target == self.anchor:
-            raise UserError(f"the request to unlearn {self.target!r} has itself as anchor; name something else")
+        for word in (self.target, self.anchor, self.kind):
+            check_name(word, "a request's word")
+        if not (self.target.strip() and self.anchor.strip() and self.target != self.anchor):
+            raise UserError(f"a request of {self.target!r} for {self.anchor!r} instead; give two different things")
 
 
 def _none(index: int) -> Image.Image:

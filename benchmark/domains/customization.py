@@ -26,14 +26,7 @@ from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.text_to_image import BaseConfig, TextToImage
 from dualcl.benchmark.models.tokens import ConceptTokens
 from dualcl.datasets import dataset_class
-from dualcl.datasets.concepts import (
-    Concept,
-    ConceptData,
-    ConceptStream,
-    Request,
-    check_template,
-    make_concept_stream,
-)
+from dualcl.datasets.concepts import ConceptData, ConceptStream, Request, check_template, make_concept_stream
 
 
 @dataclass(frozen=True)
@@ -176,10 +169,9 @@ class Customization(Domain):
                 f"method {name} needs sites that read the text alone, {mixed[0]} of {self.diffusion.info.name} reads "
                 "more; choose another base.model or method"
             )
-        if "requests" in needs and not self.stream.requests:
-            raise UserError(f"method {name} unlearns, {self.stream.data.name} has no requests; choose another data set")
-        if self.stream.requests and "requests" not in needs:
-            raise UserError(f"{self.stream.data.name} holds requests to unlearn; method {name} takes none")
+        if ("requests" in needs) != bool(self.stream.requests):
+            verb, held = ("unlearns", "no requests") if "requests" in needs else ("learns", "requests to unlearn")
+            raise UserError(f"method {name} {verb}, {self.stream.data.name} holds {held}; choose another of the two")
         if self.makes_pictures:
             self._picture_requests()
 
@@ -311,13 +303,14 @@ class Customization(Domain):
                 self.tokens.check_free(self._wanted_placeholder(index))
             for template in templates:
                 if concept.request is None:
-                    self._check_length(template, concept)
+                    self._check_length(template, index)
                 else:
                     words = (concept.request.target, concept.request.anchor)
                     self.diffusion.vocabularies[0].ids([self.fill(template, index, word) for word in words])
 
-    def _check_length(self, template: str, concept: Concept) -> None:
-        vocabulary, n_tokens = self.diffusion.vocabularies[0], self.concept_config.n_tokens
+    def _check_length(self, template: str, task: int) -> None:
+        concept, vocabulary = self.stream.concepts[task], self.diffusion.vocabularies[0]
+        n_tokens = self.concept_config.n_tokens
         noun = f" {concept.noun} " if self.concept_config.class_noun and "{noun}" not in template else " "
         words = template.replace("{token}", noun).replace("{noun}", concept.noun)
         size = len(vocabulary.tokenizer(words).input_ids) + n_tokens * template.count("{token}")
@@ -350,6 +343,8 @@ class Customization(Domain):
                 [square(images.load(i), size, config.interpolation) for i in range(len(images))]
             )
         return self._pixels[task]
+
+    concept_images = pixels
 
     def _encode(self, pixels: Tensor, prompts: list[tuple[str, ...]], augment: bool) -> Entries:
         """Latents of uint8 images (n, S, S, 3) with the prompts of each; mirrored copies are entries of their own."""
@@ -533,7 +528,7 @@ class Customization(Domain):
         kept[:, :first] = False
         return self.diffusion.encode_text(prompts).states[kept].float()
 
-    # --- capability: errors -----------------------------------------------------------------------------------------
+    # --- capabilities: errors, requests, token rows -----------------------------------------------------------------
 
     def predictions(self, batch: ConceptBatch, prompts: Sequence[str]) -> Tensor:
         """What the model predicts (B, P, C, h, w), float32, for each sample under each prompt; tokens expanded."""
@@ -550,12 +545,10 @@ class Customization(Domain):
 
     def frozen(self) -> Callable[[ConceptBatch, Sequence[str]], Tensor]:
         """`predictions` of the model as it stands now, without gradient; whatever stays frozen is not copied."""
-        learnt = {id(p) for p in (*self.model.parameters(), *self.tokens.rows)}
-        parts = (p for p in vars(self.diffusion).values() if isinstance(p, nn.Module))
-        shared = {id(p): p for part in parts for p in part.parameters() if id(p) not in learnt}
-        for vocabulary in self.diffusion.vocabularies:
-            shared[id(vocabulary.tokenizer)] = vocabulary.tokenizer
-        twin = copy.deepcopy(self.diffusion, shared)
+        model, learnt = self.diffusion, {id(p) for p in (*self.model.parameters(), *self.tokens.rows)}
+        weights = [p for part in vars(model).values() if isinstance(part, nn.Module) for p in part.parameters()]
+        kept = [v.tokenizer for v in model.vocabularies] + [p for p in weights if id(p) not in learnt]
+        twin = copy.deepcopy(model, {id(x): x for x in kept})
         twin.network.requires_grad_(False)
 
         @torch.no_grad()
@@ -563,8 +556,6 @@ class Customization(Domain):
             return self._predictions(twin, batch, prompts)
 
         return predictions
-
-    # --- capability: requests ---------------------------------------------------------------------------------------
 
     def request(self, task: int) -> Request:
         """What the task is to unlearn."""
@@ -589,12 +580,6 @@ class Customization(Domain):
             self._pixels[task.index] = torch.cat(list(found.values()))
             self._captions[task.index] = [(prompt,) for prompt, images in found.items() for _ in images]
             task.size = task.facts["n_train"] = len(self._captions[task.index])
-
-    # --- capability: token rows -------------------------------------------------------------------------------------
-
-    def concept_images(self, task: int) -> Tensor:
-        """The task's photographs, uint8 (n, S, S, 3)."""
-        return self.pixels(task)
 
     def token_rows(self, task: int) -> tuple[Tensor, ...]:
         """Copies of the task's rows (n_tokens, D), one for each vocabulary."""

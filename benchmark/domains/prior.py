@@ -20,6 +20,7 @@ from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.processes import ALONE, Processes
 from dualcl.benchmark.core.reading import read_json
 from dualcl.benchmark.core.settings import positive
+from dualcl.benchmark.domains.concept_batches import square
 from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.text_to_image import TextToImage
 from dualcl.datasets.reading.folders import class_folders, image_files
@@ -121,8 +122,6 @@ def _write(folder: Path, images: Tensor, prompt: str) -> None:
 
 
 def _from_folder(root: Path, noun: str, size: int) -> Tensor:
-    from dualcl.benchmark.domains.concept_batches import square
-
     folder = root
     if not folder.is_dir():
         raise UserError(f"prior.images={root} is no folder; give one with images, or prior.images=generated")

@@ -166,7 +166,7 @@ class Learnt:
                 "variant": base.variant,
                 "weights_dtype": base.weights_dtype,
                 "prediction_type": info.prediction_type,
-                "pipeline": self.domain.diffusion.pipeline(),
+                "pipeline": self.domain.diffusion.pipeline,
             },
             "run": {
                 "preset": resolved.preset,

@@ -107,14 +107,10 @@ def sample(
                     f"the images of {batch[0]!r} are not finite: the weights have diverged, or are too large for this "
                     "precision; lower method.lr or the penalty's weight, or set precision=fp32"
                 )
-            parts = latents.split(_decoded_at_once(info.image_size))
+            parts = latents.split(max(1, DECODED_PIXELS // info.image_size**2))
             decoded.append(torch.cat([model.decode(part) for part in parts]))
     decoded = processes.together(decoded)
     return torch.cat(decoded) if decoded else torch.empty(0, info.image_size, info.image_size, 3, dtype=torch.uint8)
-
-
-def _decoded_at_once(image_size: int) -> int:
-    return max(1, DECODED_PIXELS // image_size**2)
 
 
 def _denoise(model: TextToImage, noise: Tensor, text: Text, scheduler: Any, guidance: float) -> Tensor:

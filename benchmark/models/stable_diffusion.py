@@ -6,7 +6,7 @@ import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -14,43 +14,28 @@ from torch import Tensor, nn
 import dualcl.benchmark.core.compat  # noqa: F401 - before diffusers
 
 # isort: split
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dualcl.benchmark.core.domain import Site
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.models.lean import make_lean
-from dualcl.benchmark.models.text_to_image import (
-    BaseConfig,
-    ModelInfo,
-    SchedulerName,
-    Text,
-    TextToImage,
-    Vocabulary,
-    load_parts,
-)
+from dualcl.benchmark.models.text_to_image import BaseConfig, ModelInfo, Text, TextToImage, Vocabulary
 from dualcl.benchmark.models.weights import state_hash
-
-PARTS: dict[str, Any] = {
-    "tokenizer": CLIPTokenizer,
-    "scheduler": DDPMScheduler,
-    "text_encoder": CLIPTextModel,
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-}
 
 
 class StableDiffusion(TextToImage):
     """Tokenizer, CLIP text encoder, U-Net, VAE and noise schedule; all frozen and in evaluation mode."""
 
     title = "Stable Diffusion 1.x and 2.x"
+    pipeline = StableDiffusionPipeline.__name__
+    parts: ClassVar[Mapping[str, Any]] = {
+        "tokenizer": CLIPTokenizer,
+        "scheduler": DDPMScheduler,
+        "text_encoder": CLIPTextModel,
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+    }
 
     def __init__(
         self,
@@ -66,6 +51,9 @@ class StableDiffusion(TextToImage):
         self.tokenizer, self.scheduler = tokenizer, scheduler
         self.text_encoder, self.unet, self.vae = text_encoder, unet, vae
         self.network = unet
+        attentions = {n: unet.get_submodule(n.rpartition(".")[0]) for n in cross_attention_sites(unet)}
+        # some U-Nets have a second self-attention there
+        self.text_only = frozenset(n for n, a in attentions.items() if getattr(a, "is_cross_attention", True))
         self.device = torch.device(device)
         for part in (text_encoder, unet, vae):
             part.requires_grad_(False).eval().to(self.device)
@@ -91,87 +79,28 @@ class StableDiffusion(TextToImage):
         return not {"text_encoder_2", "transformer", "prior"} & index.keys()
 
     @classmethod
-    def load(
-        cls, source: Path | str, config: BaseConfig, name: str, weights: str, device: torch.device | str
-    ) -> StableDiffusion:
-        """The model at `source`; UserError when a part lacks or does not fit the others."""
-        missing = [p for p in PARTS if isinstance(source, Path) and not (source / p).is_dir()]
-        if missing:
-            lacking = ", ".join(f"{p}/" for p in missing)
-            raise UserError(f"{config.model} lacks {lacking}; a Stable Diffusion directory has {', '.join(PARTS)}")
-        parts = load_parts(source, config, PARTS)
+    def built(cls, parts: dict[str, Any], config: BaseConfig, **about: Any) -> StableDiffusion:
+        """A model of loaded parts, sites in float32; UserError when they do not fit."""
         _check_fit(parts, config.model)
         for site in cross_attention_sites(parts["unet"]).values():
             site.module.float()
         if config.gradient_checkpointing:
             parts["unet"].enable_gradient_checkpointing()
-        return cls(**parts, name=name, weights=weights, device=device)
-
-    # --- the network ------------------------------------------------------------------------------------------------
+        return cls(**parts, **about)
 
     def sites(self) -> dict[str, Site]:
         """K and V of every cross-attention."""
         return cross_attention_sites(self.unet)
 
-    @property
-    def text_only(self) -> frozenset[str]:
-        """K and V of every cross-attention, whatever modules stand there; not of a second self-attention."""
-        return frozenset(
-            f"{name}.{leaf}"
-            for name, module in self.unet.named_modules()
-            if name.rpartition(".")[2] == "attn2" and getattr(module, "is_cross_attention", True)
-            for leaf in ("to_k", "to_v")
-        )
-
     def encode_text(self, prompts: Sequence[str]) -> Text:
         """Last hidden states (N, L, D) of the text encoder."""
         return Text(self.text_encoder(self.vocabularies[0].ids(prompts)).last_hidden_state)
-
-    @torch.no_grad()
-    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the scaled latents (N, C, h, w), float32, of pixels (N, 3, S, S) in [-1, 1]."""
-        scale = self.vae.config.scaling_factor
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        return posterior.mean.float() * scale, posterior.std.float() * scale
-
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (N, S, S, 3) uint8 on the CPU of scaled latents (N, C, h, w)."""
-        pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
-        levels = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round()
-        return levels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
-
-    def draw_times(self, n: int, generator: torch.Generator) -> Tensor:
-        """Steps of the noise schedule (n,), int64."""
-        return torch.randint(0, self.info.timesteps, (n,), generator=generator)
-
-    def noised(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """The noised latents, and the noise or the velocity."""
-        velocity = self.info.prediction_type == "v_prediction"
-        target = self.scheduler.get_velocity(clean, noise, times) if velocity else noise
-        return self.scheduler.add_noise(clean, noise, times), target
 
     def predict(self, noisy: Tensor, times: Tensor, text: Text) -> Tensor:
         """The predicted noise or velocity (B, C, h, w), float32."""
         dtype = self.unet.conv_in.weight.dtype
         out: Tensor = self.unet(noisy.to(dtype), times, encoder_hidden_states=text.states.to(dtype)).sample
         return out.float()
-
-    def sampler(self, name: SchedulerName, steps: int) -> Any:
-        """As StableDiffusionPipeline: latents are never clipped, and timesteps are shifted by one."""
-        if not 1 <= steps < self.info.timesteps:
-            raise UserError(f"denoising steps must be from 1 to {self.info.timesteps - 1}, got {steps}")
-        cls: Any = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}[name]
-        fixed: dict[str, Any] = {"ddim": {"clip_sample": False}, "dpm": {}}[name]
-        scheduler = cls.from_config(self.scheduler.config, steps_offset=1, **fixed)
-        scheduler.set_timesteps(steps)
-        return scheduler
-
-    # --- files ------------------------------------------------------------------------------------------------------
-
-    def pipeline(self) -> str:
-        """Name of diffusers' pipeline class."""
-        return StableDiffusionPipeline.__name__
 
     def lora_key(self, site: str, form: str) -> str:
         """What LoRA files of the form call a module of the U-Net."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,12 +14,11 @@ from torch import Tensor, nn
 import dualcl.benchmark.core.compat  # noqa: F401 - before diffusers
 
 # isort: split
-from diffusers.utils import logging as diffusers_logging
-from transformers.utils import logging as transformers_logging
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from dualcl.benchmark.core.domain import Site
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.core.reading import check_text, no_pickles
+from dualcl.benchmark.core.reading import check_text
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SchedulerName = Literal["ddim", "dpm"]
@@ -91,25 +89,30 @@ class Text:
         self.states = states
         self.further = further
 
-    def __len__(self) -> int:
-        return len(self.states)
-
     def __getitem__(self, index: Any) -> Text:
         return Text(self.states[index], **{name: tensor[index] for name, tensor in self.further.items()})
 
 
 class TextToImage(ABC):
-    """A pretrained text-to-image model, frozen and in evaluation mode.
+    """A pretrained text-to-image model, frozen and in evaluation mode; a family is a subclass.
 
-    B noised latents, N prompts, latents (C, h, w), images of S x S pixels. Passes run under the caller's autocast.
+    B noised latents (C, h, w), N prompts, images of S x S pixels. Passes run under the caller's autocast. VAE and noise
+    schedule are those of diffusion models that predict noise or velocity; a family with others has methods of its own.
     """
 
-    #: what its users call it, for error messages
+    #: what its users call it, and diffusers' class of such pipelines
     title: ClassVar[str]
+    pipeline: ClassVar[str]
+    #: folders of a model directory, and the classes that read them
+    parts: ClassVar[Mapping[str, Any]]
     #: what is adapted: a U-Net, a transformer
     network: nn.Module
+    vae: Any
+    scheduler: Any
     info: ModelInfo
     vocabularies: tuple[Vocabulary, ...]
+    #: modules of the network whose input is `Text.states` alone: sampling runs them once per prompt
+    text_only: frozenset[str]
     device: torch.device
 
     @classmethod
@@ -119,54 +122,20 @@ class TextToImage(ABC):
 
     @classmethod
     @abstractmethod
-    def load(
-        cls, source: Path | str, config: BaseConfig, name: str, weights: str, device: torch.device | str
-    ) -> TextToImage:
-        """The model at `source` (a directory, or a hub id); UserError when a part lacks or does not fit the others."""
+    def built(cls, parts: dict[str, Any], config: BaseConfig, **about: Any) -> TextToImage:
+        """A model of loaded parts; `about`: name, origin of the weights, device. UserError when they do not fit."""
 
     @abstractmethod
     def sites(self) -> dict[str, Site]:
         """The projections of the network that methods adapt: K and V of the layers that read the prompt."""
-
-    @property
-    @abstractmethod
-    def text_only(self) -> frozenset[str]:
-        """Modules of the network whose input is `Text.states` alone: sampling runs them once per prompt."""
 
     @abstractmethod
     def encode_text(self, prompts: Sequence[str]) -> Text:
         """What the network reads of prompts with expanded tokens; UserError when one is too long."""
 
     @abstractmethod
-    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the scaled latents (N, C, h, w), float32, of pixels (N, 3, S, S) in [-1, 1]."""
-
-    @abstractmethod
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images (N, S, S, 3) uint8 on the CPU of scaled latents (N, C, h, w)."""
-
-    @abstractmethod
-    def draw_times(self, n: int, generator: torch.Generator) -> Tensor:
-        """`n` random times of the noise schedule, on the CPU."""
-
-    @abstractmethod
-    def noised(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
-        """The noised latents (B, C, h, w), and what the network should predict for them."""
-
-    @abstractmethod
     def predict(self, noisy: Tensor, times: Tensor, text: Text) -> Tensor:
         """The network's prediction (B, C, h, w) float32; times (B,), or one for all; a row of text for each sample."""
-
-    @abstractmethod
-    def sampler(self, name: SchedulerName, steps: int) -> Any:
-        """A diffusers scheduler with its timesteps set: `timesteps`, `init_noise_sigma`, `step`.
-
-        UserError for too many steps.
-        """
-
-    @abstractmethod
-    def pipeline(self) -> str:
-        """Name of diffusers' pipeline class."""
 
     @abstractmethod
     def lora_key(self, site: str, form: str) -> str:
@@ -174,56 +143,44 @@ class TextToImage(ABC):
 
     @abstractmethod
     def save(self, folder: Path, state: Mapping[str, Tensor], tables: Sequence[Tensor]) -> None:
-        """Writes the model in diffusers layout, in float32.
+        """Writes the model in diffusers layout and float32, with the network's weights `state`.
 
-        With the network's weights `state`, and for each vocabulary its token table (n, D).
+        `tables` (n, D) are the token tables of the vocabularies.
         """
 
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the scaled latents (N, C, h, w), float32, of pixels (N, 3, S, S) in [-1, 1]."""
+        scale = self.vae.config.scaling_factor
+        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        return posterior.mean.float() * scale, posterior.std.float() * scale
 
-def offline() -> bool:
-    """Whether the hub must not be asked."""
-    return any(
-        os.environ.get(k, "").lower() in ("1", "true", "yes", "on") for k in ("HF_HUB_OFFLINE", "DUALCL_OFFLINE")
-    )
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (N, S, S, 3) uint8 on the CPU of scaled latents (N, C, h, w)."""
+        pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
+        levels = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round()
+        return levels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
 
+    def draw_times(self, n: int, generator: torch.Generator) -> Tensor:
+        """`n` random times of the noise schedule, on the CPU."""
+        return torch.randint(0, self.info.timesteps, (n,), generator=generator)
 
-def load_parts(source: Path | str, config: BaseConfig, classes: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a model in diffusers layout, networks in `config.weights_dtype`; UserError names one that lacks."""
-    common: dict[str, Any] = {}
-    if isinstance(source, str):
-        common = {"revision": config.revision, "local_files_only": offline()}
-    for logging in (diffusers_logging, transformers_logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    parts: dict[str, Any] = {}
-    for part, cls in classes.items():
-        extra: dict[str, Any] = {}
-        if issubclass(cls, nn.Module):
-            # the name of the argument changed between versions of the libraries, converting afterwards works in all
-            extra = {"use_safetensors": True, "variant": config.variant, "output_loading_info": True}
-        try:
-            with no_pickles(f"base.model={config.model}"):
-                loaded = cls.from_pretrained(source, subfolder=part, **common, **extra)
-        except UserError:
-            raise
-        except Exception as error:  # each of the libraries raises kinds of its own
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise _unusable(part, config.model, source, first if len(first) <= 200 else f"{first[:200]}...") from None
-        # where its files are missing, the library makes up a tokenizer of a few tokens
-        if part.startswith("tokenizer") and len(loaded) < 256:
-            raise _unusable(part, config.model, source, "it has no vocabulary")
-        # such weights would be random ones, and nobody told
-        if lacking := sorted(loaded[1]["missing_keys"]) if extra else []:
-            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
-            raise _unusable(part, config.model, source, f"its file lacks {lacking[0]}{more}")
-        parts[part] = loaded[0] if extra else loaded
-    return {n: p.to(DTYPES[config.weights_dtype]) if isinstance(p, nn.Module) else p for n, p in parts.items()}
+    def noised(self, clean: Tensor, noise: Tensor, times: Tensor) -> tuple[Tensor, Tensor]:
+        """The noised latents (B, C, h, w), and what the network should predict for them."""
+        velocity = self.info.prediction_type == "v_prediction"
+        target = self.scheduler.get_velocity(clean, noise, times) if velocity else noise
+        return self.scheduler.add_noise(clean, noise, times), target
 
+    def sampler(self, name: SchedulerName, steps: int) -> Any:
+        """A diffusers scheduler with its timesteps set; UserError for too many steps.
 
-def _unusable(part: str, model: str, source: Path | str, reason: str) -> UserError:
-    """What is wrong with a part of a model, and the mend."""
-    mend = "save or download the model again"
-    if isinstance(source, str):
-        unset = ", or unset HF_HUB_OFFLINE and DUALCL_OFFLINE" if offline() else ""
-        mend = f"check the id, give base.model a local directory{unset}"
-    return UserError(f"cannot load {part} of the model {model}: {reason.rstrip('.')}; {mend}")
+        As diffusers' pipelines: latents are never clipped, and timesteps are shifted by one.
+        """
+        if not 1 <= steps < self.info.timesteps:
+            raise UserError(f"denoising steps must be from 1 to {self.info.timesteps - 1}, got {steps}")
+        cls: Any = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}[name]
+        fixed: dict[str, Any] = {"ddim": {"clip_sample": False}, "dpm": {}}[name]
+        scheduler = cls.from_config(self.scheduler.config, steps_offset=1, **fixed)
+        scheduler.set_timesteps(steps)
+        return scheduler
