@@ -55,7 +55,6 @@ class ParamGroup:
 
 #: what the contract was called before, and what it is called now
 _RENAMED = {
-    "stored_parameters": "stored(self)",
     "set_prefix_provider": "features(self, images, network)",
 }
 
@@ -163,7 +162,7 @@ class Method(nn.Module):
 
     # --- for the record ----------------------------------------------------------------------------------------------
 
-    def stored(self) -> int:
+    def stored_parameters(self) -> int:
         """Numbers that must be kept after the last finished task, without the domain's own (classifier rows).
 
         By default parameters and floating-point buffers of `state_dict`, each once; integer buffers are counters.

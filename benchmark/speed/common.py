@@ -169,6 +169,7 @@ def measure_all(
 def plan(args: argparse.Namespace) -> list[Job]:
     """The processes to run, checked; the bare backbone has one of its own unless the table is about growth."""
     from dualcl.methods import method_class, method_info
+    from dualcl.methods.base import Method
 
     tasks = args.grow or [args.task]
     planned = max(tasks[-1], 1 if args.grow else PLANNED_TASKS)
@@ -179,7 +180,7 @@ def plan(args: argparse.Namespace) -> list[Job]:
     for name in names:
         method_info(str(name), domain)
         cls = method_class(str(name))
-        if cls.joint or not cls.takes_steps:
+        if cls.joint or cls.takes_steps is not Method.takes_steps:
             raise UserError(f"{name} takes no training steps task by task, which bench step measures; leave it out")
         resolve(PRESET, str(name), sets)
     if not args.grow:

@@ -85,6 +85,7 @@ def main(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace) -> list[ConceptJob]:
     """The processes to run, one for each method, checked."""
     from dualcl.methods import method_class, method_info
+    from dualcl.methods.base import Method
 
     preset = FULL_PRESET if args.full_size else GROW_PRESET
     concepts = args.grow or []
@@ -114,7 +115,7 @@ def plan(args: argparse.Namespace) -> list[ConceptJob]:
     for name in parse_names(args.methods or (FULL_METHODS if args.full_size else GROW_METHODS), "methods"):
         method_info(name, "customization")
         cls = method_class(name)
-        if cls.joint or not cls.takes_steps:
+        if cls.joint or cls.takes_steps is not Method.takes_steps:
             raise UserError(
                 f"{name} does not learn one concept after another, which bench concepts measures; leave it out"
             )
