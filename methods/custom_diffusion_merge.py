@@ -113,6 +113,6 @@ class CustomDiffusionMerge(SiteWeights):
             parts.append((start + torch.cat(moved, dim=1) @ project).float().reshape(-1))
         return torch.cat(parts)
 
-    def stored(self) -> int:
+    def stored_parameters(self) -> int:
         """Every concept's weights."""
         return self.tasks * self.pretrained.numel()

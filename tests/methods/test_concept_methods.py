@@ -252,7 +252,7 @@ def test_generative_replay_trains_on_images_of_earlier_concepts(concepts, empty_
     made = [[f"a photo of <c{j}>"] * 2 for j in (1, 2, 3)]
     assert work.sets == [photos[0], photos[1] + made[0], photos[2] + made[0] + made[1]]
     assert [(j, tuple(images.shape)) for j, images in work.replayed] == [(j, (2, 32, 32, 3)) for j in (0, 1)]
-    assert work.method.stored() == sum(p.numel() for p in work.domain.full_parameters().values())
+    assert work.method.stored_parameters() == sum(p.numel() for p in work.domain.full_parameters().values())
 
 
 def test_replayed_images_are_made_by_the_model_as_the_last_task_left_it(concepts, tmp_path):
