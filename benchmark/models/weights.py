@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,6 +28,13 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name}\t{tensor.dtype}\t{tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def offline() -> bool:
+    """Whether the hub must not be asked."""
+    return any(
+        os.environ.get(k, "").lower() in ("1", "true", "yes", "on") for k in ("HF_HUB_OFFLINE", "DUALCL_OFFLINE")
+    )
 
 
 def read_safetensors(path: str | Path, key: str = "backbone.weights") -> dict[str, Tensor]:

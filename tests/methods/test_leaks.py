@@ -282,7 +282,7 @@ def prompts(domain: Any) -> list[tuple[str, int]]:
 def check_drawn_neighbours(domain: Any) -> None:
     """What the network says of one noisy image, and so a drawn image, does not depend on what is drawn beside it."""
     wanted = prompts(domain)
-    context = domain.diffusion.encode_text(domain.diffusion.token_ids([domain.tokens.expand(p) for p, _ in wanted]))
+    context = domain.diffusion.encode_text([domain.tokens.expand(p) for p, _ in wanted]).states
     noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     steps = torch.tensor([900, 500, 100])
 
