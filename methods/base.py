@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from dualcl.benchmark.core.domain import Domain, FeatureDomain, Images, Network
 from dualcl.benchmark.core.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from dualcl.benchmark.core.domain import Domain
+from dualcl.benchmark.core.generators import torch_generator
 
 
 def check(condition: bool, message: str) -> None:
@@ -54,27 +53,48 @@ class ParamGroup:
     weight_decay: float = 0.0
 
 
+#: what the contract was called before, and what it is called now
+_RENAMED = {
+    "set_prefix_provider": "features(self, images, network)",
+}
+
+
 class Method(nn.Module):
-    """What to train for a task, which loss terms to add, and what to keep afterwards.
+    """What to train for a task, which loss terms to add, how images are read, and what to keep afterwards.
 
     Life of a method: `__init__` (attach to the domain), then for each task `begin_task` -> `prepare` -> `trained` ->
-    steps, each `loss(batch) + penalty()` -> `end_task`. All state that outlives a step must be in `state_dict`
-    (parameters and buffers) or in `domain.state_dict`; `begin_task` runs before a mid-task `load_state_dict`, so shapes
-    match.
+    steps, each `loss(batch) + penalty()` -> `end_task`; all in float32, never under autocast, all on the clock of the
+    task's training. All state that outlives a step must be in `state_dict` (parameters and buffers) or in
+    `domain.state_dict`; `begin_task` runs before a mid-task `load_state_dict`, so shapes match.
     A method never asks which domain it serves: it uses `domain.sites()`, `domain.full_parameters()` or a capability
-    that it lists in `requires`, and domains without that capability refuse it before any model is loaded.
+    that it lists in `requires` (the protocols of `dualcl.benchmark.core.domain`), and domains without that capability
+    refuse it before any model is loaded.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]] = MethodConfig
-    #: capabilities of the domain that the method needs beyond sites and a task loss, e.g. ("prefix",), ("features",)
+    #: capabilities of the domain that the method needs beyond sites and a task loss, e.g. ("features", "prefixes")
     requires: ClassVar[tuple[str, ...]] = ()
-    #: False: the method takes no gradient steps; the runner calls begin_task and end_task only
-    takes_steps: ClassVar[bool] = True
     #: True: all tasks are learnt at once (an upper bound, not continual learning)
     joint: ClassVar[bool] = False
     #: which outputs compete in the task loss and are trained: the current task's, or all seen so far
     output_scope: ClassVar[Literal["task", "seen"]] = "task"
+    #: a promise: the network as attached is never changed (weights, hooks, modules); prefixes and sides are arguments
+    #: of a pass and fine. Only then may a domain keep plain features from task to task
+    frozen: ClassVar[bool] = False
+    #: False: `scores` does without the domain's rows, which then do not count as stored
+    reads_rows: ClassVar[bool] = True
+    #: True: finished rows may change
+    rewrites_rows: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        for name, successor in _RENAMED.items():
+            check(name not in vars(cls), f"{cls.__name__}.{name} is {successor} now (methods/README.md)")
+        if not callable(vars(cls).get("takes_steps", cls.takes_steps)):
+            raise UserError(f"{cls.__name__}.takes_steps is a method now: takes_steps(self, task) (methods/README.md)")
+        if "prefix" in cls.requires:
+            raise UserError(f'{cls.__name__}.requires: "prefix" is "prefixes" now (methods/README.md)')
 
     def __init__(self, config: Any, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__()
@@ -82,12 +102,13 @@ class Method(nn.Module):
         self.domain = domain
         self.n_tasks = n_tasks
         self.seed = seed
+        domain.attach(self)
 
     def generator(self, *key: int | str) -> torch.Generator:
         """A CPU generator that is a function of (run seed, method, key): the only source of a method's randomness."""
-        from dualcl.benchmark.core.generators import torch_generator
-
         return torch_generator(self.seed, type(self).name, *key)
+
+    # --- once per task, in this order -------------------------------------------------------------------------------
 
     def begin_task(self, task: int) -> None:
         """Prepares for task `task` (0, 1, ...): new prompts, fresh adapters. Called once per task, in order."""
@@ -99,12 +120,16 @@ class Method(nn.Module):
         tasks are begun again. For what the method makes with the model and does not keep, e.g. replayed images.
         """
 
+    def takes_steps(self, task: int) -> bool:
+        """Whether the task takes gradient steps; False: the record shows 0 steps and 0 trained."""
+        return True
+
     def trained(self) -> list[ParamGroup]:
         """The method's own parameters for the current task; the domain's (classifier rows; token rows) come on top."""
         return []
 
     def loss(self, batch: Any) -> Tensor:
-        """The task loss of a batch, a scalar: the domain's, unless the method learns from something else as well.
+        """The task loss of a batch, a scalar float32: the domain's, unless the method learns from something else too.
 
         Of the method's state it may change counters (integer buffers) only: a step that ran out of memory is taken
         again from them. Every process of a run computes it on the whole batch; the domain alone shares out its passes.
@@ -112,18 +137,38 @@ class Method(nn.Module):
         return self.domain.loss(batch)
 
     def penalty(self) -> Tensor | None:
-        """Extra loss terms, a scalar, once per optimiser step after the forward pass; None when there are none."""
+        """Extra loss terms, a scalar, once per optimiser step after `loss`; None when there are none."""
         return None
 
     def end_task(self, task: int) -> None:
-        """Keeps what must outlive the task: folds adapters, stores anchors."""
+        """Keeps what must outlive the task: folds adapters, sums Gram matrices, solves, aligns."""
 
     def restored(self, finished: int) -> None:
         """Called after `load_state_dict` with the number of finished tasks: brings folded weights in line."""
 
+    # --- called by the domain for every image, in training and at evaluation alike (classification) ------------------
+
+    def features(self, images: Images, network: Network) -> Tensor:
+        """What is read of images: (B, d), or (B, n, d) of n branches, float32; by default one plain pass.
+
+        Row i depends on image i alone; no random numbers; of the state only integer buffers (counters) may change. With
+        gradient in a step, else without.
+        """
+        return network(images, key="plain" if self.frozen else None)
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(B, C) float32 of all C outputs begun, from what `features` gave; the task is not known."""
+        return cast(FeatureDomain, self.domain).rows(features)
+
+    # --- for the record ----------------------------------------------------------------------------------------------
+
     def stored_parameters(self) -> int:
-        """Numbers that must be kept after the last finished task, without the domain's own (classifier rows)."""
-        return sum(p.numel() for p in self.parameters())
+        """Numbers that must be kept after the last finished task, without the domain's own (classifier rows).
+
+        By default parameters and floating-point buffers of `state_dict`, each once; integer buffers are counters.
+        """
+        kept = {id(t): t for t in self.state_dict(keep_vars=True).values() if t.is_floating_point()}
+        return sum(t.numel() for t in kept.values())
 
     def diagnostics(self) -> dict[str, Any]:
         """JSON-able facts for the record after a task, e.g. update norms or prompt use; empty by default."""

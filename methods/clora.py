@@ -71,7 +71,5 @@ class CLoRA(LoRA):
         """lambda * sum over sites of || |S_{t-1}| (.) (A_t B_t) ||_F^2, once per optimiser step."""
         if self.finished == 0 or self.config.lambda_ == 0 or self.config.one_adapter:
             return None
-        # float32 also under autocast: squares of small numbers would vanish in bfloat16
-        with torch.autocast(next(iter(self.updates.values())).A.device.type, enabled=False):
-            terms = [self_regularisation(u.A, u.B, u.summed) for u in self.updates.values()]
-            return float(self.config.lambda_) * torch.stack(terms).sum()
+        terms = [self_regularisation(u.A, u.B, u.summed) for u in self.updates.values()]
+        return float(self.config.lambda_) * torch.stack(terms).sum()

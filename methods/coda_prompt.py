@@ -4,37 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dualcl.benchmark.core.domain import Domain
 from dualcl.methods.base import MethodConfig, ParamGroup, check, check_quirks, register_method
 from dualcl.methods.shared.prompting import PromptMethod, check_blocks, check_depth, check_length, halves
 
-if TYPE_CHECKING:
-    from dualcl.benchmark.core.domain import Domain
-
 
 def component_weights(query: Tensor, attention: Tensor, keys: Tensor) -> Tensor:
-    """Weights cos(q * a_m, k_m) of the components, shape (n_blocks, B, M), never in reduced precision.
+    """Weights cos(q * a_m, k_m) of the components, shape (n_blocks, B, M).
 
     `query` (B, D), `attention` and `keys` (n_blocks, M, D). Equal to (q . (a_m * k_m)) / (sqrt(q^2 . a_m^2) |k_m|): two
     matrix products instead of a tensor of B x M x D. Source: arXiv 2211.13218.
     """
-    with torch.autocast(query.device.type, enabled=False):
-        query = query.to(keys.dtype)
-        dots = query @ (attention * F.normalize(keys, dim=-1)).mT
-        squares = query.square() @ attention.square().mT
-        return dots / squares.clamp_min(1e-24).sqrt()
+    query = query.to(keys.dtype)
+    dots = query @ (attention * F.normalize(keys, dim=-1)).mT
+    squares = query.square() @ attention.square().mT
+    return dots / squares.clamp_min(1e-24).sqrt()
 
 
 def orthogonality(rows: Tensor) -> Tensor:
     """Mean squared entry of T T' - 1 for each block of `rows` T (n_blocks, M, d), summed over the blocks, a scalar."""
-    with torch.autocast(rows.device.type, enabled=False):
-        gram = rows @ rows.mT
-        return (gram - torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)).square().mean(dim=(1, 2)).sum()
+    gram = rows @ rows.mT
+    return (gram - torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)).square().mean(dim=(1, 2)).sum()
 
 
 def orthonormal_rows(count: int, old: Tensor, generator: torch.Generator) -> Tensor:
@@ -198,11 +194,6 @@ class CodaPrompt(PromptMethod):
         pairs = zip(past, self._current(), strict=True)
         terms = [orthogonality(torch.cat([old, new], dim=1).flatten(2)) for old, new in pairs]
         return self.config.mu * torch.stack(terms).sum()
-
-    def stored_parameters(self) -> int:
-        """Keys, attentions and prompts of all components so far."""
-        past = (self.past_keys, self.past_attention, self.past_prompts)
-        return sum(t.numel() for t in (*past, *self.parameters()))
 
     def diagnostics(self) -> dict[str, Any]:
         """Components per task so far; the sum exceeds the pool when there were more tasks than planned."""

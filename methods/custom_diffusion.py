@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from dualcl.benchmark.core.domain import PriorDomain
+from dualcl.benchmark.core.domain import Domain, PriorDomain
 from dualcl.methods.base import check, check_quirks, register_method
-from dualcl.methods.finetune import Finetune, FinetuneConfig
-
-if TYPE_CHECKING:
-    from dualcl.benchmark.core.domain import Domain
+from dualcl.methods.shared.whole_weights import FinetuneConfig, WholeWeights
 
 
 @dataclass(frozen=True)
@@ -64,7 +61,7 @@ def _hold_start_token(module: Any, inputs: Any, output: Tensor) -> Tensor:
     summary="Custom Diffusion in sequence: K and V of the cross-attention in full, with prior preservation",
     source="arXiv 2212.04488",
 )
-class CustomDiffusion(Finetune):
+class CustomDiffusion(WholeWeights):
     """Trains the domain's full parameters, one task after another, with the prior-preservation loss.
 
     Differs from the public script (tests/reference measures by how much): the token rows are a parameter of their own.
@@ -77,7 +74,6 @@ class CustomDiffusion(Finetune):
 
     Config = CustomDiffusionConfig
     requires = ("prior",)
-    output_scope: ClassVar[Literal["task", "seen"]] = "task"
 
     def __init__(self, config: CustomDiffusionConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         set_up(config, domain)

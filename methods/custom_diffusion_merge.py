@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from dualcl.benchmark.core.domain import ConceptInputsDomain
+from dualcl.benchmark.core.domain import ConceptInputsDomain, Domain
 from dualcl.methods.base import check, register_method
 from dualcl.methods.custom_diffusion import CustomDiffusionConfig, set_up
 from dualcl.methods.shared.site_weights import SiteWeights
-
-if TYPE_CHECKING:
-    from dualcl.benchmark.core.domain import Domain
 
 #: least eigenvalue of the common inputs' Gram matrix, relative to its largest one
 FLOOR = 1e-8

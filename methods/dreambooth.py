@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 from torch import nn
 
-from dualcl.benchmark.core.domain import NetworkDomain, PriorDomain
+from dualcl.benchmark.core.domain import Domain, NetworkDomain, PriorDomain
 from dualcl.benchmark.core.errors import UserError
 from dualcl.methods.base import Method, MethodConfig, ParamGroup, check, register_method
-
-if TYPE_CHECKING:
-    from dualcl.benchmark.core.domain import Domain
 
 
 @dataclass(frozen=True)

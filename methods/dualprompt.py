@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from dualcl.benchmark.core.domain import Domain
 from dualcl.methods.base import MethodConfig, ParamGroup, check_quirks, register_method
 from dualcl.methods.shared.prompting import (
     PromptMethod,
@@ -20,9 +21,6 @@ from dualcl.methods.shared.prompting import (
     halves,
     majority,
 )
-
-if TYPE_CHECKING:
-    from dualcl.benchmark.core.domain import Domain
 
 
 @dataclass(frozen=True)
@@ -142,10 +140,6 @@ class DualPrompt(PromptMethod):
     def end_task(self, task: int) -> None:
         """Starts the histogram of the evaluation that follows."""
         self.chosen.zero_()
-
-    def stored_parameters(self) -> int:
-        """General prompts, and the experts and keys of all tasks so far."""
-        return sum(t.numel() for t in (self.past_prompts, self.past_keys, *self.parameters()))
 
     def diagnostics(self) -> dict[str, Any]:
         """How often each task's expert was chosen per block at evaluation since the task's end."""

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from dualcl.benchmark.core.domain import ExemplarDomain
+from dualcl.benchmark.core.domain import Domain, ExemplarDomain
 from dualcl.methods.base import check, register_method
-from dualcl.methods.finetune import Finetune, FinetuneConfig
-
-if TYPE_CHECKING:
-    from dualcl.benchmark.core.domain import Domain
+from dualcl.methods.shared.whole_weights import FinetuneConfig, WholeWeights
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def reservoir(capacity: int, seen: int, new: int, generator: torch.Generator) ->
     source="arXiv 1902.10486",
     stores_data=True,
 )
-class ER(Finetune):
+class ER(WholeWeights):
     """Full fine-tuning; every batch is joined by stored images, one cross entropy over all classes seen.
 
     The memory is filled by reservoir sampling when a task ends, each of its images offered once, and holds 8-bit pixels
@@ -66,6 +63,7 @@ class ER(Finetune):
     """
 
     Config = ERConfig
+    output_scope = "seen"
     requires = ("exemplars",)
     pixels: Tensor
     targets: Tensor
@@ -81,18 +79,18 @@ class ER(Finetune):
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
 
     @property
-    def stored(self) -> int:
+    def held(self) -> int:
         """Images in the memory."""
         return min(len(self.targets), int(self.seen))
 
     def loss(self, batch: Any) -> Tensor:
         """The mean task loss of the batch and as many stored images, drawn without replacement."""
-        if self.stored == 0:
+        if self.held == 0:
             return self.domain.loss(batch)
         domain = cast(ExemplarDomain, self.domain)
         size = self.config.replay_batch_size or len(domain.targets(batch))
         # the global generator is a function of (seed, task, step) here
-        chosen = torch.randperm(self.stored)[:size].to(self.pixels.device)
+        chosen = torch.randperm(self.held)[:size].to(self.pixels.device)
         return self.domain.loss(domain.with_exemplars(batch, self.pixels[chosen], self.targets[chosen]))
 
     def end_task(self, task: int) -> None:
@@ -108,11 +106,11 @@ class ER(Finetune):
 
     def stored_parameters(self) -> int:
         """The weights, and the stored images in numbers of 32 bits: four 8-bit pixel values count as one."""
-        return super().stored_parameters() + math.ceil(self.stored * self.pixels[0].numel() / 4)
+        return super().stored_parameters() + math.ceil(self.held * self.pixels[0].numel() / 4)
 
     def diagnostics(self) -> dict[str, Any]:
         """Stored images, and how many of each class."""
-        return {"stored_images": self.stored, "per_output": torch.bincount(self.targets[: self.stored]).tolist()}
+        return {"stored_images": self.held, "per_output": torch.bincount(self.targets[: self.held]).tolist()}
 
     def caveats(self) -> list[str]:
         """That it stores data."""

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dualcl.benchmark.core.domain import Domain
 from dualcl.benchmark.core.seeding import derive_seed
 from dualcl.methods.base import MethodConfig, check, register_method
 from dualcl.methods.shared.site_weights import SiteWeights
-
-if TYPE_CHECKING:
-    from dualcl.benchmark.core.domain import Domain
-
 
 #: the loss is scaled by it, for small gradients vanish in float16; a power of two changes nothing else
 SCALE = 2.0**12
@@ -92,7 +89,6 @@ class EWC(SiteWeights):
         """Mean squared gradient (n,) of the loss of single samples of the task's first batches, and how many."""
         device = self.anchor.device
         total, count = torch.zeros_like(self.anchor), 0
-        # the steps' own precision: half-precision bases have no other; weights and gradients are float32 all the same
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
             for step, batch in enumerate(itertools.islice(self.domain.batches(task, 0), self.config.fisher_batches)):
                 torch.manual_seed(derive_seed(self.seed, self.name, "fisher", task, step))

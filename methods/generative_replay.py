@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, cast
+from typing import cast
 
 from dualcl.benchmark.core.domain import ReplayDomain
 from dualcl.methods.base import check, register_method
-from dualcl.methods.finetune import Finetune, FinetuneConfig
+from dualcl.methods.shared.whole_weights import FinetuneConfig, WholeWeights
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class GenerativeReplayConfig(FinetuneConfig):
     summary="the weights in full, on the task's data and on images of earlier concepts that the model makes itself",
     source="arXiv 1705.08690; a baseline of arXiv 2304.06027",
 )
-class GenerativeReplay(Finetune):
+class GenerativeReplay(WholeWeights):
     """Trains the domain's full parameters on the task's data and on replayed images of all earlier tasks.
 
     The images are made once per task by the model as the last task left it, and dropped afterwards; no real image is
@@ -36,7 +36,6 @@ class GenerativeReplay(Finetune):
 
     Config = GenerativeReplayConfig
     requires = ("replay",)
-    output_scope: ClassVar[Literal["task", "seen"]] = "task"
 
     def prepare(self, task: int) -> None:
         """Makes images of every earlier task."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from dualcl.benchmark.core.domain import Domain
 from dualcl.methods.base import MethodConfig, check, register_method
 from dualcl.methods.shared.site_weights import SiteWeights
-
-if TYPE_CHECKING:
-    from dualcl.benchmark.core.domain import Domain
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,10 @@ class L2(SiteWeights):
         self.distance = float((weights - self.reference).double().norm())
         if self.config.reference == "previous":
             self.reference.copy_(weights)
+
+    def stored_parameters(self) -> int:
+        """The weights alone: the previous ones, their reference, are the same numbers when a task has ended."""
+        return sum(p.numel() for p in self.parameters())
 
     def diagnostics(self) -> dict[str, Any]:
         """Distance of the weights from their reference: the task's update, or the sum of all."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dualcl.benchmark.core.domain import Domain
 from dualcl.methods.base import MethodConfig, ParamGroup, check, check_quirks, register_method
 from dualcl.methods.shared.prompting import (
     PromptMethod,
@@ -21,9 +22,6 @@ from dualcl.methods.shared.prompting import (
     halves,
     majority,
 )
-
-if TYPE_CHECKING:
-    from dualcl.benchmark.core.domain import Domain
 
 SHALLOW = (0,)
 DEEP = (0, 1, 2, 3, 4)

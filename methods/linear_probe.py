@@ -13,3 +13,6 @@ from dualcl.methods.base import Method, register_method
 )
 class LinearProbe(Method):
     """Trains nothing of its own: the domain's classifier rows of the current task are all there is."""
+
+    requires = ("features",)
+    frozen = True

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from dualcl.benchmark.core.domain import Domain
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.methods.base import Method, MethodConfig, ParamGroup, check, register_method
 from dualcl.methods.shared.low_rank import inject
-
-if TYPE_CHECKING:
-    from dualcl.benchmark.core.domain import Domain
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
-from dualcl.benchmark.core.domain import LogitsDomain
+from dualcl.benchmark.core.domain import Domain, LogitsDomain
 from dualcl.methods.base import check, register_method
-from dualcl.methods.finetune import Finetune, FinetuneConfig
-
-if TYPE_CHECKING:
-    from dualcl.benchmark.core.domain import Domain
+from dualcl.methods.shared.whole_weights import FinetuneConfig, WholeWeights
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ def distillation_loss(logits: Tensor, old_logits: Tensor, targets: Tensor, weigh
     summary="LwF.MC: all weights, old classes taught what the model before the task said of the new images",
     source="arXiv 1606.09282; for one classifier of all classes: arXiv 1611.07725 (LwF.MC)",
 )
-class LwFMC(Finetune):
+class LwFMC(WholeWeights):
     """Full fine-tuning with binary cross entropy: one-hot for new classes, the earlier model's outputs for old ones.
 
     The loss of arXiv 1611.07725, Algorithm 3, without exemplars: every class is a sigmoid of its own, without a
@@ -60,6 +57,7 @@ class LwFMC(Finetune):
     """
 
     Config = LwFMCConfig
+    output_scope = "seen"
     requires = ("logits",)
 
     def __init__(self, config: LwFMCConfig, domain: Domain, n_tasks: int, seed: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from dualcl.benchmark.core.domain import FeatureDomain
 from dualcl.benchmark.core.errors import UserError
 from dualcl.methods.base import Method, MethodConfig, check, register_method
+from dualcl.methods.shared.class_statistics import class_means
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,11 @@ class NCM(Method):
 
     Config = NCMConfig
     requires = ("features",)
-    takes_steps = False
+    frozen = True
+
+    def takes_steps(self, task: int) -> bool:
+        """No task does."""
+        return False
 
     def begin_task(self, task: int) -> None:
         """Forgets the counts of the task before."""
@@ -60,20 +65,14 @@ class NCM(Method):
     def end_task(self, task: int) -> None:
         """Averages the task's features (in float64) and sets its rows; UserError for a class without images."""
         domain = cast(FeatureDomain, self.domain)
-        outputs = domain.outputs(task)
-        sums = torch.zeros(len(outputs), domain.feature_dim, dtype=torch.float64)
-        counts = torch.zeros(len(outputs), dtype=torch.float64)
-        for features, labels in domain.training_features(task):
-            rows = labels.cpu() - outputs.start
-            sums.index_add_(0, rows, features.detach().to("cpu", torch.float64))
-            counts += torch.bincount(rows, minlength=len(outputs))
-        empty = [outputs[i] for i in torch.nonzero(counts == 0).flatten().tolist()]
+        means, counts = class_means(domain.training_features(task), domain.outputs(task), domain.network.width)
+        empty = [domain.outputs(task)[i] for i in torch.nonzero(counts == 0).flatten().tolist()]
         if empty:
             raise UserError(
                 f"ncm: task {task} has no training image for the outputs {empty}; add images or drop the classes"
             )
-        self.counts = counts.to(torch.int64).tolist()
-        weight, bias = read_out(sums / counts.unsqueeze(1), self.config.metric)
+        self.counts = counts.tolist()
+        weight, bias = read_out(means, self.config.metric)
         domain.set_output_rows(task, weight.float(), bias.float())
 
     def diagnostics(self) -> dict[str, Any]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -55,16 +55,84 @@ class Task:
     facts: dict[str, Any]
 
 
-class PrefixProvider(Protocol):
-    """What a prompt method gives a domain with the `prefix` capability."""
+class Place(NamedTuple):
+    """Which rows of which of the domain's own sets a batch of images is."""
 
-    def __call__(self, query: Tensor, training: bool) -> Mapping[int, tuple[Tensor, Tensor]]:
-        """Prefixes per block index from queries.
+    part: Literal["train", "test"]
+    #: None: all tasks at once
+    task: int | None
+    #: (B,) int64
+    rows: Tensor
+    #: (B,) bool
+    flipped: Tensor
 
-        `query` (B, D): the final feature of the frozen model without prompts. Returns {block: (keys, values)}, each
-        (B, L, D), L >= 0 and possibly different for keys and values is not allowed: attention needs equal lengths.
-        A row of the result may depend on its own query row only.
+
+class Images:
+    """A batch of images on its way through a method's `features`."""
+
+    def __init__(
+        self, pixels: Tensor | Callable[[], Tensor], *, training: bool = False, place: Place | None = None
+    ) -> None:
+        self._pixels = pixels
+        #: a training step, not an evaluation
+        self.training = training
+        #: None: put together by a method
+        self.place = place
+
+    @property
+    def pixels(self) -> Tensor:
+        """(B, 3, S, S), normalised, on the device; decoded when first asked for."""
+        if not isinstance(self._pixels, Tensor):
+            self._pixels = self._pixels()
+        return self._pixels
+
+    def __len__(self) -> int:
+        return len(self.pixels if self.place is None else self.place.rows)
+
+
+#: {block: (keys, values)}, each (B, L, width); L may be 0 and is the same for keys and values of a block
+Prefixes = Mapping[int, tuple[Tensor, Tensor]]
+#: {block: module (B, N, width) -> the same}
+Sides = Mapping[int, Callable[[Tensor], Tensor]]
+
+
+class Network(Protocol):
+    """The pretrained network as methods see it: passes, and nothing else."""
+
+    width: int
+    blocks: int
+
+    def __call__(
+        self,
+        images: Images,
+        *,
+        prefixes: Prefixes | None = None,
+        sides: Sides | None = None,
+        key: Hashable | None = None,
+    ) -> Tensor:
+        """One pass: features (B, width) float32 of the network as it stands now, with gradient where grad is on.
+
+        The only place where autocast is on. `prefixes` are further keys and values of attention. A side module reads
+        the residual stream after attention and is added to what the MLP adds; in the last block it sees the class token
+        alone. Rows are shared out to processes and micro-batches. `key` promises that under it the same image gives the
+        same bits until the run ends, so that they may be kept; None: nothing is kept. A pass with prefixes has none.
         """
+
+
+class ReadOut(Protocol):
+    """The half of a method that the domain calls for every image (`dualcl.methods.base.Method`)."""
+
+    requires: tuple[str, ...]
+    reads_rows: bool
+
+    def features(self, images: Images, network: Network) -> Tensor:
+        """(B, d) or (B, n, d) float32."""
+
+    def scores(self, features: Tensor) -> Tensor:
+        """(B, C) float32."""
+
+    def buffers(self) -> Iterator[Tensor]:
+        """Integer ones are counters, which `features` may raise."""
 
 
 class Domain(ABC):
@@ -85,6 +153,19 @@ class Domain(ABC):
     processes: Processes = ALONE
     #: most samples in the network at once; None: a whole batch
     micro_batch_size: int | None = None
+    #: of the network's own passes; all else is float32
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    #: the method built on the domain last, which reads its images
+    method: ReadOut | None = None
+
+    def attach(self, method: ReadOut) -> None:
+        """Called by each method that is built on the domain."""
+        self.method = method
+
+    def autocast(self) -> torch.autocast:
+        """The precision of the network's own passes, which a domain alone switches on."""
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "fp32")
 
     @abstractmethod
     def sites(self) -> dict[str, Site]:
@@ -175,36 +256,42 @@ class Domain(ABC):
         return sum(p.numel() for p in self.model.parameters())
 
 
-class PrefixDomain(Protocol):
-    """Capability `prefix`: attention blocks that take extra keys and values."""
-
-    n_blocks: int
-    feature_dim: int
-
-    def set_prefix_provider(self, provider: PrefixProvider | None) -> None:
-        """Every later forward pass asks `provider` for the prefixes of its batch."""
-
-
 class FeatureDomain(Protocol):
-    """Capability `features`: frozen features of a task's training data, and a linear read-out that can be set."""
+    """Capability `features`: the network, the images of a batch, and the linear rows that every method has."""
 
-    feature_dim: int
+    network: Network
+    device: torch.device
 
-    def training_features(self, task: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """(features (B, D), output indices (B,)) of the task's training data, each sample once, no augmentation."""
+    def images(self, batch: Any) -> Images:
+        """The images of a training batch."""
+
+    def targets(self, batch: Any) -> Tensor:
+        """The right output (B,) of each sample, int64, on the domain's device."""
 
     def outputs(self, task: int) -> range:
         """Output indices (stream positions of the classes) that belong to the task."""
 
+    def training_features(self, task: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """(what `Method.features` gives, output indices (B,)) of the task's training images in the evaluation view.
+
+        Each image once, without gradient, by the model as it stands now.
+        """
+
+    def rows(self, features: Tensor) -> Tensor:
+        """(B, C) = features W' + b over all C outputs begun, float32, with gradient."""
+
+    def output_rows(self, task: int) -> tuple[Tensor, Tensor]:
+        """Copies of the task's rows: weight (n, width), bias (n,)."""
+
     def set_output_rows(self, task: int, weight: Tensor, bias: Tensor) -> None:
-        """Sets the task's read-out: weight (n_outputs, D), bias (n_outputs,)."""
+        """Sets the task's rows. Those of finished tasks only by methods with `rewrites_rows`."""
 
 
 class LogitsDomain(Protocol):
-    """Capability `logits`: the model is a classifier whose outputs on a batch a method may teach itself."""
+    """Capability `logits`: the rows are trained, and a method may teach their outputs itself."""
 
     def logits(self, batch: Any) -> Tensor:
-        """Outputs (B, number of outputs begun) of the batch, float32, with gradient."""
+        """`rows` (B, outputs begun) of the batch's features, float32, with gradient."""
 
     def targets(self, batch: Any) -> Tensor:
         """The right output (B,) of each sample, int64, on the domain's device."""
@@ -262,10 +349,68 @@ class ReplayDomain(Protocol):
 
 
 class ConceptInputsDomain(Protocol):
-    """Capability `concept_inputs`: what reaches the sites is known without images, and the same for all of them."""
+    """Capability `concept_inputs`: what reaches the sites is known without images, and the same for all of them.
 
-    def concept_inputs(self, task: int) -> Tensor:
-        """Inputs (n, d_in) of the sites' Linears for the words of the task's prompt, float32, without gradient."""
+    Refused, before anything is trained, for models with an adapted site that reads more than the text.
+    """
+
+    def concept_inputs(self, task: int, own: bool = False) -> Tensor:
+        """Inputs (n, d_in) of the sites' Linears for the words of the task's prompt, float32, without gradient.
+
+        `own`: from the placeholder to the end token only. What comes before is the same in all prompts, bit for bit.
+        """
 
     def common_inputs(self, n: int) -> Tensor:
         """Inputs (m, d_in) of the sites' Linears for `n` ordinary captions, float32, without gradient."""
+
+
+class ErrorsDomain(Protocol):
+    """Capability `errors`: what the model predicts for a batch's noised images under any prompts.
+
+    B samples, P prompts, C x h x w latents; each sample has one noise and one time for all prompts. Any string is a
+    prompt, "" included.
+    """
+
+    def prompts(self, task: int) -> tuple[str, ...]:
+        """Training prompts of a task, tokens expanded."""
+
+    def predictions(self, batch: Any, prompts: Sequence[str]) -> Tensor:
+        """(B, P, C, h, w) float32, with gradient where grad is on. Costs P passes."""
+
+    def errors(self, batch: Any, prompts: Sequence[str]) -> Tensor:
+        """(B, P) float32: mean squared error of `predictions` against the batch's target."""
+
+    def frozen(self) -> Callable[[Any, Sequence[str]], Tensor]:
+        """`predictions` of a copy of the model as it stands now, without gradient. Costs a network's memory.
+
+        For full training; low-rank methods switch their updates off instead (`without_updates`).
+        """
+
+
+class RequestsDomain(Protocol):
+    """Capability `requests`: tasks are things to be unlearnt, with no photographs of their own.
+
+    Training batches are pictures of the request's anchor prompts, made by the pretrained model, kept and hashed as
+    prior images are.
+    """
+
+    def request(self, task: int) -> Any:
+        """The task's `dualcl.datasets.concepts.Request`: target, anchor, kind."""
+
+    def targets_of(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        """Each anchor prompt of the begun task with the target in the anchor's place."""
+
+
+class TokenRowsDomain(Protocol):
+    """Capability `token_rows`: embedding rows of a concept's words may be read and set, e.g. by an encoder."""
+
+    device: torch.device
+
+    def concept_images(self, task: int) -> Tensor:
+        """The task's photographs, uint8 (n, S, S, 3)."""
+
+    def token_rows(self, task: int) -> tuple[Tensor, ...]:
+        """Copies of the task's rows, (n_tokens, D) for each of the model's vocabularies."""
+
+    def set_token_rows(self, task: int, rows: Sequence[Tensor]) -> None:
+        """Sets the begun task's rows."""

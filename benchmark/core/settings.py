@@ -31,6 +31,10 @@ def positive(name: str, value: float | None, minimum: float = 1) -> None:
         raise UserError(f"{name} must be at least {minimum}, got {value}")
 
 
+#: keys that came when runs had been recorded, with their defaults: left unsaid, so that older runs go on
+LATER: Mapping[str, Any] = {"train.milestones": []}
+
+
 @dataclass(frozen=True)
 class GeneralConfig:
     """Top-level keys."""
@@ -63,8 +67,11 @@ class TrainConfig:
     )
     batch_size: int = 32
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    schedule: Literal["cosine", "constant", "coda"] = field(
+    schedule: Literal["cosine", "constant", "coda", "milestones"] = field(
         default="cosine", metadata={"help": "per step; coda: per epoch e, cos(99 pi max(e-1, 0) / (200 (E-1)))"}
+    )
+    milestones: tuple[int, ...] = field(
+        default=(), metadata={"help": "schedule milestones: after each of these epochs the rates are a tenth"}
     )
     drop_last: bool = field(default=False, metadata={"help": "drop a last, short batch"})
     grad_clip: float | None = field(default=None, metadata={"help": "largest norm of all gradients together"})
@@ -89,6 +96,13 @@ class TrainConfig:
         positive("train.batch_size", self.batch_size)
         positive("train.log_every", self.log_every)
         positive("train.checkpoint_seconds", self.checkpoint_seconds, 0)
+        if bool(self.milestones) != (self.schedule == "milestones"):
+            raise UserError(
+                f"train.schedule=milestones and train.milestones=EPOCH,... go together, got {self.schedule} and "
+                f"{list(self.milestones)}"
+            )
+        for epoch in self.milestones:
+            positive("train.milestones", epoch)
         if self.grad_clip is not None and self.grad_clip <= 0:
             raise UserError(f"train.grad_clip must be positive, got {self.grad_clip}")
 
@@ -278,7 +292,10 @@ class Resolved:
 
     def flat(self, *, volatile: bool = True) -> dict[str, Any]:
         """Dotted keys and values; without the keys that cannot change a result when `volatile` is False."""
-        return {k: v for k, v in flatten(self.tree()).items() if volatile or k not in self.volatile}
+        flat = flatten(self.tree())
+        if volatile:
+            return flat
+        return {k: v for k, v in flat.items() if k not in self.volatile and not (k in LATER and v == LATER[k])}
 
     def hash(self) -> str:
         """Hash of everything that can change a result."""

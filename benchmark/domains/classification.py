@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -16,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualcl.benchmark.core.domain import Domain, PrefixProvider, Site, Task
+from dualcl.benchmark.core.domain import Domain, Images, Place, ReadOut, Site, Task
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.generators import torch_generator
-from dualcl.benchmark.core.processes import sum_of_bits
 from dualcl.benchmark.core.settings import Resolved, positive
+from dualcl.benchmark.domains.kept_features import KeptNetwork
 from dualcl.benchmark.models.vit import BackboneConfig, attention_sites, load_backbone
-from dualcl.benchmark.models.vit_blocks import checkpoint_blocks, read_class_token_only, wrap_prefix_attention
+from dualcl.benchmark.models.vit_blocks import checkpoint_blocks, read_class_token_only
 from dualcl.datasets import dataset_class
 from dualcl.datasets.base import ClassData, ClassStream, ImageSet, make_class_stream
 from dualcl.datasets.reading.kept import KeptImages
@@ -118,7 +119,7 @@ class Classification(Domain):
     """
 
     name = "classification"
-    capabilities = ("prefix", "features", "logits", "exemplars")
+    capabilities = ("features", "prefixes", "sides", "logits", "exemplars")
     sections_config: ClassVar[dict[str, type]] = {
         "stream": StreamConfig,
         "backbone": BackboneConfig,
@@ -144,11 +145,11 @@ class Classification(Domain):
         if backbone_config.gradient_checkpointing:
             checkpoint_blocks(self.model)
         self.model.to(device)
+        self.precision = resolved.general.precision
         self._sites = attention_sites(self.model)
         self._network_size = sum(p.numel() for p in self.model.parameters())
-        self.n_blocks = len(self.model.blocks)  # type: ignore[arg-type]
         self.view = self._make_view()
-        self.feature_dim = self._measure_features()
+        self.network = KeptNetwork(self.model, self, self.view.size)
         self.tasks = [
             Task(
                 index=t.index,
@@ -161,15 +162,10 @@ class Classification(Domain):
         self.heads = nn.ModuleList()
         self._current: int | None = None
         self._scope: Literal["task", "seen"] = "task"
-        self._provider: PrefixProvider | None = None
-        self._attention: list[Any] = []
         self._train_loader: tuple[int | None, ImageLoader] | None = None
         self._test_loaders: dict[int, ImageLoader] = {}
         #: decoded images on disk, by part of the data
         self._kept: dict[str, KeptImages] = {}
-        self._frozen_features: dict[int, tuple[tuple[int, ...], Tensor]] = {}
-        #: of the begun task's training images
-        self._view_features: Tensor | None = None
         #: the training batch given out last
         self._latest: Batch | None = None
 
@@ -196,25 +192,31 @@ class Classification(Domain):
         for index in range(len(self.tasks)) if task is None else [task]:
             if index != len(self.heads):
                 raise RuntimeError(f"task {index} begun when {len(self.heads)} tasks were there")
-            head = nn.Linear(self.feature_dim, len(self.stream.tasks[index].outputs))
+            head = nn.Linear(self.network.width, len(self.stream.tasks[index].outputs))
             from_zero = self.resolved.section("head", HeadConfig).init == "zeros"
-            bound = 0.0 if from_zero else 1 / math.sqrt(self.feature_dim)
+            bound = 0.0 if from_zero else 1 / math.sqrt(self.network.width)
             generator = torch_generator(self.seed, "head", index)
             with torch.no_grad():
                 head.weight.uniform_(-bound, bound, generator=generator)
                 head.bias.uniform_(-bound, bound, generator=generator)
             self.heads.append(head.to(self.device))
         self._current, self._scope = task, scope
-        self._view_features = None
+        self.network.begin_task()
         every = task is None or scope == "seen"
         for index, rows in enumerate(self.heads):
             rows.requires_grad_(every or index == task)
         self.heads.zero_grad(set_to_none=True)  # finished rows would keep their last gradients for good
         return [p for p in self.heads.parameters() if p.requires_grad]
 
+    def attach(self, method: ReadOut) -> None:
+        """The method reads images from now on."""
+        super().attach(method)
+        self.network.allow(method.requires)
+
     def stored_parameters(self) -> int:
-        """Classifier rows of all tasks begun."""
-        return sum(p.numel() for p in self.heads.parameters())
+        """Classifier rows of all tasks begun, where the method reads them."""
+        read = self.method is None or self.method.reads_rows
+        return sum(p.numel() for p in self.heads.parameters()) if read else 0
 
     def state_dict(self) -> dict[str, Tensor]:
         """Classifier rows by task."""
@@ -223,6 +225,7 @@ class Classification(Domain):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restores classifier rows of tasks that were begun."""
         self.heads.load_state_dict({k.removeprefix("heads."): v for k, v in state.items()})
+        self.network.forget()
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -287,13 +290,12 @@ class Classification(Domain):
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy over the current task's classes, or over all seen ones under scope "seen"."""
-        features = self._batch_features(batch)
-        labels = batch.labels.to(self.device)
+        features = self._read(self.images(batch))
+        labels = self.targets(batch)
         if self._current is None or self._scope == "seen":
-            return F.cross_entropy(self._logits(features), labels)
+            return F.cross_entropy(self.rows(features), labels)
         outputs = self.stream.tasks[self._current].outputs
-        logits = self.heads[self._current](features).float()
-        return F.cross_entropy(logits, labels - outputs.start)
+        return F.cross_entropy(self.heads[self._current](features), labels - outputs.start)
 
     def samples(self, batch: Batch) -> Iterator[Batch]:
         """The images of a batch one by one."""
@@ -301,74 +303,42 @@ class Classification(Domain):
             one = slice(i, i + 1)
             yield Batch(batch.images[one], batch.labels[one], batch.indices[one], batch.flipped[one])
 
-    def _logits(self, features: Tensor, heads: nn.ModuleList | None = None) -> Tensor:
-        heads = self.heads if heads is None else heads
-        weight = torch.cat([h.weight for h in heads])  # type: ignore[misc]
-        bias = torch.cat([h.bias for h in heads])  # type: ignore[misc]
-        return F.linear(features, weight, bias).float()
-
     # --- forward passes ---------------------------------------------------------------------------------------------
 
-    def _plain_features(self, images: Tensor, model: Any = None) -> Tensor:
-        for attention in self._attention:
-            attention.prefix = None
-        return self._run(images, model)
+    def images(self, batch: Batch) -> Images:
+        """The images of a training batch; their place is known unless a method put the batch together or cropped it."""
+        known = batch is self._latest and self.view.augment != "crop_flip"
+        place = Place("train", self._current, batch.indices, batch.flipped) if known else None
+        return Images(lambda: batch.images.to(self.device), training=True, place=place)
 
-    def _run(self, images: Tensor, model: Any = None) -> Tensor:
-        return self.passed(len(images), lambda rows: self._network(images[rows], model))
+    def _read(self, images: Images) -> Tensor:
+        """What the method reads of images; without one, the plain network's features."""
+        return self.network(images) if self.method is None else self.method.features(images, self.network)
 
-    def _network(self, images: Tensor, model: Any = None) -> Tensor:
-        model = self.model if model is None else model
-        features: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
-        return features
+    def rows(self, features: Tensor) -> Tensor:
+        """(B, C) = features W' + b over all classes begun, float32."""
+        return self._rows(features, self.heads)
 
-    def _features(self, images: Tensor, training: bool, query: Tensor | None = None) -> Tensor:
-        """Features (B, D) of images (B, 3, S, S); with a prefix provider the frozen pass gives its queries first."""
-        if self._provider is None:
-            return self._plain_features(images)
-        if query is None:
-            with torch.no_grad():
-                query = self._plain_features(images).float()
-        prefixes = self._provider(query, training)
+    def _rows(self, features: Tensor, heads: nn.ModuleList) -> Tensor:
+        weight = torch.cat([h.weight for h in heads])  # type: ignore[misc]
+        bias = torch.cat([h.bias for h in heads])  # type: ignore[misc]
+        return F.linear(features, weight, bias)
 
-        def prefixed(rows: slice) -> Tensor:
-            # stay in place until the next pass: checkpointed blocks need them again in the backward
-            for block, (keys, values) in prefixes.items():
-                self._attention[block].prefix = keys[rows], values[rows]
-            return self._network(images[rows])
-
-        return self.passed(len(images), prefixed)
-
-    def _batch_features(self, batch: Batch) -> Tensor:
-        """Features (B, D) of a training batch, with gradient; what the frozen backbone gives may have been kept."""
-        kept = self._kept_views(batch)
-        if kept is not None and self._provider is None:
-            return kept
-        return self._features(batch.images.to(self.device), training=True, query=kept)
-
-    def _kept_views(self, batch: Batch) -> Tensor | None:
-        """Features (B, D) float32 of the frozen backbone for a batch's images, from one pass over all they can be.
-
-        None where that would not save passes (an image is seen as often as there are epochs, in one way or two: as it
-        is and mirrored), and for batches that a method put together itself. Made from batches of their own, in a fixed
-        order, so that a resumed run finds the same bits.
-        """
-        views = {"none": 1, "flip": 2}.get(self.view.augment)
-        saves = views is not None and self.resolved.train.epochs > views
-        if not saves or batch is not self._latest or any(p.requires_grad for p in self.model.parameters()):
-            return None
-        if self._view_features is None:
-            self._view_features = self._all_views(self._current, mirrored=views == 2)
-        return self._view_features[batch.flipped.long(), batch.indices].to(self.device)
+    def ways(self) -> int:
+        """Ways in which a training image is seen, as it is and mirrored, if fewer than it is seen; else 0."""
+        ways = {"none": 1, "flip": 2}.get(self.view.augment, 0)
+        return ways if self.resolved.train.epochs > ways else 0
 
     @torch.no_grad()
-    def _all_views(self, task: int | None, mirrored: bool) -> Tensor:
-        """Features (1 or 2, n, D) float32, without prefixes, of the task's training images and mirrored."""
+    def every_view(self, task: int | None, run: Callable[[Tensor], Tensor]) -> Tensor:
+        """(ways, n, d): `run` of all the task's training images as they are and mirrored.
+
+        In batches of their own, in a fixed order, so that a resumed run finds the same bits.
+        """
 
         def views(batch: Batch) -> Tensor:
             images = batch.images.to(self.device)
-            ways = (images, images.flip(-1)) if mirrored else (images,)
-            return torch.stack([self._plain_features(way).float() for way in ways])
+            return torch.stack([run(way) for way in (images, images.flip(-1))[: self.ways()]])
 
         return torch.cat(self._of_each(self._training_loader(task), views), dim=1)
 
@@ -380,15 +350,14 @@ class Classification(Domain):
             parts = self.processes.together(run(batch) for batch in loader.eval_batches(size, share))
         return [part.to(self.device) for part in parts]
 
-    def set_prefix_provider(self, provider: PrefixProvider | None) -> None:
-        """Every later pass over images asks `provider` for the prefixes of its batch."""
-        self._attention = wrap_prefix_attention(self.model)
-        self._provider = provider
-
     @torch.no_grad()
     def predict(self, images: Tensor) -> Tensor:
-        """Logits (B, number of classes seen) of normalised images (B, 3, S, S). Takes no task id: there is none."""
-        return self._logits(self._features(images.to(self.device), training=False))
+        """Scores (B, number of classes seen) of normalised images (B, 3, S, S). Takes no task id: there is none."""
+        return self._scores(Images(images.to(self.device)))
+
+    def _scores(self, images: Images) -> Tensor:
+        features = self._read(images)
+        return self.rows(features) if self.method is None else self.method.scores(features)
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -396,77 +365,69 @@ class Classification(Domain):
     def evaluate(self, seen: Sequence[int]) -> dict[str, Any]:
         """Correct and total test images per seen task; all classes seen so far are candidates."""
         correct, total = [], []
-        version = self._weights_version()
-        for task in seen:
-            predictions = torch.cat(self._predictions(task, version))
-            labels = torch.from_numpy(self.stream.tasks[task].test.labels)
-            correct.append(int((predictions.cpu() == labels).sum()))
-            total.append(len(labels))
+        with self.network.evaluation(), self._counted():
+            for task in seen:
+                predictions = torch.cat(self._predictions(task))
+                labels = torch.from_numpy(self.stream.tasks[task].test.labels)
+                correct.append(int((predictions.cpu() == labels).sum()))
+                total.append(len(labels))
         return {"correct": correct, "total": total}
 
-    def _predictions(self, task: int, version: tuple[int, ...]) -> list[Tensor]:
-        size = self.resolved.section("eval", EvalConfig).batch_size
-        queries = self._test_features(task, version).split(size)
-        if self._provider is None:
-            return [self._logits(part).argmax(1) for part in queries]
-        provider, share = self._provider, self.processes
-        batches = self._test_loader(task).eval_batches(size, (share.index, share.count))
+    def _predictions(self, task: int) -> list[Tensor]:
+        size, share = self.resolved.section("eval", EvalConfig).batch_size, self.processes
+        n = self.test_size(task)
+        chunks = torch.arange(n).split(size)[share.index :: share.count]
+        decoded = InTurn(self._test_loader(task).eval_batches(size, (share.index, share.count)))
 
-        def own() -> Iterator[Tensor]:
-            for at, query in enumerate(queries):
-                if at % share.count == share.index:
-                    images = next(batches).images.to(self.device)
-                    yield self._logits(self._features(images, training=False, query=query)).argmax(1)
-                else:
-                    provider(query, False)  # a method may count what it gives out
+        def images(turn: int, rows: Tensor) -> Images:
+            place = Place("test", task, rows, torch.zeros(len(rows), dtype=torch.bool))
+            return Images(lambda: decoded[turn].images.to(self.device), place=place)
 
         with share.apart():
-            return share.together(own())
+            return share.together(self._scores(images(*pair)).argmax(1) for pair in enumerate(chunks))
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """What a method counts of its images, it counts of those of all processes."""
+        counters = [] if self.method is None else [b for b in self.method.buffers() if not b.is_floating_point()]
+        before = [c.clone() for c in counters]
+        yield
+        for counter, old in zip(counters, before, strict=True):
+            counter.copy_(old + self.processes.total(counter - old))
+
+    def test_size(self, task: int | None) -> int:
+        """Test images of a task."""
+        return len(self._test_loader(0 if task is None else task).images)
 
     def _test_loader(self, task: int) -> ImageLoader:
         if task not in self._test_loaders:
             self._test_loaders[task] = self._loader(self.stream.tasks[task].test, "test")
         return self._test_loaders[task]
 
-    def _weights_version(self) -> tuple[int, ...]:
-        """Sums of the bits of each weight of the model: equal while none changes.
-
-        Not `_version`: PyTorch's fused optimisers change weights without counting it.
-        """
-        return tuple(torch.stack([sum_of_bits(p.detach()) for p in self.model.parameters()]).tolist())
-
-    def _test_features(self, task: int, version: tuple[int, ...]) -> Tensor:
-        """Features (n, D) float32 of a task's test images without prefixes; kept while no weight of the model changes.
-
-        So a frozen backbone's features and the prompt methods' queries cost one pass per run, not one per evaluation.
-        """
-        kept = self._frozen_features.get(task)
-        if kept is None or kept[0] != version:
-            parts = self._of_each(
-                self._test_loader(task), lambda batch: self._plain_features(batch.images.to(self.device)).float()
-            )
-            kept = (version, torch.cat(parts))
-            self._frozen_features[task] = kept
-        return kept[1]
-
-    def forget_features(self) -> None:
-        """Drops the kept features of the frozen backbone, as a change of the weights does."""
-        self._frozen_features.clear()
-        self._view_features = None
-
     # --- capability: features ---------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def training_features(self, task: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """(features (B, D) float32, output indices (B,)) of the task's training images, not augmented."""
+        """(what the method reads, output indices (B,)) of the task's training images in the evaluation view."""
         loader = self._training_loader(task)
         labels = torch.from_numpy(loader.images.labels).to(self.device)
-        parts = self._of_each(loader, lambda batch: self._plain_features(batch.images.to(self.device)).float())
+        known = self.view.augment != "crop_flip"
+
+        def read(batch: Batch) -> Tensor:
+            place = Place("train", task, batch.indices, batch.flipped) if known else None
+            return self._read(Images(batch.images.to(self.device), place=place))
+
+        parts = self._of_each(loader, read)
         yield from zip(parts, labels.split([len(part) for part in parts]), strict=True)
 
     def outputs(self, task: int) -> range:
         """Output indices of the task's classes."""
         return self.stream.tasks[task].outputs
+
+    def output_rows(self, task: int) -> tuple[Tensor, Tensor]:
+        """Copies of the task's classifier rows: weight (n, D), bias (n,)."""
+        head: Any = self.heads[task]
+        return head.weight.detach().clone(), head.bias.detach().clone()
 
     def set_output_rows(self, task: int, weight: Tensor, bias: Tensor) -> None:
         """Sets the classifier rows of the task: weight (n, D), bias (n,)."""
@@ -479,7 +440,7 @@ class Classification(Domain):
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, number of classes begun) of a batch, float32, with gradient."""
-        return self._logits(self._batch_features(batch))
+        return self.rows(self._read(self.images(batch)))
 
     def targets(self, batch: Batch) -> Tensor:
         """Output index (B,) of each image, on the domain's device."""
@@ -487,8 +448,8 @@ class Classification(Domain):
 
     def frozen_logits(self) -> Callable[[Batch], Tensor]:
         """`logits` of a copy of the model and classifier as they are now, without gradient."""
-        if self._provider is not None:
-            raise RuntimeError("a model with prompts cannot be copied: its prompts belong to the method")
+        if self.method is not None and {"prefixes", "sides"} & set(self.method.requires):
+            raise RuntimeError("a model with prompts or adapters cannot be copied: they belong to the method")
         model, heads = copy.deepcopy(self.model), copy.deepcopy(self.heads)
         for copied in (model, heads):
             copied.requires_grad_(False)
@@ -496,7 +457,7 @@ class Classification(Domain):
 
         @torch.no_grad()
         def logits(batch: Batch) -> Tensor:
-            return self._logits(self._plain_features(batch.images.to(self.device), model), heads)
+            return self._rows(self.network.run(batch.images.to(self.device), model=model), heads)
 
         return logits
 
@@ -575,10 +536,19 @@ class Classification(Domain):
             cache_size=config.cache_size,
         )
 
-    @torch.no_grad()
-    def _measure_features(self) -> int:
-        size = self.view.size
-        return int(self._run(torch.zeros(1, 3, size, size, device=self.device)).shape[1])
+
+class InTurn:
+    """The items of an iterator by number, asked for in rising order; nothing is made before the first is asked for."""
+
+    def __init__(self, items: Iterator[Batch]) -> None:
+        self._items = items
+        self._next = 0
+
+    def __getitem__(self, number: int) -> Batch:
+        while True:
+            item, self._next = next(self._items), self._next + 1
+            if self._next > number:
+                return item
 
 
 DOMAIN = Classification

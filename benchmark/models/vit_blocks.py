@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import dualcl.benchmark.core.compat  # noqa: F401 - before timm
 
 # isort: split
 from timm.layers import apply_rot_embed_cat
+from timm.models.eva import EvaBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 
 from dualcl.benchmark.core.errors import UserError
@@ -26,14 +28,28 @@ def checkpoint_blocks(model: Any) -> None:
     Not timm's `set_grad_checkpointing`: below a frozen embedding its older versions find no gradient.
     """
     for block in model.blocks:
-        block.forward = functools.partial(_checkpointed, block.forward)
+        block.forward = functools.partial(_checkpointed, block, block.forward)
 
 
-def _checkpointed(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+def _checkpointed(block: Any, forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
+    slots = _slots(block)
+    added = [slot.added for slot in slots]
+
+    def again(*args: Any, **kwargs: Any) -> Tensor:
+        # in the backward, when another pass may have come since
+        before = [slot.added for slot in slots]
+        for slot, value in zip(slots, added, strict=True):
+            slot.added = value
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            for slot, value in zip(slots, before, strict=True):
+                slot.added = value
+
     # the frozen network draws no random numbers
-    out: Tensor = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+    out: Tensor = checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
     return out
 
 
@@ -46,7 +62,8 @@ class PrefixAttention(nn.Module):
     def __init__(self, attn: nn.Module, block: int) -> None:
         super().__init__()
         self.attn = attn
-        self.prefix: tuple[Tensor, Tensor] | None = None
+        #: keys and values (B, L, D) of the pass that is on
+        self.added: tuple[Tensor, Tensor] | None = None
         split = isinstance(getattr(attn, "q_proj", None), nn.Linear)
         fused = isinstance(getattr(attn, "qkv", None), nn.Linear)
         known = all(hasattr(attn, n) for n in ("num_heads", "head_dim", "q_norm", "k_norm", "proj", "proj_drop"))
@@ -58,12 +75,12 @@ class PrefixAttention(nn.Module):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
         attn: Any = self.attn
-        if self.prefix is None:
+        if self.added is None:
             return attn(x, *args, **kwargs)
         rope = kwargs.pop("rope", args[0] if args else None) if hasattr(attn, "num_prefix_tokens") else None
         if any(v is not None and v is not False for v in kwargs.values()):
             raise UserError(f"attention arguments {sorted(kwargs)} cannot be combined with prefixes")
-        return attend(attn, x, prefix=self.prefix, rope=rope)
+        return attend(attn, x, prefix=self.added, rope=rope)
 
 
 def attend(
@@ -124,7 +141,7 @@ class ClassTokenBlock(Block):
         attn: Any = self.attn
         prefix = None
         if isinstance(attn, PrefixAttention):
-            attn, prefix = attn.attn, attn.prefix
+            attn, prefix = attn.attn, attn.added
         y = attend(attn, self.norm1(x), prefix=prefix, queries=1)
         x = x[:, :1] + self.drop_path1(self.ls1(y))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
@@ -153,3 +170,64 @@ def wrap_prefix_attention(model: nn.Module) -> list[PrefixAttention]:
             block.attn = PrefixAttention(block.attn, i)
         wrapped.append(block.attn)
     return wrapped
+
+
+class SideSlot:
+    """Where a block takes a side module: it reads the residual stream after attention and adds to what the MLP adds."""
+
+    def __init__(self, block: Any, index: int) -> None:
+        # others order norm, MLP and sum in another way
+        if type(block) not in (Block, ClassTokenBlock, EvaBlock):
+            raise UserError(
+                f"blocks.{index} is a {type(block).__name__}, which takes no side modules; they need another ViT"
+            )
+        self.added: Callable[[Tensor], Tensor] | None = None
+        self._seen: Tensor | None = None
+        block.norm2.register_forward_pre_hook(self._see)
+        block.drop_path2.register_forward_hook(self._add)
+
+    def _see(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._seen = None if self.added is None else args[0]
+
+    def _add(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
+        if self.added is None or self._seen is None:
+            return out
+        return out + self.added(self._seen)
+
+
+class Additions:
+    """What passes through a ViT may add to its blocks: prefixes of attention, side modules."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._slots: dict[str, list[Any]] = {}
+
+    def allow(self, requires: Iterable[str]) -> None:
+        """Prepares the blocks for `prefixes` and `sides`, as asked; UserError for blocks of other kinds."""
+        if "prefixes" in requires and "prefixes" not in self._slots:
+            self._slots["prefixes"] = wrap_prefix_attention(self._model)
+        if "sides" in requires and "sides" not in self._slots:
+            self._slots["sides"] = [SideSlot(block, i) for i, block in enumerate(self._model.blocks)]
+            for block, slot in zip(self._model.blocks, self._slots["sides"], strict=True):
+                block.side_slot = slot
+
+    @contextlib.contextmanager
+    def given(self, prefixes: Mapping[int, Any], sides: Mapping[int, Any]) -> Iterator[None]:
+        """Inside, the blocks add these; outside, nothing."""
+        used = []
+        for kind, added in (("prefixes", prefixes), ("sides", sides)):
+            if added and kind not in self._slots:
+                raise ValueError(f'a pass with {kind} needs "{kind}" in the method\'s `requires`')
+            for block, value in added.items():
+                used.append(self._slots[kind][block])
+                used[-1].added = value
+        try:
+            yield
+        finally:
+            for slot in used:
+                slot.added = None
+
+
+def _slots(block: Any) -> list[Any]:
+    slots = [block.attn] if isinstance(getattr(block, "attn", None), PrefixAttention) else []
+    return [*slots, block.side_slot] if hasattr(block, "side_slot") else slots

@@ -7,12 +7,10 @@ step or epoch, sample), so a killed run that is called again ends with the recor
 from __future__ import annotations
 
 import contextlib
-import gc
 import json
-import math
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +26,11 @@ from dualcl.benchmark.core.settings import Resolved, flatten
 from dualcl.benchmark.domains import domain_class
 from dualcl.benchmark.runs.folder import PARTIAL, DamagedCheckpoint, RunFolder, Spectator, new_record
 from dualcl.benchmark.runs.progress import Reporter
+from dualcl.benchmark.runs.step import Steps, load_optimizer, lr_factor, make_optimizer, optimizer_tensors
 from dualcl.benchmark.runs.stopping import Stop
 from dualcl.benchmark.runs.trackers import Trackers, tracking, without_trackers
 from dualcl.methods import method_class
-
-if TYPE_CHECKING:
-    from dualcl.methods.base import Method, ParamGroup
-from dualcl.benchmark.runs.step import load_optimizer, lr_factor, make_optimizer, optimizer_tensors
+from dualcl.methods.base import Method, ParamGroup
 
 #: tensors and JSON state
 Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
@@ -43,10 +39,6 @@ Checkpoint = tuple[dict[str, Tensor], dict[str, Any]]
 def device_name(device: torch.device) -> str:
     """`cpu`, or the GPU's type and product name."""
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
-
-
-class NonFiniteLoss(UserError):
-    """A loss or weight that is NaN or infinite: the run stops, earlier tasks are kept."""
 
 
 def _finite(value: Any) -> bool:
@@ -62,7 +54,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
-class Run:
+class Run(Steps):
     """One method on one stream with one seed, in one folder."""
 
     def __init__(
@@ -96,107 +88,17 @@ class Run:
         self.scaler = self.fresh_scaler()
         self.trackers = Trackers((), folder.path, reporter.note)
 
-    def fresh_scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss, as small gradients vanish in float16; a fresh one for each task, as a resumed run has."""
-        return torch.amp.GradScaler(self.device.type, init_scale=2.0**12, enabled=self.precision == "fp16")
-
-    def autocast(self) -> torch.autocast:
-        """The precision of forward passes."""
-        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "fp32")
-
     # --- state -------------------------------------------------------------------------------------------------------
 
     def begin(self, task: int) -> list[nn.Parameter]:
         """Begins a task in domain and method; returns the domain's own parameters for the optimiser."""
         shared = self.domain.begin_task(None if self.joint else task, self.method.output_scope)
-        with self.autocast():
-            self.method.begin_task(task)
+        self.method.begin_task(task)
         return shared
 
     def groups(self, shared: list[nn.Parameter]) -> list[ParamGroup]:
         """Everything that the begun task trains: the method's own parameters, and the domain's as `begin` gave them."""
-        from dualcl.methods.base import ParamGroup
-
         return [*self.method.trained(), ParamGroup("outputs", shared, self.resolved.sections["method"].head_lr)]
-
-    def step(
-        self, batch: Any, optimizer: torch.optim.Optimizer | None, factor: float, where: str
-    ) -> tuple[float, Tensor | None]:
-        """One optimiser step with every learning rate times `factor`; returns the loss and the penalty in it.
-
-        Raises NonFiniteLoss, which says `where`, before anything is changed. Under `train.on_oom=split` a step that
-        runs out of memory is taken again with half the micro-batch.
-        """
-        loss, penalty = self._gradients(batch, optimizer, where)
-        if optimizer is not None:
-            params = [p for group in optimizer.param_groups for p in group["params"]]
-            self.processes.average(params)
-            for group in optimizer.param_groups:
-                group["lr"] = group["base_lr"] * factor
-            if self.train.grad_clip is not None:
-                self.scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(params, self.train.grad_clip)
-            self.scaler.step(optimizer)
-            self.scaler.update()
-        return loss, penalty
-
-    def _gradients(
-        self, batch: Any, optimizer: torch.optim.Optimizer | None, where: str
-    ) -> tuple[float, Tensor | None]:
-        if self.train.on_oom == "stop":
-            return self._backward(batch, optimizer, where)
-        drawn, counters = torch.get_rng_state(), [c.clone() for c in self._counters()]
-        while True:
-            try:
-                return self._backward(batch, optimizer, where)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error) or not self._halve_micro_batch(where):
-                    raise
-            # only now is the exception gone, whose traceback holds the tensors of the step
-            self._free_memory(optimizer)
-            torch.set_rng_state(drawn)
-            for counter, before in zip(self._counters(), counters, strict=True):
-                counter.copy_(before)
-
-    def _backward(self, batch: Any, optimizer: torch.optim.Optimizer | None, where: str) -> tuple[float, Tensor | None]:
-        with self.autocast():
-            task_loss = self.method.loss(batch)
-        penalty = self.method.penalty()
-        loss = task_loss if penalty is None else task_loss + penalty
-        value = loss.item()
-        if not math.isfinite(value):
-            raise self._diverged(f"the loss is {value} at {where}")
-        if optimizer is not None:
-            optimizer.zero_grad(set_to_none=True)
-            self.scaler.scale(loss).backward()
-        return value, penalty
-
-    def _counters(self) -> list[Tensor]:
-        """What `Method.loss` may change on its way."""
-        return [b for b in self.method.buffers() if not b.is_floating_point()]
-
-    def _halve_micro_batch(self, where: str) -> bool:
-        """Whether there was anything to halve."""
-        size = self.domain.micro_batch_size or self.train.batch_size
-        if size == 1:
-            return False
-        self.domain.micro_batch_size = math.ceil(size / 2)
-        self.reporter.note(f"out of memory at {where}: on with train.micro_batch_size={self.domain.micro_batch_size}")
-        return True
-
-    def _free_memory(self, optimizer: torch.optim.Optimizer | None) -> None:
-        if optimizer is not None:
-            optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def _diverged(self, what: str) -> NonFiniteLoss:
-        return NonFiniteLoss(
-            f"{what}; earlier tasks are kept in {self.folder.path}. "
-            "Lower method.lr, method.head_lr or the penalty's weight, or set train.grad_clip"
-        )
 
     def tensors(self) -> dict[str, Tensor]:
         """All state that outlives a step."""
@@ -258,28 +160,26 @@ class Run:
         reset_peak(self.device)
         clock = Stopwatch()
         shared = self.begin(task)
-        with self.autocast():
-            self.method.prepare(task)
+        self.method.prepare(task)
         own = [p for g in self.method.trained() for p in g.params]
         trained = sum(p.numel() for p in {id(p): p for p in [*own, *shared]}.values())
+        begin_seconds = clock.read()
         steps, fit = 0, {"final_loss": None, "seconds": 0.0}
-        if self.method.takes_steps:
+        if self.method.takes_steps(task):
             name = "all tasks" if self.joint else self.domain.tasks[task].name
             steps = self.domain.steps_per_epoch(key) * self.train.epochs
             self.reporter.begin_task(key, stages, name, steps)
             fit = self._fit(task, self.groups(shared), steps, partial)
         else:
             self.reporter.begin_task(key, stages, self.domain.tasks[task].name, 0)
-        with self.autocast():
-            self.method.end_task(task)
-        if not self.method.takes_steps:
             trained = 0
-        train_seconds = float(fit["seconds"] or 0.0) + (0.0 if steps else clock.read())
+        clock = Stopwatch()
+        self.method.end_task(task)
+        end_seconds = clock.read()
 
         clock = Stopwatch()
         seen = range(self.n_tasks) if self.joint else range(task + 1)
-        with self.autocast():
-            row = self.domain.evaluate(seen)
+        row = self.domain.evaluate(seen)
         facts = {} if self.joint else self.domain.tasks[task].facts
         diagnostics = self.method.diagnostics()
         if not _finite(diagnostics):
@@ -302,7 +202,10 @@ class Run:
         measured["tasks"].append(
             {
                 "task": key,
-                "train_seconds": train_seconds,
+                # all that the method does, what it does before and after its steps told apart too
+                "train_seconds": begin_seconds + float(fit["seconds"] or 0.0) + end_seconds,
+                "begin_seconds": begin_seconds,
+                "end_seconds": end_seconds,
                 "eval_seconds": eval_seconds,
                 "peak_mib": peak_mib(self.device),
             }
@@ -439,9 +342,9 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
             reporter.note(f"{path} is finished already")
             return old
         work = Run(resolved, folder, reporter, processes=processes)
-        if cls.takes_steps:  # a task that is too small is found now, not after the tasks before it
-            for task in [None] if work.joint else range(work.n_tasks):
-                work.domain.steps_per_epoch(task)
+        for task in range(1 if work.joint else work.n_tasks):
+            if work.method.takes_steps(task):  # a task that is too small is found now, not after the tasks before it
+                work.domain.steps_per_epoch(None if work.joint else task)
         general = resolved.general
         record = new_record(
             {

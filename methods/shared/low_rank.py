@@ -51,9 +51,8 @@ class LowRankUpdate(nn.Module):
 
     @torch.no_grad()
     def product(self) -> Tensor:
-        """A B (d_out, d_in) in the factors' own precision: rounded to 16 bits under autocast its rank would be full."""
-        with torch.autocast(self.A.device.type, enabled=False):
-            return self.A @ self.B
+        """A B (d_out, d_in) in the factors' own precision."""
+        return self.A @ self.B
 
     @torch.no_grad()
     def fold(self) -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dualcl.benchmark.core.domain import Domain, FeatureDomain, Images, Network
 from dualcl.methods.base import Method, ParamGroup, check
-
-if TYPE_CHECKING:
-    from dualcl.benchmark.core.domain import Domain, PrefixDomain
 
 
 def check_length(name: str, length: int) -> None:
@@ -53,9 +51,8 @@ def halves(prompts: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cosine(query: Tensor, keys: Tensor) -> Tensor:
-    """Cosine of each query (B, D) with each key (n_blocks, M, D), shape (n_blocks, B, M), never autocast."""
-    with torch.autocast(query.device.type, enabled=False):
-        return F.normalize(query.to(keys.dtype), dim=-1) @ F.normalize(keys, dim=-1).mT
+    """Cosine of each query (B, D) with each key (n_blocks, M, D), shape (n_blocks, B, M)."""
+    return F.normalize(query.to(keys.dtype), dim=-1) @ F.normalize(keys, dim=-1).mT
 
 
 def count_choices(choice: Tensor, pool: int) -> Tensor:
@@ -74,21 +71,29 @@ def majority(choice: Tensor, pool: int) -> Tensor:
 
 
 class PromptMethod(Method):
-    """Base of the methods that learn prefixes for a frozen ViT; subclasses say what `provide` returns.
+    """Base of the methods that learn prefixes for a frozen ViT; subclasses say what `provide` returns for queries.
+
+    A query is the plain network's feature of the image.
 
     Prompts enter as prefix tuning: half of a prompt is prepended to a block's keys, half to its values. Tensors of all
     prompted blocks are stacked in their first axis.
     """
 
-    requires = ("prefix",)
+    requires = ("features", "prefixes")
+    frozen = True
 
     def __init__(self, config: Any, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
-        prefix_domain = cast("PrefixDomain", domain)
-        self.n_blocks = prefix_domain.n_blocks
-        self.feature_dim = prefix_domain.feature_dim
+        network = cast(FeatureDomain, domain).network
+        self.n_blocks = network.blocks
+        self.feature_dim = network.width
         self._key_loss: Tensor | None = None
-        prefix_domain.set_prefix_provider(self.provide)
+
+    def features(self, images: Images, network: Network) -> Tensor:
+        """Features (B, D) of the network with the prefixes that its plain features of the same images choose."""
+        with torch.no_grad():
+            query = network(images, key="plain")
+        return network(images, prefixes=self.provide(query, images.training))
 
     def provide(self, query: Tensor, training: bool) -> Mapping[int, tuple[Tensor, Tensor]]:
         """Prefixes {block: (keys (B, L/2, D), values (B, L/2, D))} for queries (B, D)."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from dualcl.benchmark.core.domain import Domain, Site
 from dualcl.methods.base import Method, ParamGroup
-
-if TYPE_CHECKING:
-    from dualcl.benchmark.core.domain import Domain, Site
 
 
 def whole_weights(sites: dict[str, Site]) -> dict[str, nn.Parameter]:
