@@ -10,6 +10,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+import dualcl.benchmark.core.compat  # noqa: F401 - before torchvision
+
+# isort: split
+from torchvision.datasets import CIFAR100
+
 from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets.base import ArrayImages, ClassData, ImageSet, register_dataset
 from dualcl.datasets.reading.download import Checksum, download
@@ -99,11 +104,6 @@ def _read(root: Path, name: str, md5: str) -> dict[str, Any]:
 
 
 def _official(root: Path, train: bool) -> tuple[ImageSet, list[str]]:
-    import dualcl.benchmark.core.compat  # noqa: F401
-
-    # isort: split
-    from torchvision.datasets import CIFAR100
-
     part = "train" if train else "test"
     # torchvision knows the checksums; its own reading would unpickle anything
     ((name, md5),) = CIFAR100.train_list if train else CIFAR100.test_list

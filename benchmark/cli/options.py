@@ -259,8 +259,8 @@ def _pretrain(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, default=RUNS / "pretrain", metavar="DIR", help="default %(default)s")
 
 
-def _bench(command: argparse.ArgumentParser) -> None:
-    importlib.import_module("dualcl.benchmark.cli.bench").add_arguments(command)
+def _bench(command: argparse.ArgumentParser, only: str | None = None) -> None:
+    importlib.import_module("dualcl.benchmark.cli.bench").add_arguments(command, only)
 
 
 def _doctor(command: argparse.ArgumentParser) -> None:
@@ -268,7 +268,7 @@ def _doctor(command: argparse.ArgumentParser) -> None:
 
 
 #: command -> its summary, and what adds its arguments; the file of its name does it, in `main(args)`
-COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "quickstart": ("compare methods in both domains on the bundled models and data, in minutes", _quickstart),
     "compare": ("run every method with every seed, then report", _compare),
     "run": ("run one method with one seed; resumes an interrupted run", _run),
@@ -286,8 +286,8 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
 }
 
 
-def build_parser(only: str | None = None) -> argparse.ArgumentParser:
-    """The parser of all commands, with the arguments of one of them; None: of all."""
+def build_parser(*only: str) -> argparse.ArgumentParser:
+    """The parser of all commands, with the arguments of the one given alone, and of that kind of `bench`."""
     parser = _Parser(
         prog="dualcl",
         description="Continual learning in two domains with one runner.",
@@ -298,8 +298,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     for name, (summary, add_arguments) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if only in (None, name):
-            add_arguments(command)
+        if not only or only[0] == name:
+            add_arguments(command, *(only[1:2] if name == "bench" else ()))
     return parser
 
 

@@ -15,15 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.core.files import atomic_write, write_json
+from dualcl.benchmark.core.files import atomic_write, cache_dir, write_json
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.processes import ALONE, Processes
 from dualcl.benchmark.core.reading import read_json
 from dualcl.benchmark.core.settings import positive
+from dualcl.benchmark.domains.concept_batches import square
 from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.stable_diffusion import Diffusion
 from dualcl.datasets.reading.folders import class_folders, image_files
-from dualcl.datasets.reading.verify import cache_dir, why_unreadable
+from dualcl.datasets.reading.verify import why_unreadable
 from dualcl.datasets.reading.views import decode_image
 
 
@@ -119,8 +120,6 @@ def _write(folder: Path, images: Tensor, config: PriorConfig, noun: str) -> None
 
 
 def _from_folder(root: Path, noun: str, size: int) -> Tensor:
-    from dualcl.benchmark.domains.concept_batches import square
-
     folder = root
     if not folder.is_dir():
         raise UserError(f"prior.images={root} is no folder; give one with images, or prior.images=generated")

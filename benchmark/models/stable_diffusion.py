@@ -22,10 +22,10 @@ from transformers.utils import logging as transformers_logging
 
 from dualcl.benchmark.core.domain import Site
 from dualcl.benchmark.core.errors import UserError, nearest
-from dualcl.benchmark.core.reading import check_text, no_pickles, read_json
+from dualcl.benchmark.core.reading import check_text, read_json
 from dualcl.benchmark.models.bundled import bundled_diffusion, check_bundled
 from dualcl.benchmark.models.lean import make_lean
-from dualcl.benchmark.models.weights import state_hash
+from dualcl.benchmark.models.weights import no_pickles, state_hash
 
 PARTS = ("tokenizer", "text_encoder", "unet", "vae", "scheduler")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -9,6 +9,7 @@ import threading
 import time
 from typing import TextIO
 
+from dualcl.benchmark.core.machine import resident_peak_mib
 from dualcl.benchmark.core.text import duration, printable
 
 _BAR_SECONDS = 0.1
@@ -20,12 +21,7 @@ def peak_mib() -> float | None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_allocated()) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return resident_peak_mib()
 
 
 class Reporter:

@@ -20,7 +20,9 @@ from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import RunFailed, UserError
 from dualcl.benchmark.core.reading import parse_names
 from dualcl.benchmark.core.settings import parse_assignment
-from dualcl.benchmark.core.text import align
+from dualcl.benchmark.core.text import align, say
+from dualcl.methods import method_class, method_info
+from dualcl.results.files import write_text
 
 #: where the methods' hyper-parameters and the optimiser come from
 PRESET = "imagenet-r-10"
@@ -142,8 +144,6 @@ def measure_all(
     A method that cannot be measured does not stop the others: its error (UserError or RunFailed) is raised after the
     table of the rest. Mistakes that show before the first measurement are raised at once.
     """
-    from dualcl.results.files import write_text
-
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise UserError(f"--out {args.out}: the folder {args.out.parent} does not exist; make it first")
     results: list[tuple[str, dict[str, Any]]] = []
@@ -168,8 +168,6 @@ def measure_all(
 
 def plan(args: argparse.Namespace) -> list[Job]:
     """The processes to run, checked; the bare backbone has one of its own unless the table is about growth."""
-    from dualcl.methods import method_class, method_info
-
     tasks = args.grow or [args.task]
     planned = max(tasks[-1], 1 if args.grow else PLANNED_TASKS)
     sets = settings(args, "step", tasks=planned, precision=args.precision)
@@ -240,11 +238,6 @@ def result_of(name: str, stdout: str) -> dict[str, Any]:
         raise UserError(f"{name}: {reply['error']}")
     result: dict[str, Any] = reply["result"]
     return result
-
-
-def say(text: str) -> None:
-    """Prints a line to stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

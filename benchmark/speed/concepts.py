@@ -17,6 +17,7 @@ from dualcl.benchmark.core.reading import parse_names
 from dualcl.benchmark.core.settings import parse_assignment
 from dualcl.benchmark.core.text import align
 from dualcl.benchmark.speed.common import add_shared, ascending_counts, fixed, in_process, measure_all, positive_count
+from dualcl.methods import method_class, method_info
 
 #: the methods' hyper-parameters: of the published benchmarks with Stable Diffusion, and of the bundled model
 FULL_PRESET, GROW_PRESET = "celeba-hq-10", "glyph-concepts"
@@ -84,8 +85,6 @@ def main(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> list[ConceptJob]:
     """The processes to run, one for each method, checked."""
-    from dualcl.methods import method_class, method_info
-
     preset = FULL_PRESET if args.full_size else GROW_PRESET
     concepts = args.grow or []
     repeats = args.repeats or (FULL_REPEATS if args.full_size else GROW_REPEATS)

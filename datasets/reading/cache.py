@@ -23,6 +23,7 @@ from typing import IO, Any, TypeVar
 
 import numpy as np
 
+from dualcl.benchmark.core.files import cache_dir
 from dualcl.datasets.reading.download import Progress
 
 T = TypeVar("T")
@@ -47,11 +48,6 @@ class Decoded:
 
     pixels: np.ndarray
     full: tuple[int, int]
-
-
-def cache_dir() -> Path:
-    """Where the suite keeps what it can make again: $DUALCL_CACHE, else ~/.cache/dualcl."""
-    return Path(os.environ.get("DUALCL_CACHE") or Path.home() / ".cache" / "dualcl")
 
 
 def prepared(work: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Iterator[R]:

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from dualcl.benchmark.cli.bench import KINDS
 from dualcl.benchmark.models.stable_diffusion import BaseConfig, load_diffusion
 from dualcl.benchmark.speed import customization as bench_customization
-from dualcl.benchmark.speed.pairs import KINDS, PEERS
+from dualcl.benchmark.speed.pairs import PEERS
 from dualcl.benchmark.speed.worker import load_adapter
 
 
