@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dualcl.benchmark.config.presets import load_preset
 from dualcl.benchmark.config.resolve import resolve
@@ -23,6 +23,9 @@ from dualcl.benchmark.core.settings import parse_assignment
 from dualcl.benchmark.core.text import align, say
 from dualcl.methods import method_class, method_info
 from dualcl.results.files import write_text
+
+if TYPE_CHECKING:
+    from dualcl.methods.base import Method
 
 #: where the methods' hyper-parameters and the optimiser come from
 PRESET = "imagenet-r-10"
@@ -175,14 +178,21 @@ def plan(args: argparse.Namespace) -> list[Job]:
     domain = load_preset(PRESET).domain
     names: list[str | None] = [*parse_names(args.methods, "methods")]
     for name in names:
-        method_info(str(name), domain)
-        cls = method_class(str(name))
-        if cls.joint or not cls.takes_steps:
-            raise UserError(f"{name} takes no training steps task by task, which bench step measures; leave it out")
+        one_by_one(str(name), domain, "step")
         resolve(PRESET, str(name), sets)
     if not args.grow:
         names.insert(0, None)
     return [Job(PRESET, name, sets, tasks, args.repeats, bool(args.grow)) for name in names]
+
+
+def one_by_one(name: str, domain: str, kind: str) -> type[Method]:
+    """The method, which must learn every task by steps of its own; UserError otherwise."""
+    method_info(name, domain)
+    cls = method_class(name)
+    own = [c for c in cls.__mro__ if "takes_steps" in vars(c)]
+    if cls.joint or len(own) > 1:
+        raise UserError(f"{name} does not take training steps in each task, which bench {kind} measures; leave it out")
+    return cls
 
 
 def settings(args: argparse.Namespace, kind: str, tasks: int, precision: str) -> list[str]:

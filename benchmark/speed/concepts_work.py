@@ -181,13 +181,11 @@ def measure_once(resolved: Resolved, job: ConceptJob, diffusion: Diffusion) -> d
             fetched.append(next(batches))
             steps.append(seconds(device, step))
         train_peak = peaks(device)
-        with run.autocast():
-            run.method.end_task(0)
+        run.method.end_task(0)
         reset_peaks(device)
 
         def sample() -> None:
-            with run.autocast():
-                domain.sample(domain.training_prompts(0)[:1], [torch_generator(0, "bench", "sample")])
+            domain.sample(domain.training_prompts(0)[:1], [torch_generator(0, "bench", "sample")])
 
         samples = [seconds(device, sample) for _ in range(job.repeats)]
         return {
