@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 
+from dualcl.benchmark.core.errors import UserError
+
 #: kinds: the module with `add_arguments(parser)` and `main(args) -> int`, and a line of help
 KINDS = {
     "step": ("dualcl.benchmark.speed.common", "time and memory of one training step per method (classification)"),
@@ -21,8 +23,14 @@ KINDS = {
 }
 
 
+#: kinds that went, and where what they measured last is
+GONE = {"growth": "SPEED.md", "page": "SPEED.md", "scale": "SCALE.md", "report": "SCALE.md", "grid": "SCALE.md"}
+
+
 def add_arguments(command: argparse.ArgumentParser, only: str | None = None) -> None:
-    """Adds the kinds, with the arguments of one of them; None: of all."""
+    """Adds the kinds, with the arguments of one of them; None: of all. UserError for one that went."""
+    if only in GONE:
+        raise UserError(f"bench {only} is gone; its last figures are in results/{GONE[only]}")
     kinds = command.add_subparsers(dest="kind", required=True, metavar="WHAT")
     for name, (module, summary) in KINDS.items():
         kind = kinds.add_parser(name, help=summary)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from dualcl.benchmark.cli.reports import formats_of, write_report
 from dualcl.benchmark.config.presets import load_preset
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.reading import parse_names
-from dualcl.benchmark.grids.execute import conclude, execute
+from dualcl.benchmark.grids.execute import conclude, execute, slurm_script
 from dualcl.benchmark.grids.plan import Planned, default_methods, parse_seeds, plan_comparison
 from dualcl.benchmark.grids.survey import write_plan
 from dualcl.benchmark.runs.mirror import PLAN, local_and_url, push_files
@@ -52,8 +51,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _print_slurm(plan: list[Planned], out: Path, url: str | None, options: list[str]) -> int:
 
-    slurm = importlib.import_module("dualcl.benchmark.grids.slurm")  # which asks torch for GPUs
-    script = slurm.array_script(plan, url or os.path.abspath(out), options)
+    script = slurm_script(plan, url or os.path.abspath(out), options)
     write_plan(out, plan)
     if url is not None:
         push_files(out / PLAN, url)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dualcl.benchmark.cli import bench
 from dualcl.benchmark.core.errors import EXIT_USER
 from dualcl.benchmark.core.machine import package_version
 from dualcl.benchmark.core.text import printable
@@ -259,10 +259,6 @@ def _pretrain(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, default=RUNS / "pretrain", metavar="DIR", help="default %(default)s")
 
 
-def _bench(command: argparse.ArgumentParser, only: str | None = None) -> None:
-    importlib.import_module("dualcl.benchmark.cli.bench").add_arguments(command, only)
-
-
 def _doctor(command: argparse.ArgumentParser) -> None:
     pass
 
@@ -281,7 +277,7 @@ COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "show": ("show the resolved configuration and where each value comes from", _show),
     "prepare": ("download, verify and split the data of a preset", _prepare),
     "pretrain": ("make a bundled model again", _pretrain),
-    "bench": ("measure speed and memory", _bench),
+    "bench": ("measure speed and memory", bench.add_arguments),
     "doctor": ("check versions, devices, caches and writable places", _doctor),
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -89,3 +89,8 @@ def make_engine(
         raise UserError(f"unknown --engine {name!r}; {nearest(name, ENGINES, 'engines')}")
     made: Engine = importlib.import_module(ENGINES[name]).make(jobs, address, quiet, refresh)
     return made
+
+
+def slurm_script(plan: Sequence[Planned], out: str, options: Iterable[str]) -> str:
+    """See `slurm.array_script`, which asks torch for GPUs."""
+    return str(importlib.import_module("dualcl.benchmark.grids.slurm").array_script(plan, out, options))
