@@ -17,14 +17,11 @@ _ROOMS = {
     "methods.shared": "low_rank prompting site_weights",
     "datasets.reading": "cache split verify",
 }
+_BENCH = "classification concepts concepts_work customization customization_work input input_work pairs worker"
 #: former name -> where its parts are; `-` and a file: what it measured is there, and nothing measures it any more
 MOVED = {
     **{f"{new.split('.')[0]}.{name}": f"{new}.{name}" for new, names in _ROOMS.items() for name in names.split()},
-    **{
-        f"benchmark.bench_{name}": f"benchmark.speed.{name}" for name in ("classification", "concepts", "concepts_work")
-    },
-    **{f"benchmark.bench_{name}": f"benchmark.speed.{name}" for name in ("customization", "customization_work")},
-    **{f"benchmark.bench_{name}": f"benchmark.speed.{name}" for name in ("input", "input_work", "pairs", "worker")},
+    **{f"benchmark.bench_{name}": f"benchmark.speed.{name}" for name in _BENCH.split()},
     **{f"benchmark.bench_{name}": "- results/SPEED.md" for name in ("growth", "page")},
     **{f"benchmark.bench_{name}": "- results/SCALE.md" for name in ("report", "scale")},
     "benchmark.backbones": "benchmark.models.bundled",
