@@ -10,6 +10,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+import dualcl.benchmark.core.compat  # noqa: F401 - before torchvision
+
+# isort: split
+
 from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets.base import ArrayImages, ClassData, ImageSet, register_dataset
 from dualcl.datasets.reading.download import Checksum, download

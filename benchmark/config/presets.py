@@ -14,6 +14,7 @@ from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.reading import check_name
 from dualcl.benchmark.core.safe_yaml import read_yaml
 from dualcl.benchmark.core.settings import flatten
+from dualcl.methods import available_methods
 
 PRESET_DIR = Path(__file__).parents[1] / "presets"
 
@@ -91,8 +92,6 @@ def load_preset(name_or_path: str, _chain: tuple[str, ...] = ()) -> Preset:
 
 def _of_methods(value: Any, key: str, path: Path) -> dict[str, Any]:
     """A mapping of registered methods; UserError that names `key` otherwise."""
-    from dualcl.methods import available_methods
-
     if value is None:
         return {}
     if not isinstance(value, dict):

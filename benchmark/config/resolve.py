@@ -19,6 +19,8 @@ from dualcl.benchmark.core.settings import (
     flatten,
     parse_assignment,
 )
+from dualcl.benchmark.domains import domain_sections
+from dualcl.methods import available_methods, method_class, method_info
 
 
 def _unknown(key: str, known: Iterable[str]) -> UserError:
@@ -27,8 +29,6 @@ def _unknown(key: str, known: Iterable[str]) -> UserError:
 
 def section_classes(domain: str, data_name: str, method_config: type) -> dict[str, type]:
     """The config class of every section of a run, by name."""
-    from dualcl.benchmark.domains import domain_sections
-
     return {
         "general": GeneralConfig,
         "train": TrainConfig,
@@ -50,8 +50,6 @@ def resolve(
 
     All mistakes in keys and values are reported together, one UserError with one line.
     """
-    from dualcl.methods import available_methods, method_class, method_info
-
     loaded = load_preset(preset)
     method_info(method, loaded.domain)
     given = dict(loaded.values)
@@ -144,6 +142,16 @@ def resolve(
         resolved.sources[key] = "command line"
     resolved.sources["data.name"] = data_source
     return resolved
+
+
+def resolve_shared(preset: str, sets: Iterable[str]) -> Resolved:
+    """The preset resolved with some method of its domain: right for everything but the section `method`."""
+    loaded = load_preset(preset)
+    serving = [m.name for m in available_methods().values() if loaded.domain in m.domains]
+    method = next(iter([*loaded.compare, *sorted(serving)]), None)
+    if method is None:
+        raise UserError(f"no method serves the domain {loaded.domain!r} of preset {preset}")
+    return resolve(preset, method, sets)
 
 
 def _tuning_line(line: str | None, sources: Mapping[str, str]) -> str:

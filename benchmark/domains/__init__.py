@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.datasets import dataset_class
 
 if TYPE_CHECKING:
     from dualcl.benchmark.core.domain import Domain
@@ -28,8 +29,6 @@ def domain_class(name: str) -> type[Domain]:
 
 @functools.lru_cache(maxsize=32)
 def _data_config(domain: str, data_name: str) -> type:
-    from dualcl.datasets import dataset_class
-
     config: type = dataset_class(data_name, domain).Config
     named = dataclasses.make_dataclass(config.__name__, [], bases=(config,), frozen=True)
     named.dataset_name = data_name  # type: ignore[attr-defined]

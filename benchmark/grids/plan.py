@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +11,10 @@ from typing import Protocol
 from dualcl.benchmark.config.presets import bundled_presets, load_preset
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import EXIT_FAILED, EXIT_USER, UserError
+from dualcl.benchmark.core.reading import parse_names
 from dualcl.benchmark.core.settings import Resolved, flatten, parse_assignment
 from dualcl.benchmark.core.text import printable
+from dualcl.results.records import load_record
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,6 @@ class Outcome:
     planned: Planned
     code: int
     error: str = ""
-
-
-def parse_names(text: str, what: str) -> list[str]:
-    """`a,b,c` -> ["a", "b", "c"]; UserError when one is empty or given twice."""
-    names = [name.strip() for name in text.split(",")]
-    for i, name in enumerate(names):
-        if not name:
-            raise UserError(f"--{what} {text!r} has an empty entry; separate the entries with single commas")
-        if name in names[:i]:
-            raise UserError(f"--{what} names {name!r} twice; give it once")
-    return names
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -119,8 +108,6 @@ def is_finished(planned: Planned) -> bool:
 
     Raises UserError when it holds a damaged record, or one of another configuration.
     """
-    from dualcl.results.records import load_record
-
     path = planned.out / "record.json"
     if not path.is_file():
         return False
@@ -171,14 +158,3 @@ def outcome_of(planned: Planned, code: int, last: str) -> Outcome:
         return Outcome(planned, EXIT_FAILED, f"killed by signal {-code}{why}; the same command resumes")
     text = last.removeprefix("dualcl: error: ").removeprefix("dualcl: run failed: ").removeprefix("dualcl: ")
     return Outcome(planned, EXIT_USER if code == EXIT_USER else EXIT_FAILED, printable(text))
-
-
-def _tell(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads it any more
-        print(text, file=sys.stderr, flush=True)
-
-
-def describe_os_error(error: OSError, place: str | Path) -> str:
-    """`FILE: No space left on device`; writing to an open file gives no name, then `place` stands for it."""
-    reason = error.strerror or str(error) or type(error).__name__
-    return f"{place if error.filename is None else error.filename}: {reason}"

@@ -8,6 +8,7 @@ import time
 from typing import Any, TextIO
 
 from dualcl.benchmark.core.bar import LINE_SECONDS, Bar, redraws
+from dualcl.benchmark.core.machine import resident_peak_mib
 from dualcl.benchmark.core.text import duration, printable
 
 
@@ -16,12 +17,7 @@ def peak_mib() -> float | None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_allocated()) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return resident_peak_mib()
 
 
 class _Steps(Bar):

@@ -21,6 +21,7 @@ from typing import IO, Any
 import numpy as np
 
 from dualcl.benchmark.core.bar import Bar
+from dualcl.benchmark.core.files import cache_dir
 from dualcl.datasets.reading.threads import prepared
 from dualcl.datasets.reading.views import Decoded
 
@@ -37,9 +38,6 @@ _FOOTER = struct.Struct("<8sQQI")
 _ENTRY = np.dtype([(name, "<u4") for name in ("height", "width", "full_width", "full_height", "crc")])
 
 
-def cache_dir() -> Path:
-    """Where the suite keeps what it can make again: $DUALCL_CACHE, else ~/.cache/dualcl."""
-    return Path(os.environ.get("DUALCL_CACHE") or Path.home() / ".cache" / "dualcl")
 
 
 class PixelStore:

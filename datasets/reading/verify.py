@@ -12,10 +12,9 @@ from pathlib import Path
 from PIL import Image
 
 from dualcl.benchmark.core.bar import Bar
-from dualcl.benchmark.core.files import atomic_write
+from dualcl.benchmark.core.files import atomic_write, cache_dir
 from dualcl.benchmark.core.machine import usable_cpus
 from dualcl.benchmark.core.reading import read_json
-from dualcl.datasets.reading.cache import cache_dir
 from dualcl.datasets.reading.threads import in_threads
 from dualcl.datasets.reading.views import check_blocks, decode_image
 

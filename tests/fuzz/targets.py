@@ -33,6 +33,7 @@ from safetensors.torch import save
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dualcl.benchmark import cli
+from dualcl.benchmark.cli.options import build_parser, expand_sets
 from dualcl.benchmark.config.presets import PRESET_DIR, bundled_presets, load_preset
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core import files
@@ -425,9 +426,9 @@ def command(data: bytes) -> None:
         if words[0] in ("show", "list"):
             code = cli.main(words)
         else:
-            parser, _ = cli.build_parser()
+            parser = build_parser()
             try:
-                parser.parse_args(cli._expand_sets(words))
+                parser.parse_args(expand_sets(words))
                 code = 0
             except SystemExit as stop:
                 code = int(stop.code or 0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dualcl.benchmark.cli import _add_bench, _expand_sets, build_parser
+from dualcl.benchmark.cli.options import build_parser, expand_sets
 from dualcl.benchmark.config.presets import load_preset
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.grids.sweep import plan_sweep
@@ -59,11 +59,10 @@ def test_the_metrics_are_those_of_the_tables() -> None:
 
 
 def test_every_command_is_one_that_the_command_line_takes(tmp_path: Path) -> None:
-    parser, subcommands = build_parser()
-    _add_bench(subcommands["bench"])
+    parser = build_parser()
     used = set()
     for words in commands():
-        args = parser.parse_args(_expand_sets(words))
+        args = parser.parse_args(expand_sets(words))
         used.add(args.command)
         if args.command in ("run", "show"):
             resolve(args.preset, args.method or load_preset(args.preset).compare[0], args.sets)

@@ -27,8 +27,9 @@ from dualcl.benchmark.grids.execute import make_engine
 from dualcl.benchmark.grids.local import Local, SideBySide
 from dualcl.benchmark.grids.plan import Needs, Planned, needs, plan_comparison
 from dualcl.benchmark.grids.status import LiveTable, render, text_table
-from dualcl.benchmark.grids.survey import PLAN, Survey, read_plan, read_state, seconds_left, write_plan
+from dualcl.benchmark.grids.survey import Survey, read_plan, read_state, seconds_left, write_plan
 from dualcl.benchmark.runs.folder import RunFolder, new_record
+from dualcl.benchmark.runs.mirror import PLAN
 
 
 def wait_until(true: Callable[[], Any], seconds: float = 20) -> None:
