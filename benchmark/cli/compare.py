@@ -28,7 +28,8 @@ def main(args: argparse.Namespace) -> int:
     args.place = args.out or RUNS / load_preset(args.preset).name
     out, url = local_and_url(args.place)
     plan = plan_comparison(args.preset, methods, seeds, args.sets, out, url)
-    rows = dict.fromkeys([*methods, *(p.resolved.general.label or p.resolved.method for p in plan)])
+    runs = [p.resolved for p in plan]
+    rows = dict.fromkeys([*(r.method for r in runs), *(r.general.label or r.method for r in runs)])
     if args.baseline is not None and args.baseline not in rows:  # said now, not after hours
         raise UserError(f"the baseline {args.baseline!r} is not compared; {nearest(args.baseline, rows, 'methods')}")
     if args.print_slurm:

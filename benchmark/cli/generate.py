@@ -16,7 +16,9 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"unknown --scheduler {args.scheduler!r}; {nearest(args.scheduler, SCHEDULERS, 'schedulers')}")
     args.place = args.out or args.run_dir / "generated"
 
-    model = open_model(args.run_dir, args.device, base=args.base, after=args.after, say=say)
+    model = open_model(
+        args.run_dir, args.device, base=args.base, after=args.after, method=args.method, data=args.data, say=say
+    )
     paths = generate(
         model,
         args.prompts,

@@ -8,12 +8,15 @@ import json
 from dualcl.benchmark.cli.options import LISTS
 from dualcl.benchmark.config.presets import bundled_presets, load_preset
 from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.benchmark.core.registry import Plugin
 from dualcl.benchmark.core.text import align
 from dualcl.benchmark.models.bundled import bundled_backbones
 from dualcl.datasets import available_datasets
 from dualcl.methods import available_methods
 from dualcl.results.published.render import overview
 from dualcl.results.report import terminal_stream
+
+_STORES = "; stores data"
 
 
 def _bundled_backbones() -> dict[str, str]:
@@ -22,11 +25,16 @@ def _bundled_backbones() -> dict[str, str]:
     return {n: f"{c['timm_name']} at {c['input_size']} px, trained on {c['trained_on']}" for n, c in cards.items()}
 
 
+def _origin(plugin: Plugin | None) -> str:
+    """The column "from"."""
+    return "built in" if plugin is None else plugin.origin
+
+
 def _list_rows(what: str) -> list[list[str]]:
     if what == "methods":
         methods = sorted(available_methods().values(), key=lambda m: m.name)
         return [
-            [m.name, ", ".join(m.domains), f"{m.summary}{'; stores data' if m.stores_data else ''} [{m.source}]"]
+            [m.name, ", ".join(m.domains), _origin(m.plugin), f"{m.summary}{_STORES * m.stores_data} [{m.source}]"]
             for m in methods
         ]
     if what == "presets":
@@ -34,7 +42,7 @@ def _list_rows(what: str) -> list[list[str]]:
         return [[p.name, p.domain, p.summary] for p in presets]
     if what == "datasets":
         return [
-            [d.name, d.domain, d.summary + ("; needs `dualcl prepare`" if d.needs_prepare else "")]
+            [d.name, d.domain, _origin(d.plugin), d.summary + ("; needs `dualcl prepare`" if d.needs_prepare else "")]
             for d in sorted(available_datasets().values(), key=lambda d: d.name)
         ]
     if what == "published":

@@ -150,7 +150,7 @@ def _compare(command: argparse.ArgumentParser) -> None:
 
 def _run(command: argparse.ArgumentParser) -> None:
     command.add_argument("preset", metavar="PRESET", help="a bundled preset or a YAML file")
-    command.add_argument("method", metavar="METHOD", help="see `dualcl list methods`")
+    command.add_argument("method", metavar="METHOD", help="see `dualcl list methods`, or FILE.py, FILE.py:NAME")
     command.add_argument("--seed", type=_natural, metavar="N", help="default: the preset's seed")
     _add_sets(command)
     command.add_argument("--out", type=_place, metavar="DIR|URL", help="default runs/PRESET/METHOD-seedN")
@@ -185,7 +185,7 @@ def _report(command: argparse.ArgumentParser) -> None:
 
 def _sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("preset", metavar="PRESET", help="a bundled preset or a YAML file")
-    command.add_argument("method", metavar="METHOD", help="see `dualcl list methods`")
+    command.add_argument("method", metavar="METHOD", help="see `dualcl list methods`, or FILE.py, FILE.py:NAME")
     command.add_argument(
         "--over", action="append", metavar="KEY=V1,V2,...", help="repeat for a grid; default: the preset's search space"
     )
@@ -221,6 +221,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base", metavar="MODEL", help="the model to put an exported LoRA on (default: its own)")
     command.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images at once (default 8)")
     command.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, mps (default auto)")
+    _add_files(command)
     command.add_argument("--out", type=Path, metavar="DIR", help="default RUN_DIR/generated")
 
 
@@ -234,6 +235,12 @@ def _export(command: argparse.ArgumentParser) -> None:
         metavar="R",
         help="largest rank of a LoRA (default: as many as hold the update exactly)",
     )
+    _add_files(command)
+
+
+def _add_files(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--method", metavar="FILE", help="of the run's method, if it is a file's: a record names none")
+    command.add_argument("--data", metavar="FILE", help="of the run's data set, likewise")
 
 
 def _list(command: argparse.ArgumentParser) -> None:
@@ -243,7 +250,7 @@ def _list(command: argparse.ArgumentParser) -> None:
 
 def _show(command: argparse.ArgumentParser) -> None:
     command.add_argument("preset", metavar="PRESET", help="a bundled preset or a YAML file")
-    command.add_argument("method", nargs="?", metavar="METHOD", help="default: what all methods share")
+    command.add_argument("method", nargs="?", metavar="METHOD", help="a name or file; default: what all share")
     _add_sets(command)
 
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from dualcl.benchmark.config.resolve import resolve_shared
-from dualcl.datasets import available_datasets, dataset_class
+from dualcl.datasets import dataset_class, dataset_info
 from dualcl.datasets.reading.download import alone_in
 
 
@@ -18,12 +18,12 @@ def main(args: argparse.Namespace) -> int:
     if args.root is not None:
         sets.append(f"data.root={json.dumps(args.root)}")
     resolved = resolve_shared(args.preset, sets)
-    info = available_datasets()[resolved.data_name]
+    info = dataset_info(resolved.data_reference)
     if not info.needs_prepare:
         print(f"{info.name}: nothing to prepare")
         return 0
     config = resolved.sections["data"]
     with alone_in(Path(config.root).expanduser()):
-        dataset_class(info.name, resolved.domain).prepare(config)
+        dataset_class(info.reference, resolved.domain).prepare(config)
     print(f"{info.name}: ready")
     return 0

@@ -21,7 +21,7 @@ def main(args: argparse.Namespace) -> int:
     if args.seed is not None:
         check_seed_given_once(args.sets, "--seed")
     resolved = resolve(args.preset, args.method, args.sets, seed=args.seed)
-    out = args.out or RUNS / resolved.preset / f"{args.method}-seed{resolved.general.seed}"
+    out = args.out or RUNS / resolved.preset / f"{resolved.method}-seed{resolved.general.seed}"
     args.place = out
 
     reporter = Reporter(quiet=args.quiet or follower() > 0)

@@ -12,6 +12,7 @@ from dualcl.benchmark.config.resolve import help_text, own_values, resolve, reso
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.text import align
 from dualcl.benchmark.grids.sweep import axes_of, typed
+from dualcl.methods import method_info
 
 
 def _shown_value(value: Any) -> str:
@@ -23,7 +24,7 @@ def main(args: argparse.Namespace) -> int:
 
     shared = args.method is None
     resolved = resolve_shared(args.preset, args.sets) if shared else resolve(args.preset, args.method, args.sets)
-    loaded = load_preset(args.preset)
+    loaded = load_preset(args.preset, args.method or "")
     rows = []
     for key, value in resolved.flat().items():
         if key in ("preset", "domain", "method_name") or (shared and key.startswith("method.")):
@@ -31,9 +32,10 @@ def main(args: argparse.Namespace) -> int:
         rows.append([key, _shown_value(value), resolved.sources.get(key, "default"), help_text(resolved, key)])
     print(f"{loaded.name} ({loaded.domain}): {loaded.summary}")
     if not shared:
-        print(f"method: {args.method}")
+        plugin = resolved.plugins.get("method")
+        print(f"method: {resolved.method}{'' if plugin is None else f' from {plugin.origin}'}")
         print(f"tuned by: {resolved.tuning}")
-        print(f"search space: {_shown_space(loaded, args.method)}")
+        print(f"search space: {_shown_space(loaded, resolved.method)}")
     print()
     print("\n".join(align([["key", "value", "from", "what it is"], *rows])))
     if shared:
@@ -62,11 +64,13 @@ def _tuned_rows(preset: str, sets: Sequence[str]) -> list[list[str]]:
     loaded = load_preset(preset)
     spoken_of = [key.split(".")[1] for key in loaded.values if key.startswith("methods.")]
     rows = []
-    for name in dict.fromkeys([*loaded.compare, *spoken_of, *loaded.tuning, *loaded.search]):
+    compared = [method_info(method).name for method in loaded.compare]
+    for name in dict.fromkeys([*compared, *spoken_of, *loaded.tuning, *loaded.search]):
+        method = loaded.methods.get(name, name)
         try:
-            resolved = resolve(preset, name, sets)
+            resolved = resolve(preset, method, sets)
         except UserError:  # a key of other methods
-            resolved = resolve(preset, name, [text for text in sets if not text.startswith(("method.", "method="))])
+            resolved = resolve(preset, method, [text for text in sets if not text.startswith(("method.", "method="))])
         values = " ".join(f"{k}={typed(v)}" for k, v in own_values(resolved).items())
         rows.append([name, values or "-", resolved.tuning])
     return rows

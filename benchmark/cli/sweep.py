@@ -16,7 +16,7 @@ def main(args: argparse.Namespace) -> int:
     """Does what the command line asks for; returns the exit code."""
 
     seeds = None if args.seeds is None else parse_seeds(args.seeds)
-    out = args.out or RUNS / f"sweep-{load_preset(args.preset).name}"
+    out = args.out or RUNS / f"sweep-{load_preset(args.preset, args.method).name}"
     args.place = out
     sweep = s.plan_sweep(args.preset, args.method, args.over, seeds, args.sets, out, select=args.select)
     if not args.quiet:
@@ -30,6 +30,6 @@ def main(args: argparse.Namespace) -> int:
     else:
         say(f"best {sweep.select} {best.metrics[sweep.select][0]:.2f}; use it with: {s.set_line(best)}")
         say(f"for `tuning:` in a preset: {sweep.tuning}")
-    written = s.write_sweep(sweep, scores, out / args.method)
+    written = s.write_sweep(sweep, scores, out / sweep.method)
     say(f"sweep: {', '.join(map(str, written))}")
     return conclude(outcomes, args.quiet)

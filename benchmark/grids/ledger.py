@@ -403,8 +403,11 @@ def ledger(dirs: Iterable[str | os.PathLike[str]], path: str | os.PathLike[str])
     records, problems = scan_records(places := [Path(d) for d in dirs])
     if problems:
         raise UserError(problems[0])
+    # what is not of this project is no reproduction by it
+    records = [r for r in records if not {"method_source", "data_source"} & r.data["run"].keys()]
     if not records:
-        raise UserError(f"no record.json below {', '.join(map(str, places))}; give the folder that holds the runs")
+        where = ", ".join(map(str, places))
+        raise UserError(f"no record.json of built-in methods below {where}; give the folder that holds the runs")
     here = Path(path).parent
     words = ["dualcl", "report", *(_given(place) for place in places), "--ledger", _given(Path(path))]
     return to_markdown(sections(records, here), shlex.join(words), here)

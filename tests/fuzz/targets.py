@@ -121,7 +121,7 @@ def config(data: bytes) -> None:
         tree = files.as_json(resolved.tree())
         json.dumps(tree, allow_nan=False).encode()
         resolved.hash()
-        restored = recorded_config(tree)
+        restored = recorded_config({"config": tree, "run": {}})
         assert restored.flat() == resolved.flat(), "a recorded configuration comes back as another one"
 
 
@@ -149,7 +149,7 @@ def records(data: bytes) -> None:
         json.dumps(run_row(found))
         comparable(found)
         with contextlib.suppress(UserError):
-            recorded_config(found.data["config"])
+            recorded_config(found.data)
         summary = summarise([path.parent])
         for form in ("text", "md", "csv", "tex"):
             report.terminal_table(summary, form, ascii_only=form == "text", width=80)
