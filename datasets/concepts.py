@@ -1,4 +1,4 @@
-"""What a customization data set hands to the benchmark: concepts with a few photos each, and a stream of them."""
+"""What a customization data set hands to the benchmark: concepts with a few photos each, or requests to unlearn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.reading import check_name
 from dualcl.datasets.base import ImageSet, make_class_order
 
 #: what a prompt template may hold: the concept's token(s), and its class noun
@@ -16,8 +20,31 @@ TOKEN, NOUN = "{token}", "{noun}"
 
 
 @dataclass(frozen=True)
+class Request:
+    """Something to be unlearnt: whoever asks for `target` is to get what `anchor` gives. Both are words of a prompt."""
+
+    target: str
+    anchor: str
+    #: object, style, ...: for methods and measures that tell them apart
+    kind: str = "object"
+
+    def __post_init__(self) -> None:
+        for word in (self.target, self.anchor, self.kind):
+            check_name(word, "a request's word")
+        if not (self.target.strip() and self.anchor.strip() and self.target != self.anchor):
+            raise UserError(f"a request of {self.target!r} for {self.anchor!r} instead; give two different things")
+
+
+def _none(index: int) -> Image.Image:
+    raise RuntimeError("a request has no photographs")
+
+
+NO_IMAGES = ImageSet((), np.zeros(0, dtype=np.int64), _none, "")
+
+
+@dataclass(frozen=True)
 class Concept:
-    """One thing to be taught from a few images.
+    """One thing to be taught from a few images, or with `request` to be unlearnt, from images that the model makes.
 
     `noun` is its class noun ("dog"), "" when unknown. Templates hold "{token}" and may hold "{noun}"; without any, the
     domain's `concept.prompt` and `eval.prompt` are used. Labels of `images` are all 0.
@@ -25,14 +52,15 @@ class Concept:
 
     name: str
     noun: str
-    images: ImageSet
+    images: ImageSet = NO_IMAGES
     prompts: tuple[str, ...] = ()
     eval_prompts: tuple[str, ...] = ()
+    request: Request | None = None
 
 
 @dataclass(frozen=True)
 class ConceptData:
-    """A customization data set, concepts in natural order.
+    """A customization data set, concepts in natural order; either all of them are requests or none.
 
     Raises UserError when there is no concept, two have one name, one has no image, or a template is wrong.
     """
@@ -53,10 +81,12 @@ class ConceptData:
             if names.count(name) > 1:
                 raise UserError(f"{self.name} has two concepts called {name!r}; rename one")
         for concept in self.concepts:
-            if len(concept.images) == 0:
+            if concept.request is None and len(concept.images) == 0:
                 raise UserError(f"concept {concept.name!r} of {self.name} has no images; give at least one")
             for template in (*concept.prompts, *concept.eval_prompts):
                 check_template(template, f"concept {concept.name!r}")
+        if len({concept.request is None for concept in self.concepts}) > 1:
+            raise UserError(f"{self.name} mixes concepts to learn with requests to unlearn; make two data sets of them")
 
 
 @dataclass(frozen=True)
@@ -66,6 +96,11 @@ class ConceptStream:
     data: ConceptData
     order: tuple[int, ...]
     concepts: tuple[Concept, ...]
+
+    @property
+    def requests(self) -> tuple[Request, ...]:
+        """What is to be unlearnt, a task each; empty for a stream of concepts."""
+        return tuple(c.request for c in self.concepts if c.request is not None)
 
 
 def check_template(template: str, where: str) -> None:
@@ -83,9 +118,10 @@ def check_template(template: str, where: str) -> None:
 
 
 def concepts_hash(concepts: Iterable[Concept]) -> str:
-    """sha256 (16 hex digits) over the sorted (concept, image id) pairs."""
+    """sha256 (16 hex digits) over the sorted (concept, image id) pairs; of a request, over (its name, all it says)."""
     digest = hashlib.sha256()
-    for name, image in sorted((concept.name, image) for concept in concepts for image in concept.images.ids):
+    listed = [(c.name, c.images.ids if c.request is None else (repr(c.request),)) for c in concepts]
+    for name, image in sorted((name, image) for name, images in listed for image in images):
         digest.update(f"{name}\t{image}\n".encode())
     return digest.hexdigest()[:16]
 

@@ -76,5 +76,5 @@ class CustomDiffusion(WholeWeights):
     requires = ("prior",)
 
     def __init__(self, config: CustomDiffusionConfig, domain: Domain, n_tasks: int, seed: int) -> None:
-        set_up(config, domain)
         super().__init__(config, domain, n_tasks, seed)
+        set_up(config, domain)

@@ -70,8 +70,8 @@ class CustomDiffusionMerge(SiteWeights):
     requires = ("prior", "concept_inputs")
 
     def __init__(self, config: CustomDiffusionMergeConfig, domain: Domain, n_tasks: int, seed: int) -> None:
-        set_up(config, domain)
         super().__init__(config, domain, n_tasks, seed)
+        set_up(config, domain)
         self.pretrained = self.flat().detach()
         self.gram: Tensor | None = None
         self.tasks = 0
@@ -98,12 +98,11 @@ class CustomDiffusionMerge(SiteWeights):
     def merged(self, tasks: int) -> Tensor:
         """The weights of all sites (n,) that map each of the first `tasks` concepts' inputs as its own weights do."""
         domain = cast(ConceptInputsDomain, self.domain)
-        with torch.autocast(self.pretrained.device.type, enabled=False):
-            inputs = [domain.concept_inputs(j).to("cpu", torch.float64) for j in range(tasks)]
-            if self.gram is None:
-                common = domain.common_inputs(self.config.captions).to("cpu", torch.float64)
-                self.gram = common.T @ common
-                self.gram.diagonal().add_(float(self.config.ridge) * self.gram.diagonal().mean())
+        inputs = [domain.concept_inputs(j).to("cpu", torch.float64) for j in range(tasks)]
+        if self.gram is None:
+            common = domain.common_inputs(self.config.captions).to("cpu", torch.float64)
+            self.gram = common.T @ common
+            self.gram.diagonal().add_(float(self.config.ridge) * self.gram.diagonal().mean())
         project = merging_map(torch.cat(inputs), self.gram)
         sizes = [w.numel() for w in self.weights]
         learnt = [self.learnt(j).split(sizes) for j in range(tasks)]

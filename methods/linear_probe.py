@@ -14,5 +14,4 @@ from dualcl.methods.base import Method, register_method
 class LinearProbe(Method):
     """Trains nothing of its own: the domain's classifier rows of the current task are all there is."""
 
-    requires = ("features",)
     frozen = True

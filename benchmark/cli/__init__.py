@@ -54,10 +54,10 @@ def _silence_stdout() -> None:
 
 
 def _dispatch(argv: Sequence[str]) -> int:
-    word = next((a for a in argv if not a.startswith("-")), None)
-    if word is not None and word not in COMMANDS:
+    word, second = [*(a for a in argv if not a.startswith("-")), "", ""][:2]
+    if word and word not in COMMANDS:
         raise UserError(f"unknown command {word!r}; {nearest(word, COMMANDS, 'commands')}")
-    args = build_parser(word or "").parse_args(expand_sets(argv))
+    args = build_parser(word, second).parse_args(expand_sets(argv))
     if args.command != "run" and launched() > 1:
         raise UserError(f"a launcher started {launched()} processes; they share one `dualcl run`, not {args.command}")
     try:

@@ -9,14 +9,12 @@ from pathlib import Path
 from dualcl.benchmark.cli.options import RUNS
 from dualcl.benchmark.cli.reports import formats_of, write_report
 from dualcl.benchmark.config.presets import load_preset
-from dualcl.benchmark.core.devices import available_devices
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.reading import parse_names
-from dualcl.benchmark.grids.execute import conclude, execute
+from dualcl.benchmark.grids.execute import conclude, execute, slurm_script
 from dualcl.benchmark.grids.plan import Planned, default_methods, parse_seeds, plan_comparison
-from dualcl.benchmark.grids.slurm import array_script
-from dualcl.benchmark.grids.survey import PLAN, write_plan
-from dualcl.benchmark.runs.mirror import local_and_url, push_files
+from dualcl.benchmark.grids.survey import write_plan
+from dualcl.benchmark.runs.mirror import PLAN, local_and_url, push_files
 from dualcl.results.report import terminal_table
 from dualcl.results.tables import summarise
 
@@ -54,8 +52,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _print_slurm(plan: list[Planned], out: Path, url: str | None, options: list[str]) -> int:
 
-    on_gpu = available_devices()[0].startswith("cuda")
-    script = array_script(plan, url or os.path.abspath(out), options, cuda=on_gpu)
+    script = slurm_script(plan, url or os.path.abspath(out), options)
     write_plan(out, plan)
     if url is not None:
         push_files(out / PLAN, url)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from dualcl.benchmark.cli import bench
 from dualcl.benchmark.core.errors import EXIT_USER
 from dualcl.benchmark.core.machine import package_version
 from dualcl.benchmark.core.text import printable
@@ -271,16 +271,12 @@ def _pretrain(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=Path, default=RUNS / "pretrain", metavar="DIR", help="default %(default)s")
 
 
-def _bench(command: argparse.ArgumentParser) -> None:
-    importlib.import_module("dualcl.benchmark.cli.bench").add_arguments(command)
-
-
 def _doctor(command: argparse.ArgumentParser) -> None:
     pass
 
 
 #: command -> its summary, and what adds its arguments; the file of its name does it, in `main(args)`
-COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
+COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "quickstart": ("compare methods in both domains on the bundled models and data, in minutes", _quickstart),
     "compare": ("run every method with every seed, then report", _compare),
     "run": ("run one method with one seed; resumes an interrupted run", _run),
@@ -294,13 +290,13 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "check": ("check all that a method must keep to, on tiny streams, in about a minute", _check),
     "prepare": ("download, verify and split the data of a preset", _prepare),
     "pretrain": ("make a bundled model again", _pretrain),
-    "bench": ("measure speed and memory", _bench),
+    "bench": ("measure speed and memory", bench.add_arguments),
     "doctor": ("check versions, devices, caches and writable places", _doctor),
 }
 
 
-def build_parser(only: str | None = None) -> argparse.ArgumentParser:
-    """The parser of all commands, with the arguments of one of them; None: of all."""
+def build_parser(*only: str) -> argparse.ArgumentParser:
+    """The parser of all commands, with the arguments of the one given alone, and of that kind of `bench`."""
     parser = _Parser(
         prog="dualcl",
         description="Continual learning in two domains with one runner.",
@@ -311,8 +307,8 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     for name, (summary, add_arguments) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         command.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        if only in (None, name):
-            add_arguments(command)
+        if not only or only[0] == name:
+            add_arguments(command, *(only[1:2] if name == "bench" else ()))
     return parser
 
 

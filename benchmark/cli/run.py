@@ -10,7 +10,7 @@ from dualcl.benchmark.core.machine import follower
 from dualcl.benchmark.core.text import say
 from dualcl.benchmark.grids.plan import check_seed_given_once
 from dualcl.benchmark.runs import runner
-from dualcl.benchmark.runs.mirror import discard, run_folder
+from dualcl.benchmark.runs.folder import discard, run_folder
 from dualcl.benchmark.runs.progress import Reporter
 from dualcl.results.report import terminal_table
 

@@ -310,8 +310,10 @@ class Resolved:
     def flat(self, *, volatile: bool = True) -> dict[str, Any]:
         """Dotted keys and values; without the keys that cannot change a result when `volatile` is False."""
         flat = flatten(self.tree())
-        if volatile:
-            return flat
+        return flat if volatile else self.telling(flat)
+
+    def telling(self, flat: Mapping[str, Any]) -> dict[str, Any]:
+        """What of dotted keys and values can change a result, and was not left unsaid by older records."""
         return {k: v for k, v in flat.items() if k not in self.volatile and not (k in LATER and v == LATER[k])}
 
     def hash(self) -> str:

@@ -20,12 +20,10 @@ from torch import Tensor
 
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import atomic_write
-from dualcl.benchmark.core.processes import Processes
 from dualcl.benchmark.core.seeding import derive_seed
 from dualcl.benchmark.core.settings import positive
 from dualcl.benchmark.models.image_features import ImageFeatures, load_features, mmd, plain_prompt
-from dualcl.benchmark.models.sampling import sample
-from dualcl.benchmark.models.stable_diffusion import Diffusion
+from dualcl.benchmark.models.text_to_image import TextToImage
 from dualcl.benchmark.models.tokens import ConceptTokens
 from dualcl.datasets.concepts import ConceptStream, check_template
 from dualcl.datasets.reading.views import check_blocks, decode_image
@@ -73,19 +71,21 @@ class EvalConfig:
 class EvaluatedDomain(Protocol):
     """What an evaluator asks of its domain."""
 
-    diffusion: Diffusion
+    diffusion: TextToImage
     stream: ConceptStream
     tokens: ConceptTokens
     seed: int
     device: torch.device
     folder: Path | None
-    processes: Processes
 
     def pixels(self, task: int) -> Tensor:
         """The concept's photographs at the model's size: uint8 (n, S, S, 3)."""
 
     def fill(self, template: str, task: int) -> str:
-        """A prompt template with the concept's placeholder."""
+        """A prompt template with the concept's placeholder, or the target of a request."""
+
+    def sample(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Tensor:
+        """Images uint8 (N, S, S, 3) of prompts with expanded tokens, by the settings of `eval.*`."""
 
 
 def slug(name: str) -> str:
@@ -109,8 +109,9 @@ def write_image(file: Path, image: Tensor, text: dict[str, str]) -> None:
 
 
 class ConceptEvaluator:
-    """Generates images of the concepts seen so far and measures them.
+    """Generates images of the concepts seen so far and measures them against photographs.
 
+    Of a request to unlearn: images of its target's prompts, against pictures of its anchor by the pretrained model.
     Image k of concept j starts from noise that is a function of (seed, j, k), and a concept's images never share a
     batch with another's: as long as the weights stay, so do the images, bit for bit.
     """
@@ -124,7 +125,7 @@ class ConceptEvaluator:
         #: concepts whose thumbnails this process has written
         self._shown: set[int] = set()
         for concept in domain.stream.concepts:
-            if config.estimator == "unbiased" and len(concept.images) < 2:
+            if config.estimator == "unbiased" and concept.request is None and len(concept.images) < 2:
                 raise UserError(
                     f"eval.estimator=unbiased needs two images of every concept, {concept.name!r} has one; "
                     "set eval.estimator=biased"
@@ -143,7 +144,8 @@ class ConceptEvaluator:
         mmd: squared MMD of generated and real images; drift: of the images now and right after learning (0 for the
         concept just learnt; None for joint training, or where those images are not known); image_similarity,
         text_similarity: mean cosines over all pairs, over images and their own prompts (None without a text tower);
-        nearest_correct of `generated` images are nearest to their own concept's mean real feature, of the stream's.
+        nearest_correct of `generated` images are nearest to their own concept's mean real feature, of the stream's;
+        requests with one anchor count as one concept.
         Raises UserError when images right after learning are missing from the run folder or cannot be read.
         """
         last = seen[-1]
@@ -151,6 +153,8 @@ class ConceptEvaluator:
             key: [None] * len(seen)
             for key in ("mmd", "drift", "image_similarity", "text_similarity", "nearest_correct", "generated")
         }
+        concepts = self.domain.stream.concepts
+        labels = [c.name if c.request is None else c.request.anchor for c in concepts]
         means = F.normalize(torch.stack([self._real_features(j).double().mean(0) for j in self._concepts()]), dim=1)
         for at, j in enumerate(seen):
             if not (joint or j == last or self._evaluates_all(last)):
@@ -168,7 +172,7 @@ class ConceptEvaluator:
             row["image_similarity"][at] = float((found.double() @ real.double().T).mean())
             row["text_similarity"][at] = self._text_similarity(j, prompts, found)
             closeness = found.double() @ means.T
-            row["nearest_correct"][at] = int((closeness.argmax(1) == j).sum())
+            row["nearest_correct"][at] = sum(labels[i] == labels[j] for i in closeness.argmax(1).tolist())
             row["generated"][at] = len(found)
         return row
 
@@ -181,6 +185,7 @@ class ConceptEvaluator:
             "features_sha256": self.features.sha256,
             "kernel": KERNEL,
             "estimator": config.estimator,
+            **({"reference": "pictures of the anchors"} if self.domain.stream.requests else {}),
             "eval": {
                 "n": config.n,
                 "steps": config.steps,
@@ -213,18 +218,8 @@ class ConceptEvaluator:
         return derive_seed(self.domain.seed, "eval", j, k)
 
     def _generate(self, j: int, prompts: list[str]) -> Tensor:
-        config = self.config
-        return sample(
-            self.domain.diffusion,
-            [self.domain.tokens.expand(prompt) for prompt in prompts],
-            [torch.Generator().manual_seed(self._seed(j, k)) for k in range(len(prompts))],
-            scheduler=config.scheduler,
-            steps=config.steps,
-            guidance=config.guidance,
-            batch_size=config.batch_size,
-            negative_prompt=config.negative_prompt,
-            processes=self.domain.processes,
-        )
+        generators = [torch.Generator().manual_seed(self._seed(j, k)) for k in range(len(prompts))]
+        return self.domain.sample([self.domain.tokens.expand(prompt) for prompt in prompts], generators)
 
     def _folder(self, after: int | Literal["real"], j: int) -> Path | None:
         run = self.domain.folder
@@ -293,8 +288,8 @@ class ConceptEvaluator:
         return torch.stack(images)
 
     def _text_similarity(self, j: int, prompts: list[str], found: Tensor) -> float | None:
-        words = self.domain.tokens.words(j)
-        noun = self.domain.stream.concepts[j].noun
+        concept = self.domain.stream.concepts[j]
+        words, noun = self.domain.tokens.words(j) if concept.request is None else [], concept.noun
         unique = list(dict.fromkeys(plain_prompt(prompt, words, noun) for prompt in prompts))
         texts = self.features.texts(unique)
         if texts is None:

@@ -1,30 +1,32 @@
-"""Continual Diffusion: a text-to-image model (Stable Diffusion) learns one concept after another."""
+"""Continual Diffusion: a text-to-image model learns, or unlearns, one concept after another."""
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualcl.benchmark.core.domain import Domain, Site, Task
+from dualcl.benchmark.core.domain import Domain, ReadOut, Site, Task
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.settings import Resolved, positive
 from dualcl.benchmark.domains.concept_batches import ConceptBatch, Entries, square
 from dualcl.benchmark.domains.concept_evaluation import ConceptEvaluator, EvalConfig
 from dualcl.benchmark.domains.prior import PriorConfig, prior_images
+from dualcl.benchmark.models.families import load
 from dualcl.benchmark.models.sampling import sample
-from dualcl.benchmark.models.stable_diffusion import BaseConfig, Diffusion, cross_attention_sites, load_diffusion
+from dualcl.benchmark.models.text_to_image import BaseConfig, TextToImage
 from dualcl.benchmark.models.tokens import ConceptTokens
 from dualcl.datasets import dataset_class
-from dualcl.datasets.concepts import Concept, ConceptData, ConceptStream, check_template, make_concept_stream
+from dualcl.datasets.concepts import ConceptData, ConceptStream, Request, check_template, make_concept_stream
 
 
 @dataclass(frozen=True)
@@ -74,14 +76,15 @@ class ConceptInputConfig:
 
 
 class Customization(Domain):
-    """A frozen Stable Diffusion, a stream of concepts with new tokens, the denoising error, and generated images.
+    """A frozen text-to-image model, a stream of concepts with new tokens, the denoising error, and generated images.
 
-    The adapted network is the U-Net; sites are K and V of its cross-attentions (C-LoRA, arXiv 2304.06027). No part ever
-    runs in training mode: there is no dropout to speak of, and an image must not depend on its batch.
+    Sites are K and V of the layers that read the prompt: of Stable Diffusion's U-Net, the cross-attentions (C-LoRA,
+    arXiv 2304.06027). No part ever runs in training mode: there is no dropout to speak of, and an image must not depend
+    on its batch. A stream may hold requests to unlearn instead: they have no tokens, and pictures of their anchors.
     """
 
     name = "customization"
-    capabilities = ("network", "prior", "replay", "concept_inputs")
+    capabilities = ("network", "prior", "replay", "concept_inputs", "errors", "requests", "token_rows")
     matrix_kind = "mmd"
     sections_config: ClassVar[dict[str, type]] = {
         "stream": ConceptStreamConfig,
@@ -97,10 +100,11 @@ class Customization(Domain):
         resolved: Resolved,
         device: torch.device,
         data: ConceptData | None = None,
-        diffusion: Diffusion | None = None,
+        diffusion: TextToImage | None = None,
     ) -> None:
         self.resolved = resolved
         self.device = device
+        self.precision = resolved.general.precision
         self.seed = resolved.general.seed
         self.concept_config = resolved.section("concept", ConceptConfig)
         stream_config = resolved.section("stream", ConceptStreamConfig)
@@ -115,9 +119,9 @@ class Customization(Domain):
             raise UserError(
                 f"base.weights_dtype={base.weights_dtype} needs mixed precision; set precision={base.weights_dtype}"
             )
-        self.diffusion = diffusion or load_diffusion(base, device)
-        self.model: nn.Module = self.diffusion.unet
-        self._sites = cross_attention_sites(self.model)
+        self.diffusion = diffusion or load(base, device)
+        self.model: nn.Module = self.diffusion.network
+        self._sites = self.diffusion.sites()
         if not self._sites:
             raise UserError(f"base.model={base.model} has no cross-attention (attn2.to_k, attn2.to_v) to adapt")
         # the projections as loaded: methods may put other modules in their place
@@ -128,7 +132,7 @@ class Customization(Domain):
         }
         self._network = dict(self.model.named_parameters())
         self._network_size = sum(p.numel() for p in self._network.values())
-        self.tokens = ConceptTokens(self.diffusion.text_encoder, self.diffusion.tokenizer, self.concept_config.n_tokens)
+        self.tokens = ConceptTokens(self.diffusion.vocabularies[0], self.concept_config.n_tokens)
         self.tokens.to(device)
         self.tasks = [
             Task(
@@ -149,7 +153,27 @@ class Customization(Domain):
         self._prior_weight = 0.0
         self._prior: dict[str, Entries] = {}
         self._prior_hashes: dict[str, str] = {}
+        #: prompt of each picture, of requests
+        self._captions: dict[int, list[tuple[str, ...]]] = {}
+        #: False: neither prior images nor those of requests are made, the model is for use only
+        self.makes_pictures = True
         self._check_prompts()
+
+    def attach(self, method: ReadOut) -> None:
+        """Refuses a method that the stream or the model does not suit, and makes the pictures of requests."""
+        super().attach(method)
+        name, needs = getattr(method, "name", type(method).__name__), method.requires
+        mixed = [n for n, site in self._sites.items() if site.module_name not in self.diffusion.text_only]
+        if "concept_inputs" in needs and mixed:
+            raise UserError(
+                f"method {name} needs sites that read the text alone, {mixed[0]} of {self.diffusion.info.name} reads "
+                "more; choose another base.model or method"
+            )
+        if ("requests" in needs) != bool(self.stream.requests):
+            verb, held = ("unlearns", "no requests") if "requests" in needs else ("learns", "requests to unlearn")
+            raise UserError(f"method {name} {verb}, {self.stream.data.name} holds {held}; choose another of the two")
+        if self.makes_pictures:
+            self._picture_requests()
 
     # --- what is learnt ---------------------------------------------------------------------------------------------
 
@@ -175,6 +199,9 @@ class Customization(Domain):
         for index in range(len(self.tasks)) if task is None else [task]:
             if index != self._begun:
                 raise RuntimeError(f"concept {index} begun when {self._begun} concepts were there")
+            self._begun += 1
+            if self.stream.requests:
+                continue
             concept = self.stream.concepts[index]
             config = self.concept_config
             rows = self.tokens.add(
@@ -184,13 +211,13 @@ class Customization(Domain):
                 torch_generator(self.seed, "token", index),
                 rename=self._renames,
             )
-            self._begun += 1
             new.append(rows)
         if task is not None:
             for rows in self.tokens.rows:
                 rows.requires_grad_(False)
                 rows.grad = None
-            new[-1].requires_grad_(True)
+            for rows in new:
+                rows.requires_grad_(True)
         self._current = task
         self._replayed = []
         self._entries = None
@@ -228,28 +255,37 @@ class Customization(Domain):
         """The word that stands for a concept, `<c1>` for the first."""
         return self.tokens.placeholders[task]
 
-    def fill(self, template: str, task: int) -> str:
-        """A prompt template with the concept's placeholder, and the class noun after it when that is asked for."""
+    def fill(self, template: str, task: int, word: str | None = None) -> str:
+        """A prompt template with `word` in the token's place, and the class noun after it when that is asked for.
+
+        By default the concept's placeholder, or the target of a request.
+        """
         concept = self.stream.concepts[task]
-        word = self.placeholder(task)
+        if word is None:
+            word = self.placeholder(task) if concept.request is None else concept.request.target
         if "{noun}" in template:
             return template.replace("{token}", word).replace("{noun}", concept.noun).strip()
         if self.concept_config.class_noun:
             word = f"{word} {concept.noun}".strip()
         return template.replace("{token}", word)
 
-    def training_prompts(self, task: int) -> tuple[str, ...]:
-        """The prompts a concept's images are paired with, tokens expanded."""
+    def prompts(self, task: int) -> tuple[str, ...]:
+        """The prompts a task's images are paired with, tokens expanded; those of the anchor for a request."""
+        request = self.stream.concepts[task].request
+        return self._filled(task, None if request is None else request.anchor)
+
+    def _filled(self, task: int, word: str | None = None) -> tuple[str, ...]:
         templates = self.stream.concepts[task].prompts or (self.concept_config.prompt,)
-        return tuple(self.tokens.expand(self.fill(t, task)) for t in templates)
+        return tuple(self.tokens.expand(self.fill(t, task, word)) for t in templates)
 
     def _check_prompts(self) -> None:
         """Raises UserError for whatever would stop a later concept, before the first one is trained."""
         config, evaluation = self.concept_config, self.resolved.section("eval", EvalConfig)
-        timesteps = self.diffusion.scheduler.config.num_train_timesteps
+        timesteps = self.diffusion.info.timesteps
         if evaluation.steps >= timesteps:
             raise UserError(f"eval.steps must be below the {timesteps} steps of the model, got {evaluation.steps}")
-        self.diffusion.token_ids([evaluation.negative_prompt])
+        for vocabulary in self.diffusion.vocabularies:
+            vocabulary.ids([evaluation.negative_prompt])
         for index, concept in enumerate(self.stream.concepts):
             templates = (*(concept.prompts or (config.prompt,)), *(concept.eval_prompts or (evaluation.prompt,)))
             if not concept.noun:
@@ -263,20 +299,25 @@ class Customization(Domain):
                     )
             if config.init == "word":
                 self.tokens.word_id(concept.noun)
-            if not self._renames:
+            if not self._renames and concept.request is None:
                 self.tokens.check_free(self._wanted_placeholder(index))
             for template in templates:
-                self._check_length(template, concept)
+                if concept.request is None:
+                    self._check_length(template, index)
+                else:
+                    words = (concept.request.target, concept.request.anchor)
+                    self.diffusion.vocabularies[0].ids([self.fill(template, index, word) for word in words])
 
-    def _check_length(self, template: str, concept: Concept) -> None:
-        n_tokens, length = self.concept_config.n_tokens, self.diffusion.text_length
+    def _check_length(self, template: str, task: int) -> None:
+        concept, vocabulary = self.stream.concepts[task], self.diffusion.vocabularies[0]
+        n_tokens = self.concept_config.n_tokens
         noun = f" {concept.noun} " if self.concept_config.class_noun and "{noun}" not in template else " "
         words = template.replace("{token}", noun).replace("{noun}", concept.noun)
-        size = len(self.diffusion.tokenizer(words).input_ids) + n_tokens * template.count("{token}")
-        if size > length:
+        size = len(vocabulary.tokenizer(words).input_ids) + n_tokens * template.count("{token}")
+        if size > vocabulary.length:
             raise UserError(
-                f"the prompt {template!r} has {size} tokens for concept {concept.name!r}, the model takes {length}; "
-                f"shorten it, or lower concept.n_tokens={n_tokens}"
+                f"the prompt {template!r} has {size} tokens for concept {concept.name!r}, the model takes "
+                f"{vocabulary.length}; shorten it, or lower concept.n_tokens={n_tokens}"
             )
 
     def _wanted_placeholder(self, task: int) -> str:
@@ -290,7 +331,10 @@ class Customization(Domain):
     # --- training data ----------------------------------------------------------------------------------------------
 
     def pixels(self, task: int) -> Tensor:
-        """The concept's photographs, cropped to the centre square, at the model's size: uint8 (n, S, S, 3)."""
+        """The concept's photographs, cropped to the centre square, at the model's size: uint8 (n, S, S, 3).
+
+        Of a request, pictures of its anchor.
+        """
         if task not in self._pixels:
             images = self.stream.concepts[task].images
             config = self.resolved.section("input", ConceptInputConfig)
@@ -300,20 +344,23 @@ class Customization(Domain):
             )
         return self._pixels[task]
 
-    def _encode(self, pixels: Tensor, prompts: tuple[str, ...], augment: bool) -> Entries:
-        """Latents of uint8 images (n, S, S, 3); mirrored copies are entries of their own."""
+    concept_images = pixels
+
+    def _encode(self, pixels: Tensor, prompts: list[tuple[str, ...]], augment: bool) -> Entries:
+        """Latents of uint8 images (n, S, S, 3) with the prompts of each; mirrored copies are entries of their own."""
         inputs = pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
         if augment and self.resolved.section("input", ConceptInputConfig).augment == "flip":
-            inputs = torch.cat([inputs, inputs.flip(3)])
+            inputs, prompts = torch.cat([inputs, inputs.flip(3)]), prompts * 2
         parts = [self.diffusion.encode_images(chunk) for chunk in inputs.split(8)]
-        return Entries(torch.cat([m for m, _ in parts]), torch.cat([s for _, s in parts]), [prompts] * len(inputs))
+        return Entries(torch.cat([m for m, _ in parts]), torch.cat([s for _, s in parts]), prompts)
 
     def _training_entries(self, task: int | None) -> Entries:
         """The task's encoded images, made once per task, and what is replayed in it."""
         if self._entries is None or self._entries[0] != task:
             concepts = range(len(self.tasks)) if task is None else [task]
-            parts = [self._encode(self.pixels(j), self.training_prompts(j), True) for j in concepts]
-            parts += [self._encode(images, self.training_prompts(j), False) for j, images in self._replayed]
+            own = {j: self._captions.get(j) or [self.prompts(j)] * len(self.pixels(j)) for j in concepts}
+            parts = [self._encode(self.pixels(j), own[j], True) for j in concepts]
+            parts += [self._encode(images, [self.prompts(j)] * len(images), False) for j, images in self._replayed]
             entries = parts[0]
             for part in parts[1:]:
                 entries = entries + part
@@ -368,13 +415,11 @@ class Customization(Domain):
         mean, std = entries.mean, entries.std
         clean = mean + std * torch.randn(mean.shape, generator=generator).to(mean.device)
         noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-        scheduler = self.diffusion.scheduler
-        timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(entries),), generator=generator)
-        timesteps = timesteps.to(mean.device)
-        velocity = self.diffusion.info.prediction_type == "v_prediction"
+        timesteps = self.diffusion.draw_times(len(entries), generator).to(mean.device)
+        noisy, target = self.diffusion.noised(clean, noise, timesteps)
         return ConceptBatch(
-            noisy=scheduler.add_noise(clean, noise, timesteps),
-            target=scheduler.get_velocity(clean, noise, timesteps) if velocity else noise,
+            noisy=noisy,
+            target=target,
             timesteps=timesteps,
             prompts=[options[0] for options in entries.prompts],
             # every part is a mean of its own: a part's weight does not depend on its size
@@ -384,17 +429,25 @@ class Customization(Domain):
     def loss(self, batch: ConceptBatch) -> Tensor:
         """Denoising error: mean squared error of the predicted noise or velocity; prior images by their weight."""
         unique = list(dict.fromkeys(batch.prompts))
-        context = self.diffusion.encode_text(self.diffusion.token_ids(unique))
         index = torch.tensor([unique.index(p) for p in batch.prompts], device=self.device)
-
-        def denoised(rows: slice) -> Tensor:
-            given = context[index[rows]]
-            out: Tensor = self.model(batch.noisy[rows], batch.timesteps[rows], encoder_hidden_states=given).sample
-            return out
-
-        predicted = self.passed(len(batch.prompts), denoised)
-        error = F.mse_loss(predicted.float(), batch.target.float(), reduction="none").mean(dim=(1, 2, 3))
+        at = torch.arange(len(index), device=self.device)
+        predicted = self._predicted(self.diffusion, batch, at, unique, index)
+        error = F.mse_loss(predicted, batch.target.float(), reduction="none").mean(dim=(1, 2, 3))
         return (error * batch.weights).sum()
+
+    def _predicted(
+        self, model: TextToImage, batch: ConceptBatch, at: Tensor, prompts: Sequence[str], index: Tensor
+    ) -> Tensor:
+        """What `model` predicts (R, C, h, w), float32, for samples at[k] of the batch under prompts index[k]."""
+        with self.autocast():
+            text = model.encode_text(prompts)
+
+        def run(rows: slice) -> Tensor:
+            own = at[rows]
+            with self.autocast():  # in here: micro-batches are run again in the backward
+                return model.predict(batch.noisy[own], batch.timesteps[own], text[index[rows]])
+
+        return self.passed(len(at), run)
 
     def samples(self, batch: ConceptBatch) -> Iterator[ConceptBatch]:
         """The noised images of a batch one by one, prior images with their weight."""
@@ -411,6 +464,8 @@ class Customization(Domain):
 
         They are a folder of the user's, or were generated by the frozen model once (`prior.*`), cached and hashed.
         """
+        if not self.makes_pictures:
+            return
         self._prior_weight = weight
         if weight == 0:
             return
@@ -419,7 +474,7 @@ class Customization(Domain):
             prompt = config.text(noun)
             if noun not in self._prior:
                 images, digest = prior_images(self.diffusion, config, noun, self.processes)
-                self._prior[noun] = self._encode(images, (prompt,), False)
+                self._prior[noun] = self._encode(images, [(prompt,)] * len(images), False)
                 self._prior_hashes[prompt] = digest
 
     def _prior_part(self, task: int | None, number: int, step: int) -> tuple[Entries, Tensor]:
@@ -434,51 +489,129 @@ class Customization(Domain):
         """Generates images of earlier concepts with the model as it stands; they join the begun task's training set."""
         self._entries = None
         for j in tasks:
-            prompts = self.training_prompts(j)
+            prompts = self.prompts(j)
             generators = [torch_generator(self.seed, "replay", self._begun, j, k) for k in range(per_task)]
             self._replayed.append((j, self.sample([prompts[k % len(prompts)] for k in range(per_task)], generators)))
 
     # --- capability: concept inputs ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def concept_inputs(self, task: int) -> Tensor:
-        """Text features (n, D) float32 of the concept's first training prompt, from the first word to the end token."""
-        ids = self.diffusion.token_ids(self.training_prompts(task)[:1])
-        return self._features(ids)
+    def concept_inputs(self, task: int, own: bool = False) -> Tensor:
+        """Text features (n, D) float32 of the concept's first training prompt, from the first word to the end token.
+
+        `own`: from the placeholder on. Of a request it is the target's prompt.
+        """
+        prompt, first = self._filled(task)[0], 1
+        if own:
+            template = (self.stream.concepts[task].prompts or (self.concept_config.prompt,))[0]
+            before = template.partition("{token}")[0].replace("{noun}", self.stream.concepts[task].noun)
+            ids = self.diffusion.vocabularies[0].ids([prompt, before])
+            first = int((ids[0] == ids[1]).int().cumprod(0).sum())
+        return self._features([prompt], first)
 
     @torch.no_grad()
     def common_inputs(self, n: int) -> Tensor:
         """Text features (m, D) float32 of "a photo of a WORD" for the n commonest whole words of the vocabulary."""
-        vocabulary = sorted(self.diffusion.tokenizer.get_vocab().items(), key=lambda item: item[1])
+        tokenizer = self.diffusion.vocabularies[0].tokenizer
+        vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         words = [w.removesuffix("</w>") for w, i in vocabulary if w.endswith("</w>") and i < self.tokens.base_size]
         words = [w for w in words if len(w) > 2 and w.isascii() and w.isalpha()][:n]
-        ids = self.diffusion.token_ids([f"a photo of a {w}" for w in words])
-        return torch.cat([self._features(chunk) for chunk in ids.split(64)])
+        prompts = [f"a photo of a {w}" for w in words]
+        return torch.cat([self._features(prompts[i : i + 64]) for i in range(0, len(prompts), 64)])
 
-    def _features(self, ids: Tensor) -> Tensor:
-        """Features of all tokens after the start up to the (first) end token, of all rows together."""
+    def _features(self, prompts: Sequence[str], first: int = 1) -> Tensor:
+        """Features of all tokens from `first` (after the start) up to the end token, of all prompts together."""
+        vocabulary = self.diffusion.vocabularies[0]
         # the end token may also be the padding; it sums up the prompt, and so does the padding after it
-        ends = (ids == self.diffusion.tokenizer.eos_token_id).int()
+        ends = (vocabulary.ids(prompts) == vocabulary.tokenizer.eos_token_id).int()
         kept = ends.cumsum(1) - ends == 0
-        kept[:, 0] = False
-        return self.diffusion.encode_text(ids)[kept].float()
+        kept[:, :first] = False
+        return self.diffusion.encode_text(prompts).states[kept].float()
+
+    # --- capabilities: errors, requests, token rows -----------------------------------------------------------------
+
+    def predictions(self, batch: ConceptBatch, prompts: Sequence[str]) -> Tensor:
+        """What the model predicts (B, P, C, h, w), float32, for each sample under each prompt; tokens expanded."""
+        return self._predictions(self.diffusion, batch, prompts)
+
+    def _predictions(self, model: TextToImage, batch: ConceptBatch, prompts: Sequence[str]) -> Tensor:
+        samples, texts = (torch.arange(n, device=self.device) for n in (len(batch.prompts), len(prompts)))
+        at, index = samples.repeat_interleave(len(texts)), texts.repeat(len(samples))
+        return self._predicted(model, batch, at, prompts, index).unflatten(0, (len(samples), len(texts)))
+
+    def errors(self, batch: ConceptBatch, prompts: Sequence[str]) -> Tensor:
+        """Mean squared error (B, P) of `predictions`, float32."""
+        return (self.predictions(batch, prompts) - batch.target.float()[:, None]).square().mean((2, 3, 4))
+
+    def frozen(self) -> Callable[[ConceptBatch, Sequence[str]], Tensor]:
+        """`predictions` of the model as it stands now, without gradient; whatever stays frozen is not copied."""
+        model, learnt = self.diffusion, {id(p) for p in (*self.model.parameters(), *self.tokens.rows)}
+        weights = [p for part in vars(model).values() if isinstance(part, nn.Module) for p in part.parameters()]
+        kept = [v.tokenizer for v in model.vocabularies] + [p for p in weights if id(p) not in learnt]
+        twin = copy.deepcopy(model, {id(x): x for x in kept})
+        twin.network.requires_grad_(False)
+
+        @torch.no_grad()
+        def predictions(batch: ConceptBatch, prompts: Sequence[str]) -> Tensor:
+            return self._predictions(twin, batch, prompts)
+
+        return predictions
+
+    def request(self, task: int) -> Request:
+        """What the task is to unlearn."""
+        return self.stream.requests[task]
+
+    def targets_of(self, prompts: Sequence[str]) -> tuple[str, ...]:
+        """The begun task's anchor prompts, as in a batch, with the target in the anchor's place."""
+        if self._current is None:
+            raise UserError("requests are unlearnt one after another; choose a method that is not joint")
+        pairs = dict(zip(self.prompts(self._current), self._filled(self._current), strict=True))
+        return tuple(pairs[prompt] for prompt in prompts)
+
+    def _picture_requests(self) -> None:
+        """Makes the pictures of all anchors with the model, which is as pretrained: `prior.n` for each prompt."""
+        config = self.resolved.section("prior", PriorConfig)
+        for task, request in zip(self.tasks, self.stream.requests, strict=False):
+            found = {}
+            for prompt in self.prompts(task.index):
+                found[prompt], self._prior_hashes[prompt] = prior_images(
+                    self.diffusion, config, request.anchor, self.processes, prompt
+                )
+            self._pixels[task.index] = torch.cat(list(found.values()))
+            self._captions[task.index] = [(prompt,) for prompt, images in found.items() for _ in images]
+            task.size = task.facts["n_train"] = len(self._captions[task.index])
+
+    def token_rows(self, task: int) -> tuple[Tensor, ...]:
+        """Copies of the task's rows (n_tokens, D), one for each vocabulary."""
+        return (self.tokens.rows[task].detach().clone(),)
+
+    @torch.no_grad()
+    def set_token_rows(self, task: int, rows: Sequence[Tensor]) -> None:
+        """Sets the begun task's rows, as `token_rows` gives them."""
+        own = self.tokens.rows[task]
+        if task != self._current:
+            raise RuntimeError(f"the token of concept {task + 1} may be set in its own task only")
+        if [tuple(r.shape) for r in rows] != [tuple(own.shape)]:
+            raise ValueError(f"rows of shape {[tuple(r.shape) for r in rows]}, wanted {[tuple(own.shape)]}")
+        own.copy_(rows[0])
 
     # --- images -----------------------------------------------------------------------------------------------------
 
     def sample(self, prompts: Sequence[str], generators: Sequence[torch.Generator]) -> Tensor:
         """Images uint8 (N, S, S, 3) of prompts with expanded tokens, by the settings of `eval.*`."""
         config = self.resolved.section("eval", EvalConfig)
-        return sample(
-            self.diffusion,
-            prompts,
-            generators,
-            scheduler=config.scheduler,
-            steps=config.steps,
-            guidance=config.guidance,
-            batch_size=config.batch_size,
-            negative_prompt=config.negative_prompt,
-            processes=self.processes,
-        )
+        with self.autocast():
+            return sample(
+                self.diffusion,
+                prompts,
+                generators,
+                scheduler=config.scheduler,
+                steps=config.steps,
+                guidance=config.guidance,
+                batch_size=config.batch_size,
+                negative_prompt=config.negative_prompt,
+                processes=self.processes,
+            )
 
     def evaluate(self, seen: Sequence[int]) -> dict[str, Any]:
         """Generates images of the concepts so far and compares them with the photographs; checks all older tokens."""
@@ -524,6 +657,7 @@ class Customization(Domain):
             "prediction_type": info.prediction_type,
             "token_table_sha256": self.tokens.base_hash,
             "prior": {"weight": self._prior_weight, "images_sha256": dict(self._prior_hashes)},
+            **({"requests": [asdict(r) for r in self.stream.requests]} if self.stream.requests else {}),
             **data.facts,
         }
 

@@ -15,15 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.core.files import atomic_write, write_json
+from dualcl.benchmark.core.files import atomic_write, cache_dir, write_json
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.processes import ALONE, Processes
 from dualcl.benchmark.core.reading import read_json
 from dualcl.benchmark.core.settings import positive
+from dualcl.benchmark.domains.concept_batches import square
 from dualcl.benchmark.models.sampling import sample
-from dualcl.benchmark.models.stable_diffusion import Diffusion
+from dualcl.benchmark.models.text_to_image import TextToImage
 from dualcl.datasets.reading.folders import class_folders, image_files
-from dualcl.datasets.reading.verify import cache_dir, why_unreadable
+from dualcl.datasets.reading.verify import why_unreadable
 from dualcl.datasets.reading.views import decode_image
 
 
@@ -55,29 +56,31 @@ class PriorConfig:
 
 
 def prior_images(
-    diffusion: Diffusion, config: PriorConfig, noun: str, processes: Processes = ALONE
+    model: TextToImage, config: PriorConfig, noun: str, processes: Processes = ALONE, prompt: str | None = None
 ) -> tuple[Tensor, str]:
     """Images uint8 (n, S, S, 3) of a class noun, and the sha256 of their pixels; made and cached by `processes`.
 
-    `diffusion` must be as pretrained: call it before a method trains anything. Raises UserError for a folder without
-    usable images.
+    `model` must be as pretrained: call it before a method trains anything. They are made from `prompt`, by default from
+    `prior.prompt`. Raises UserError for a folder without usable images.
     """
     if config.images != "generated":
-        images = _from_folder(Path(config.images).expanduser(), noun, diffusion.info.image_size)
+        images = _from_folder(Path(config.images).expanduser(), noun, model.info.image_size)
         return images, _digest(images)
-    key = json.dumps([asdict(config), config.text(noun), diffusion.info.weights_sha256], sort_keys=True)
+    text = config.text(noun) if prompt is None else prompt
+    key = json.dumps([asdict(config), text, model.info.weights_sha256], sort_keys=True)
     folder = cache_dir() / "prior" / hashlib.sha256(key.encode()).hexdigest()[:24]
     cached = processes.from_main(lambda: _read(folder))
     if cached is not None:
         return cached
-    generators = [torch_generator(config.seed, "prior", noun, k) for k in range(config.n)]
-    dtype = diffusion.unet.conv_in.weight.dtype
+    generators = [torch_generator(config.seed, "prior", noun if prompt is None else prompt, k) for k in range(config.n)]
+    # sites are float32 in any case
+    dtype = min((p.dtype for p in model.network.parameters()), key=lambda d: d.itemsize)
     half = dtype != torch.float32
     # the precision of the weights, not that of the run that happens to be the first
-    with torch.autocast(diffusion.device.type, dtype=dtype if half else torch.bfloat16, enabled=half):
+    with torch.autocast(model.device.type, dtype=dtype if half else torch.bfloat16, enabled=half):
         images = sample(
-            diffusion,
-            [config.text(noun)] * config.n,
+            model,
+            [text] * config.n,
             generators,
             scheduler=config.scheduler,
             steps=config.steps,
@@ -86,7 +89,7 @@ def prior_images(
             processes=processes,
         )
     if processes.main:
-        _write(folder, images, config, noun)
+        _write(folder, images, text)
     return images, _digest(images)
 
 
@@ -105,7 +108,7 @@ def _read(folder: Path) -> tuple[Tensor, str] | None:
     return (images, manifest["sha256"]) if _digest(images) == manifest["sha256"] else None
 
 
-def _write(folder: Path, images: Tensor, config: PriorConfig, noun: str) -> None:
+def _write(folder: Path, images: Tensor, prompt: str) -> None:
     """Puts the images into the cache; a cache that cannot be written is done without."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
@@ -113,14 +116,12 @@ def _write(folder: Path, images: Tensor, config: PriorConfig, noun: str) -> None
             with atomic_write(folder / f"{k:04d}.png") as handle:
                 Image.fromarray(image.numpy()).save(handle, format="PNG")
         # last: without it the folder counts as empty
-        write_json(folder / "manifest.json", {"n": len(images), "sha256": _digest(images), "prompt": config.text(noun)})
+        write_json(folder / "manifest.json", {"n": len(images), "sha256": _digest(images), "prompt": prompt})
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _from_folder(root: Path, noun: str, size: int) -> Tensor:
-    from dualcl.benchmark.domains.concept_batches import square
-
     folder = root
     if not folder.is_dir():
         raise UserError(f"prior.images={root} is no folder; give one with images, or prior.images=generated")

@@ -8,7 +8,6 @@ tasks' rank-r updates becomes one LoRA of rank r t at most, without loss.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import os
@@ -23,18 +22,12 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-import dualcl.benchmark.core.compat  # noqa: F401 - before diffusers
-
-# isort: split
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextModel
-
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.files import atomic_write, write_json
 from dualcl.benchmark.core.machine import package_version
 from dualcl.benchmark.domains.concept_evaluation import EvalConfig
 from dualcl.benchmark.domains.customization import Customization
-from dualcl.benchmark.models.stable_diffusion import BaseConfig
+from dualcl.benchmark.models.text_to_image import BaseConfig
 from dualcl.benchmark.runs.restore import restore
 from dualcl.benchmark.runs.runner import Run
 
@@ -105,7 +98,7 @@ class Pretrained:
         modules = {s.module_name: s.module for s in domain.sites().values()}
         self.weights = {name: module.weight.detach().cpu().clone() for name, module in modules.items()}
         sites = {f"{name}.weight" for name in modules}
-        self.others = {n: _bits(t) for n, t in domain.diffusion.unet.state_dict().items() if n not in sites}
+        self.others = {n: _bits(t) for n, t in domain.model.state_dict().items() if n not in sites}
 
     def changed(self, state: Mapping[str, Tensor]) -> list[str]:
         """Weights of the U-Net, sites aside, that are not as they were."""
@@ -117,7 +110,7 @@ def plain_state(domain: Customization) -> dict[str, Tensor]:
     modules = {s.module_name: s.module for s in domain.sites().values()}
     state = {
         name: tensor
-        for name, tensor in domain.diffusion.unet.state_dict().items()
+        for name, tensor in domain.model.state_dict().items()
         if not any(name.startswith(f"{module}.") for module in modules)
     }
     for name, module in modules.items():
@@ -173,6 +166,7 @@ class Learnt:
                 "variant": base.variant,
                 "weights_dtype": base.weights_dtype,
                 "prediction_type": info.prediction_type,
+                "pipeline": self.domain.diffusion.pipeline,
             },
             "run": {
                 "preset": resolved.preset,
@@ -259,12 +253,11 @@ def lora_tensors(found: Learnt, kind: str) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for module, factors in found.factors.items():
         up, down = factors.padded(found.rank)
+        name = found.domain.diffusion.lora_key(module, kind)
         if kind == "kohya":
-            name = f"lora_unet_{module.replace('.', '_')}"
             out[f"{name}.lora_down.weight"], out[f"{name}.lora_up.weight"] = down, up
             out[f"{name}.alpha"] = torch.tensor(float(found.rank))
         else:
-            name = f"{'unet' if kind == 'diffusers-lora' else 'base_model.model'}.{module}"
             out[f"{name}.lora_A.weight"], out[f"{name}.lora_B.weight"] = down, up
     return out
 
@@ -303,43 +296,9 @@ def write_lora(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
     write_embeddings(found, out, card)
 
 
-def merged_text_encoder(domain: Customization) -> Any:
-    """A stock text encoder of the same weights in float32 whose token table ends with the concepts' rows."""
-    tokens, encoder = domain.tokens, domain.diffusion.text_encoder
-    table = torch.cat([tokens.base.weight[: tokens.base_size], *(r.to(tokens.base.weight.dtype) for r in tokens.rows)])
-    config = type(encoder.config).from_dict({**encoder.config.to_dict(), "vocab_size": len(table)})
-    plain = CLIPTextModel(config)
-    prefix = next(n for n, m in encoder.named_modules() if m is tokens)
-    state = {k: v for k, v in encoder.state_dict().items() if not k.startswith(f"{prefix}.")}
-    plain.load_state_dict({**state, f"{prefix}.weight": table})
-    return plain.float().eval()
-
-
-def merged_unet(found: Learnt) -> Any:
-    """A stock U-Net with the run's weights in float32."""
-    with torch.device("meta"):
-        plain: Any = UNet2DConditionModel.from_config(found.domain.diffusion.unet.config)
-    plain.load_state_dict({name: tensor.float() for name, tensor in found.state.items()}, assign=True)
-    return plain.eval()
-
-
 def write_merged(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
-    """A whole model in diffusers layout: the tokenizer knows the concepts, the U-Net holds the updates.
-
-    All in float32: half precision would round the updates, and parts of mixed precision do not run in a stock pipeline.
-    """
-    diffusion = found.domain.diffusion
-    pipeline: Any = StableDiffusionPipeline(
-        vae=copy.deepcopy(diffusion.vae).float(),
-        text_encoder=merged_text_encoder(found.domain),
-        tokenizer=diffusion.tokenizer,
-        unet=merged_unet(found),
-        scheduler=DDIMScheduler.from_config(diffusion.scheduler.config),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(out)
+    """A whole model in diffusers layout: the tokenizer knows the concepts, the network holds the updates."""
+    found.domain.diffusion.save(out, found.state, [found.domain.tokens.table()])
 
 
 WRITERS: dict[str, Callable[[Learnt, Path, Mapping[str, Any]], None]] = {
@@ -404,7 +363,7 @@ def describe(card: Mapping[str, Any], out: str | Path) -> list[str]:
     base = f"made on {card['base']['name']} (sha256 {card['base']['weights_sha256'][:12]}); load with"
     each = f"for f in Path({str(out)!r}).glob('{EMBEDDINGS}/*.safetensors'): pipe.load_textual_inversion(f)"
     if kind == "merged":
-        lines.append(f"load with StableDiffusionPipeline.from_pretrained({str(out)!r})")
+        lines.append(f"load with {card['base']['pipeline']}.from_pretrained({str(out)!r})")
     elif kind == "textual-inversion":
         lines.append(f"{base} {each}")
     elif kind == "peft":

@@ -20,8 +20,9 @@ from dualcl.benchmark.core.files import atomic_write
 from dualcl.benchmark.core.reading import read_json
 from dualcl.benchmark.domains.concept_evaluation import EvalConfig
 from dualcl.benchmark.exports.export import CARD, EMBEDDINGS, FORMAT, LORA_FILES, VERSION, embedding_file
-from dualcl.benchmark.models.sampling import SchedulerName, sample
-from dualcl.benchmark.models.stable_diffusion import DTYPES, BaseConfig, Diffusion, load_diffusion
+from dualcl.benchmark.models.families import load
+from dualcl.benchmark.models.sampling import sample
+from dualcl.benchmark.models.text_to_image import DTYPES, BaseConfig, SchedulerName, TextToImage
 from dualcl.benchmark.models.tokens import ConceptTokens
 from dualcl.benchmark.runs.folder import RECORD
 from dualcl.benchmark.runs.restore import restore
@@ -59,7 +60,7 @@ class Word:
 class Model:
     """A diffusion model that knows concepts, and how its images are made unless told otherwise."""
 
-    diffusion: Diffusion
+    diffusion: TextToImage
     words: list[Word]
     precision: str
     scheduler: SchedulerName
@@ -212,7 +213,7 @@ def _open_export(path: Path, device: str, base: str | None, say: Say) -> Model:
         config = BaseConfig(model=base, weights_dtype=made_on["weights_dtype"])
     else:
         config = BaseConfig(made_on["name"], made_on.get("revision"), made_on.get("variant"), made_on["weights_dtype"])
-    diffusion = load_diffusion(config, pick_device(device))
+    diffusion = load(config, pick_device(device))
     if kind != "merged":
         if diffusion.info.weights_sha256 != made_on["weights_sha256"]:
             say(
@@ -238,11 +239,11 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read ({error}); export again") from None
 
 
-def _add_words(diffusion: Diffusion, concepts: Sequence[Mapping[str, Any]], path: Path) -> None:
+def _add_words(diffusion: TextToImage, concepts: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Puts the exported embeddings in the text encoder."""
     if not concepts:
         return
-    tokens = ConceptTokens(diffusion.text_encoder, diffusion.tokenizer, len(concepts[0]["words"]))
+    tokens = ConceptTokens(diffusion.vocabularies[0], len(concepts[0]["words"]))
     for concept in concepts:
         placeholder = concept["placeholder"]
         rows = _read_tensors(path / EMBEDDINGS / embedding_file(placeholder)).get(placeholder, torch.empty(0))
@@ -261,14 +262,13 @@ def _add_words(diffusion: Diffusion, concepts: Sequence[Mapping[str, Any]], path
 
 
 @torch.no_grad()
-def _add_lora(diffusion: Diffusion, tensors: Mapping[str, Tensor], kind: str, path: Path) -> None:
+def _add_lora(diffusion: TextToImage, tensors: Mapping[str, Tensor], kind: str, path: Path) -> None:
     """Adds up @ down of every module to its weight (alpha is the rank: the scale is one)."""
     down, up = ("lora_down", "lora_up") if kind == "kohya" else ("lora_A", "lora_B")
-    prefix = {"diffusers-lora": "unet.", "kohya": "lora_unet_", "peft": "base_model.model."}[kind]
-    modules = {name.replace(".", "_") if kind == "kohya" else name: m for name, m in diffusion.unet.named_modules()}
+    modules = {diffusion.lora_key(name, kind): m for name, m in diffusion.network.named_modules()}
     for key in [k for k in tensors if k.endswith(f".{down}.weight")]:
         name = key.removesuffix(f".{down}.weight")
-        weight = getattr(modules.get(name.removeprefix(prefix)), "weight", None)
+        weight = getattr(modules.get(name), "weight", None)
         factors = tensors.get(f"{name}.{up}.weight", torch.empty(0)).double(), tensors[key].double()
         fits = factors[0].ndim == factors[1].ndim == 2 and factors[0].shape[1] == factors[1].shape[0]
         if not fits or weight is None or weight.shape != (factors[0].shape[0], factors[1].shape[1]):
@@ -302,7 +302,7 @@ def generate(
     all of them. A file of the same name and the same text is written again, any other is left alone. `say` is told of
     prompts without a concept. Raises UserError for a wrong prompt or setting before any image is made.
     """
-    most = model.diffusion.scheduler.config.num_train_timesteps
+    most = model.diffusion.info.timesteps
     steps = model.steps if steps is None else steps
     if not 1 <= steps <= most:
         raise UserError(f"--steps must be from 1 to {most}, got {steps}")
@@ -319,7 +319,8 @@ def generate(
             known = ", ".join(w.placeholder for w in model.words)
             say(f"note: the prompt {prompt!r} holds no concept; this model knows: {known or 'none'}")
         expanded.append(text)
-    model.diffusion.token_ids([*expanded, expand_prompt(negative, model.words)[0]])  # too long a prompt is found here
+    for vocabulary in model.diffusion.vocabularies:  # too long a prompt is found here
+        vocabulary.ids([*expanded, expand_prompt(negative, model.words)[0]])
 
     folder, paths = Path(out), []
     for prompt, text in zip(prompts, expanded, strict=True):

@@ -18,6 +18,7 @@ from dualcl.benchmark.config.presets import Preset, bundled_presets, load_preset
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.settings import flatten
 from dualcl.benchmark.models.bundled import bundled_backbones, bundled_diffusion
+from dualcl.datasets import available_datasets
 from dualcl.results.files import write_text
 from dualcl.results.metrics import KINDS, METRICS
 from dualcl.results.published import Group, Number, groups, numbers_for, our_metric
@@ -242,8 +243,6 @@ def _lines_of_run(run: _Run, numbers: Sequence[Number]) -> list[Line]:
 
 def _needs(preset: Preset) -> list[str]:
     """What a run of the preset needs that the project does not bring."""
-    from dualcl.datasets import available_datasets
-
     values = {key: value for key, (value, _) in preset.values.items()}
     data = str(values.get("data.name", ""))
     dataset = available_datasets().get(data)

@@ -24,7 +24,7 @@ from dualcl.benchmark.core.text import printable, say
 from dualcl.benchmark.grids.child import Child
 from dualcl.benchmark.grids.plan import Outcome, Planned, outcome_of
 from dualcl.benchmark.grids.status import LiveTable, redraws
-from dualcl.benchmark.runs.mirror import discard, run_folder
+from dualcl.benchmark.runs.folder import discard, run_folder
 from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.runner import run
 
@@ -114,3 +114,10 @@ class SideBySide:
             child.ask()
         for child in children:
             child.stop()
+
+
+def make(jobs: int, address: str | None, quiet: bool, refresh: Callable[[], object] | None) -> Local | SideBySide:
+    """The engine `local`."""
+    if address is not None:
+        raise UserError("--address is for --engine ray; leave it out")
+    return Local(quiet) if jobs == 1 else SideBySide(jobs, quiet, refresh)

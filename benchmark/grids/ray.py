@@ -216,3 +216,10 @@ def _outcome(planned: Planned, result: Any) -> Outcome:
     cause = getattr(result, "cause", None) or result
     text = printable(f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}")
     return Outcome(planned, EXIT_FAILED, f"{text}; Ray has given up ({RETRIES} retries), the same command resumes")
+
+
+def make(jobs: int, address: str | None, quiet: bool, refresh: Callable[[], object] | None) -> RayEngine:
+    """The engine `ray`."""
+    if jobs != 1:
+        raise UserError("--jobs is for --engine local; with Ray the nodes' resources decide (--set resources.cpus=N)")
+    return RayEngine(address or "auto", quiet, refresh)

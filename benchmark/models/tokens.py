@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.reading import check_text
+from dualcl.benchmark.models.text_to_image import Vocabulary
 
 
 def table_hash(table: Tensor) -> str:
@@ -21,20 +22,20 @@ def table_hash(table: Tensor) -> str:
 
 
 class ConceptTokens(nn.Module):
-    """Stands in for the token embedding of a CLIP text encoder: the frozen table, then rows of concepts.
+    """Stands in for the token embedding of a vocabulary's text encoder: the frozen table, then rows of concepts.
 
     A concept has `n_tokens` rows (n_tokens, D) in float32, a Parameter of its own: no optimiser ever holds the table or
     an earlier concept's rows, so neither gradients nor weight decay can reach them. With several tokens a placeholder
     `<c1>` stands for `<c1> <c1>_1 <c1>_2`, the convention of diffusers' `load_textual_inversion`.
     """
 
-    def __init__(self, text_encoder: Any, tokenizer: Any, n_tokens: int = 1) -> None:
+    def __init__(self, vocabulary: Vocabulary, n_tokens: int = 1) -> None:
         super().__init__()
-        embedding = text_encoder.get_input_embeddings()
-        self.tokenizer = tokenizer
+        embedding = vocabulary.encoder.get_input_embeddings()
+        self.tokenizer = vocabulary.tokenizer
         self.n_tokens = n_tokens
         self.base = embedding
-        self.base_size = len(tokenizer)
+        self.base_size = len(self.tokenizer)
         if embedding.num_embeddings < self.base_size:
             raise UserError(
                 f"the tokenizer has {self.base_size} tokens, the text encoder {embedding.num_embeddings}; "
@@ -44,12 +45,16 @@ class ConceptTokens(nn.Module):
         self.rows = nn.ParameterList()
         self.placeholders: list[str] = []
         self.train(embedding.training)
-        text_encoder.set_input_embeddings(self)
+        vocabulary.encoder.set_input_embeddings(self)
 
     @property
     def weight(self) -> Tensor:
         """The frozen table; libraries ask an embedding for its weight."""
         return self.base.weight
+
+    def table(self) -> Tensor:
+        """The pretrained rows, then those of the concepts (n, D), in the precision of the former."""
+        return torch.cat([self.weight[: self.base_size], *(r.to(self.weight.dtype) for r in self.rows)])
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (...) -> embeddings (..., D)."""

@@ -190,9 +190,8 @@ class SideSlot:
         self._seen = None if self.added is None else args[0]
 
     def _add(self, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        if self.added is None or self._seen is None:
-            return out
-        return out + self.added(self._seen)
+        seen, self._seen = self._seen, None
+        return out if self.added is None or seen is None else out + self.added(seen)
 
 
 class Additions:

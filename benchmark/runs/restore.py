@@ -26,7 +26,7 @@ from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.runner import Run
 from dualcl.datasets import dataset_info
 from dualcl.datasets.base import ImageSet
-from dualcl.datasets.concepts import Concept, ConceptData
+from dualcl.datasets.concepts import Concept, ConceptData, Request
 from dualcl.methods import method_class, method_info
 
 Found = TypeVar("Found", bound=Info)
@@ -148,9 +148,12 @@ def _domain(resolved: Resolved, record: Mapping[str, Any], device: torch.device)
     identity = record["identity"]
     image = ImageSet(("not loaded",), np.zeros(1, dtype=np.int64), _no_photograph, "")
     try:
+        count = len(network["concepts"])
+        requests = [Request(**r) for r in network["requests"]] if "requests" in network else [None] * count
+        listed = zip(network["concepts"], network["nouns"], network["prompts"], requests, strict=True)
         concepts = tuple(
-            Concept(str(name), str(noun), image, tuple(map(str, prompts)))
-            for name, noun, prompts in zip(network["concepts"], network["nouns"], network["prompts"], strict=True)
+            Concept(str(name), str(noun), image, tuple(map(str, prompts)), request=request)
+            for name, noun, prompts, request in listed
         )
         data = ConceptData(identity["data"], concepts, identity["split_name"], identity["split_hash"])
     except (KeyError, TypeError, ValueError) as error:
@@ -159,8 +162,7 @@ def _domain(resolved: Resolved, record: Mapping[str, Any], device: torch.device)
     stream = dataclasses.replace(resolved.sections["stream"], tasks=None, class_order="natural")
     ordered = dataclasses.replace(resolved, sections={**resolved.sections, "stream": stream})
     domain = cls(ordered, device, data=data)
-    # prior images serve training only, and making them again would take minutes
-    domain.use_prior = lambda weight: None  # type: ignore[attr-defined]
+    domain.makes_pictures = False  # type: ignore[attr-defined]  # they serve training only, and would take minutes
     return domain
 
 

@@ -23,7 +23,7 @@ from dualcl.benchmark.core.machine import Stopwatch, environment
 from dualcl.benchmark.core.processes import ALONE, Processes, join
 from dualcl.benchmark.core.registry import check_plugins
 from dualcl.benchmark.core.seeding import derive_seed
-from dualcl.benchmark.core.settings import LATER, Resolved, flatten
+from dualcl.benchmark.core.settings import Resolved, flatten
 from dualcl.benchmark.domains import domain_class
 from dualcl.benchmark.runs.folder import PARTIAL, DamagedCheckpoint, RunFolder, Spectator, new_record
 from dualcl.benchmark.runs.progress import Reporter
@@ -298,9 +298,8 @@ class Run(Steps):
 
 def _check_config(record: dict[str, Any], resolved: Resolved, path: Path) -> None:
     """A folder made with another configuration is refused, with the keys that differ."""
-    old = {k: v for k, v in flatten(record["config"]).items() if k not in resolved.volatile}
-    new = {**LATER, **resolved.flat(volatile=False)}
-    old = {**LATER, **old}
+    old = resolved.telling(flatten(record["config"]))
+    new = resolved.flat(volatile=False)
     differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     if differ:
         shown = ", ".join(f"{k} (there {old.get(k)!r}, now {new.get(k)!r})" for k in differ[:4])

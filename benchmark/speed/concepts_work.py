@@ -29,13 +29,9 @@ from dualcl.benchmark.core.machine import package_version
 from dualcl.benchmark.core.settings import Resolved
 from dualcl.benchmark.domains.customization import ConceptStreamConfig, Customization
 from dualcl.benchmark.models.bundled import bundled_diffusion
-from dualcl.benchmark.models.stable_diffusion import (
-    DTYPES,
-    BaseConfig,
-    Diffusion,
-    cross_attention_sites,
-    load_diffusion,
-)
+from dualcl.benchmark.models.families import load
+from dualcl.benchmark.models.stable_diffusion import StableDiffusion, cross_attention_sites
+from dualcl.benchmark.models.text_to_image import DTYPES, BaseConfig, TextToImage
 from dualcl.benchmark.runs.folder import RunFolder
 from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.runner import Run, device_name
@@ -115,7 +111,7 @@ def fill(model: nn.Module, generator: torch.Generator) -> None:
 
 def random_diffusion(
     parts: Mapping[str, dict[str, Any]], config: BaseConfig, device: torch.device, name: str
-) -> Diffusion:
+) -> StableDiffusion:
     """A model of these configurations with random weights in `config.weights_dtype`, made on `device`.
 
     The tokenizer is the bundled one, set to the text encoder's length; its ids are among the first of the table.
@@ -142,15 +138,17 @@ def random_diffusion(
     folder = next(iter(bundled_diffusion().values())) / "tokenizer"
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=text_config.max_position_embeddings)
     scheduler = DDPMScheduler(**parts["scheduler"])
-    return Diffusion(tokenizer=tokenizer, scheduler=scheduler, **built, name=name, weights="random", device=device)
+    return StableDiffusion(
+        tokenizer=tokenizer, scheduler=scheduler, **built, name=name, weights="random", device=device
+    )
 
 
 @contextlib.contextmanager
 def concept_run(
-    resolved: Resolved, device: torch.device, per_concept: int, diffusion: Diffusion | None = None
+    resolved: Resolved, device: torch.device, per_concept: int, diffusion: TextToImage | None = None
 ) -> Iterator[Run]:
     """A run on noise, its folder deleted afterwards, with `diffusion` or the model that the configuration names."""
-    diffusion = diffusion or load_diffusion(resolved.section("base", BaseConfig), device)
+    diffusion = diffusion or load(resolved.section("base", BaseConfig), device)
     concepts = resolved.section("stream", ConceptStreamConfig).tasks or 1
     data = noise_concepts(concepts, per_concept, diffusion.info.image_size)
     domain = Customization(resolved, device, data=data, diffusion=diffusion)
@@ -158,7 +156,7 @@ def concept_run(
         yield Run(resolved, RunFolder(Path(folder)), Reporter(quiet=True), domain)
 
 
-def measure_once(resolved: Resolved, job: ConceptJob, diffusion: Diffusion) -> dict[str, Any]:
+def measure_once(resolved: Resolved, job: ConceptJob, diffusion: TextToImage) -> dict[str, Any]:
     """Training steps of the first concept and images of one denoising step, on `diffusion`."""
     device = diffusion.device
     with concept_run(resolved, device, 1, diffusion) as run:
@@ -181,13 +179,11 @@ def measure_once(resolved: Resolved, job: ConceptJob, diffusion: Diffusion) -> d
             fetched.append(next(batches))
             steps.append(seconds(device, step))
         train_peak = peaks(device)
-        with run.autocast():
-            run.method.end_task(0)
+        run.method.end_task(0)
         reset_peaks(device)
 
         def sample() -> None:
-            with run.autocast():
-                domain.sample(domain.training_prompts(0)[:1], [torch_generator(0, "bench", "sample")])
+            domain.sample(domain.prompts(0)[:1], [torch_generator(0, "bench", "sample")])
 
         samples = [seconds(device, sample) for _ in range(job.repeats)]
         return {

@@ -18,12 +18,13 @@ import diffusers
 import transformers
 
 from dualcl.benchmark.models.bundled import bundled_diffusion
-from dualcl.benchmark.models.stable_diffusion import BaseConfig, Diffusion
+from dualcl.benchmark.models.stable_diffusion import StableDiffusion
+from dualcl.benchmark.models.text_to_image import BaseConfig
 from dualcl.benchmark.speed.concepts_work import STABLE_DIFFUSION_1, random_diffusion
 from dualcl.benchmark.speed.step_work import Noise, answer
 
 
-def write_model(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> Diffusion:
+def write_model(folder: Path, parts: Mapping[str, Mapping[str, Any]]) -> StableDiffusion:
     """Saves a Stable Diffusion 1.x with random weights, different in `parts`, in diffusers layout; returns it."""
     whole = {name: {**config, **parts.get(name, {})} for name, config in STABLE_DIFFUSION_1.items()}
     model = random_diffusion(whole, BaseConfig(), torch.device("cpu"), "random")

@@ -159,8 +159,7 @@ class TaskSteps:
 
     def end(self) -> None:
         """Ends the task."""
-        with self.run.autocast():
-            self.run.method.end_task(self.index)
+        self.run.method.end_task(self.index)
 
     def held(self) -> dict[str, int]:
         """Tensors of the method (parameters and buffers) and of the optimiser: how many, and how many numbers."""
@@ -225,11 +224,10 @@ def _evaluations(run: Run, domain: Classification, index: int, repeats: int, bar
     """Evaluation of the task's test images: the first one, and for prompts also one with the query features kept."""
 
     def later() -> None:
-        with run.autocast():
-            domain.evaluate([index])
+        domain.evaluate([index])
 
     def first() -> None:
-        domain.forget_features()
+        domain.network.forget()
         later()
 
     def reference() -> None:
@@ -237,7 +235,7 @@ def _evaluations(run: Run, domain: Classification, index: int, repeats: int, bar
             bare.evaluate()
 
     # weights that change between tasks make every evaluation of a run a first one
-    passes = {"first": first, "later": later} if "prefix" in run.method.requires else {"first": first}
+    passes = {"first": first, "later": later} if "prefixes" in run.method.requires else {"first": first}
     images = len(domain.stream.tasks[index].test)
     return {name: {"images": images, **paired(run.device, repeats, work, reference)} for name, work in passes.items()}
 

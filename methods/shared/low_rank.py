@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -193,3 +194,20 @@ def inject(model: nn.Module, sites: dict[str, Site], rank: int) -> dict[str, Low
         parent, _, leaf = module_name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, AdaptedLinear(group[0].site.module, group))
     return updates
+
+
+@contextlib.contextmanager
+def without_updates(updates: Mapping[str, LowRankUpdate]) -> Iterator[None]:
+    """The network as the finished tasks left it, without gradient: what is trained now is off until the end.
+
+    A teacher that takes no memory. Without gradient, because micro-batches are run again in the backward, after it.
+    """
+    before = [(update, update.active) for update in updates.values()]
+    try:
+        for update, _ in before:
+            update.active = False
+        with torch.no_grad():
+            yield
+    finally:
+        for update, active in before:
+            update.active = active

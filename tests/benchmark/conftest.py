@@ -75,9 +75,10 @@ methods: {{lora: {{rank: 2}}, clora: {{rank: 2}}}}
 @pytest.fixture(scope="session")
 def loaded_sd(sd_folder: Path) -> Any:
     """`sd_folder`, loaded; copy it before anything is trained on it."""
-    from dualcl.benchmark.models.stable_diffusion import BaseConfig, load_diffusion
+    from dualcl.benchmark.models.families import load
+    from dualcl.benchmark.models.text_to_image import BaseConfig
 
-    return load_diffusion(BaseConfig(model=str(sd_folder)))
+    return load(BaseConfig(model=str(sd_folder)))
 
 
 @pytest.fixture

@@ -19,7 +19,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries that ask for it
@@ -44,7 +43,7 @@ from dualcl.benchmark.exports.generate import CARD, Word, expand_prompt, open_mo
 from dualcl.benchmark.grids.ledger import ledger
 from dualcl.benchmark.models.bundled import bundled_diffusion
 from dualcl.benchmark.models.image_features import plain_prompt
-from dualcl.benchmark.models.stable_diffusion import Diffusion
+from dualcl.benchmark.models.text_to_image import Vocabulary
 from dualcl.benchmark.models.tokens import ConceptTokens
 from dualcl.benchmark.models.weights import read_safetensors
 from dualcl.benchmark.runs.folder import RunFolder
@@ -297,7 +296,8 @@ def tokens(data: bytes) -> None:
     tokenizer, encoder = map(copy.deepcopy, _clip())
     with _naming("placeholder", "concept.init", "word", "noun", "prompt"):
         wanted = ConceptConfig(placeholder=placeholder).placeholder
-        added = ConceptTokens(encoder, tokenizer, 1 + len(count) % 3)
+        read = Vocabulary(tokenizer, encoder, 24)
+        added = ConceptTokens(read, 1 + len(count) % 3)
         for number in ("1", "2"):
             name = wanted.replace("{number}", number)
             added.check_free(name)
@@ -308,8 +308,7 @@ def tokens(data: bytes) -> None:
         text = added.expand(prompt)
         added.used(prompt)
         plain_prompt(text, added.words(0), word)
-        model: Any = SimpleNamespace(tokenizer=tokenizer, text_length=24, device="cpu")
-        assert torch.isfinite(added(Diffusion.token_ids(model, [text]))).all()
+        assert torch.isfinite(added(read.ids([text]))).all()
     with contextlib.suppress(UserError):
         expand_prompt(prompt, [Word(name, (name,), word) for name in added.placeholders])
 

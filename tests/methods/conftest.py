@@ -30,15 +30,17 @@ methods:
 @pytest.fixture(scope="session")
 def small_diffusion() -> Any:
     """The bundled model with a random U-Net of 4 narrow cross-attention layers: its text encoder is a trained one."""
-    from dualcl.benchmark.models.stable_diffusion import BaseConfig, Diffusion, load_diffusion
+    from dualcl.benchmark.models.families import load
+    from dualcl.benchmark.models.stable_diffusion import StableDiffusion
+    from dualcl.benchmark.models.text_to_image import BaseConfig
 
     # isort: split
     from diffusers import UNet2DConditionModel
 
-    whole = load_diffusion(BaseConfig())
+    whole = load(BaseConfig())
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=whole.info.latent_size,
+        sample_size=whole.info.latent_shape[-1],
         in_channels=4,
         out_channels=4,
         block_out_channels=(16, 24),
@@ -49,7 +51,7 @@ def small_diffusion() -> Any:
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )
-    return Diffusion(whole.tokenizer, whole.text_encoder, unet, whole.vae, whole.scheduler, "small", "random")
+    return StableDiffusion(whole.tokenizer, whole.text_encoder, unet, whole.vae, whole.scheduler, "small", "random")
 
 
 @pytest.fixture(scope="session")

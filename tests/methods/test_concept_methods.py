@@ -113,10 +113,10 @@ def test_each_concept_keeps_what_its_own_weights_make_of_it(merged):
         own = method.learnt(task).split([w.numel() for w in method.weights])
         # the concept's own word; the words before it are in all prompts, where a compromise is all there can be
         word = domain.tokens.words(task)[-1]
-        ids = domain.diffusion.token_ids(domain.training_prompts(task)[:1])[0]
+        ids = domain.diffusion.vocabularies[0].ids(domain.prompts(task)[:1])[0]
         at = ids.tolist().index(domain.diffusion.tokenizer.convert_tokens_to_ids(word))
         with torch.no_grad():
-            hidden = domain.diffusion.encode_text(ids[None])[0, at]
+            hidden = domain.diffusion.encode_text(domain.prompts(task)[:1]).states[0, at]
         assert (domain.concept_inputs(task) - hidden).abs().sum(1).min() < 1e-4
         for site, weight, start in zip(sites, own, work.starts[task].split([w.numel() for w in own]), strict=True):
             wanted = weight.view(site.d_out, site.d_in) @ hidden

@@ -123,7 +123,7 @@ def test_a_full_memory_holds_distinct_images_with_their_own_labels(build):
         begin(domain, method, task)
         method.end_task(task)
         known.update({bytes(p.numpy()): int(y) for p, y in zip(*views(domain, task), strict=True)})
-        assert method.stored == 9
+        assert method.held == 9
         held = [bytes(p.numpy()) for p in method.pixels]
         assert len(set(held)) == 9
         assert [known[p] for p in held] == method.targets.tolist()

@@ -170,7 +170,7 @@ class GuardedRun(Run):
             loaders.append(domain._train_loader[1])
         for loader in loaders:
             loader.close()
-        domain.forget_features()
+        domain.network.forget()
 
 
 @pytest.fixture(scope="module")
@@ -282,7 +282,7 @@ def prompts(domain: Any) -> list[tuple[str, int]]:
 def check_drawn_neighbours(domain: Any) -> None:
     """What the network says of one noisy image, and so a drawn image, does not depend on what is drawn beside it."""
     wanted = prompts(domain)
-    context = domain.diffusion.encode_text(domain.diffusion.token_ids([domain.tokens.expand(p) for p, _ in wanted]))
+    context = domain.diffusion.encode_text([domain.tokens.expand(p) for p, _ in wanted]).states
     noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     steps = torch.tensor([900, 500, 100])
 
@@ -345,8 +345,11 @@ def test_hiding_the_task_changes_no_image(name, finished):
 def test_evaluation_takes_no_task_id():
     assert list(inspect.signature(Classification.predict).parameters) == ["self", "images"]
     assert list(inspect.signature(Domain.evaluate).parameters) == ["self", "seen"]
-    prompted = [n for n in CLASSIFICATION if "prefix" in method_class(n).requires]
+    prompted = [n for n in CLASSIFICATION if "prefixes" in method_class(n).requires]
     assert len(prompted) >= 4
+    for name in CLASSIFICATION:
+        assert list(inspect.signature(method_class(name).features).parameters) == ["self", "images", "network"]
+        assert list(inspect.signature(method_class(name).scores).parameters) == ["self", "features"]
     for name in prompted:
         assert list(inspect.signature(method_class(name).provide).parameters) == ["self", "query", "training"]
 
@@ -482,7 +485,7 @@ LOOKS = {
     "earlier": lambda domain, task: task and look_at_training(domain, task - 1),
     "future": lambda domain, task: task < 2 and look_at_training(domain, task + 1),
     "own test": look_at_test,
-    "kept features": lambda domain, task: task and domain._test_features(task - 1, domain._weights_version()),
+    "kept features": lambda domain, task: task and domain._predictions(task - 1),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_equals_the_nearest_centroid_of_sklearn(preset, metric):
         method.end_task(task)
     centroids = NearestCentroid().fit(np.concatenate(features), np.concatenate(labels))
     images, truth = all_test_images(domain)
-    queries = domain._plain_features(images).detach().double().numpy()
+    queries = domain.network.run(images).detach().double().numpy()
     if metric == "cosine":
         # on the unit sphere the nearest point and the smallest angle are the same
         centroids.centroids_ /= np.linalg.norm(centroids.centroids_, axis=1, keepdims=True)
@@ -99,7 +100,8 @@ def test_earlier_rows_stay_and_nothing_is_trained_or_stored(preset):
         counts = [IMAGES[c] for c in domain.stream.tasks[task].classes]
         assert method.diagnostics() == {"images_per_class": counts}
     assert all(torch.equal(domain.state_dict()[k], v) for k, v in before.items())
-    assert not method.takes_steps
+    assert not any(method.takes_steps(task) for task in range(3))
+    assert method.frozen
     assert method.trained() == []
     assert method.stored_parameters() == 0
 
@@ -118,7 +120,10 @@ class TwoClasses:
     """The `features` capability with two classes, the second one without images."""
 
     device = torch.device("cpu")
-    feature_dim = 2
+    network = SimpleNamespace(width=2)
+
+    def attach(self, method):
+        assert isinstance(method, NCM)
 
     def outputs(self, task):
         return range(4, 6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 import dualcl.benchmark.core.compat  # noqa: F401 - before torchvision and timm
 from dualcl.benchmark.config.resolve import resolve
-from dualcl.benchmark.core.domain import PrefixProvider
+from dualcl.benchmark.core.domain import Images
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.domains.classification import Classification
 from dualcl.methods import available_methods, method_class
@@ -42,16 +43,16 @@ SMALL = {
 
 
 class PrefixOnly:
-    """The `prefix` capability alone: what a prompt method may use of a domain."""
+    """A network's sizes alone: what a prompt method may use of a domain until it is given images."""
 
     device = torch.device("cpu")
 
     def __init__(self, n_blocks: int = BLOCKS, feature_dim: int = DIM) -> None:
-        self.n_blocks, self.feature_dim = n_blocks, feature_dim
-        self.provider: PrefixProvider | None = None
+        self.network = SimpleNamespace(blocks=n_blocks, width=feature_dim)
+        self.method = None
 
-    def set_prefix_provider(self, provider: PrefixProvider | None) -> None:
-        self.provider = provider
+    def attach(self, method):
+        self.method = method
 
 
 def make(name, domain=None, n_tasks=TASKS, seed=0, **options):
@@ -90,14 +91,14 @@ def step(method, lr=0.1):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_is_registered_for_classification_with_the_prefix_capability(name):
+def test_is_registered_for_classification_with_the_prefixes_capability(name):
     info = available_methods()[name]
     assert info.domains == ("classification",)
     assert "2211.13218" in info.source
-    assert method_class(name).requires == ("prefix",)
+    assert method_class(name).requires == ("features", "prefixes")
     domain = PrefixOnly()
     method = make(name, domain)
-    assert domain.provider == method.provide
+    assert domain.method is method
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -192,13 +193,18 @@ def test_evaluation_leaves_state_and_penalty_alone(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_autocast_does_not_change_who_is_chosen(name):
-    method, q = begun(name), queries(64)
-    exact = method.provide(q, training=False)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        cast = method.provide(q, training=False)
-    for block, (keys, _) in exact.items():
-        torch.testing.assert_close(cast[block][0].float(), keys, rtol=0.02, atol=0.02)
+def test_features_are_a_plain_pass_and_one_with_the_prefixes_it_chooses(name):
+    method, q, passes = begun(name), queries(), []
+
+    def network(images, *, prefixes=None, key=None):
+        passes.append((prefixes, key, torch.is_grad_enabled()))
+        return q if prefixes is None else 2 * q
+
+    images = Images(torch.zeros(len(q), 3, 4, 4))
+    assert torch.equal(method.features(images, network), 2 * q)
+    assert [(p is None, key, grad) for p, key, grad in passes] == [(True, "plain", False), (False, None, True)]
+    for block, pair in method.provide(q, training=False).items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, passes[1][0][block], strict=True))
 
 
 # --- quirks of public codes, all of them ------------------------------------------------------------------------------
@@ -756,7 +762,7 @@ def test_learns_in_the_real_domain_and_predicts_per_sample(name, preset):
     for i in range(5):
         torch.testing.assert_close(domain.predict(images[i : i + 1])[0], together[i], rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        plain = domain._logits(domain._plain_features(images))
+        plain = domain.rows(domain.network.run(images))
     assert not torch.allclose(plain, together, atol=1e-4)
 
 

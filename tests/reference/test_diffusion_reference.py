@@ -232,7 +232,7 @@ def batch_of(domain: Any, kind: str, notes: Notes, step: int) -> ConceptBatch:
     own, at = entries(domain, kind), notes["image"][step].long()
     timesteps = notes["timesteps"][step].long()
     prompts = domain.diffusion.tokenizer.batch_decode(notes["ids"][step].long(), skip_special_tokens=True)
-    assert torch.equal(domain.diffusion.token_ids(prompts), notes["ids"][step].long())
+    assert torch.equal(domain.diffusion.vocabularies[0].ids(prompts), notes["ids"][step].long())
     clean = own.mean[at] + own.std[at] * notes["draw"][step]
     return ConceptBatch(
         noisy=domain.diffusion.scheduler.add_noise(clean, notes["noise"][step], timesteps),
@@ -250,7 +250,7 @@ def as_the_script_counts(domain: Any, batch: ConceptBatch) -> ConceptBatch:
     that of the class. Where the target is what the model predicts, the error and its gradient are zero.
     """
     with torch.no_grad():
-        text = domain.diffusion.encode_text(domain.diffusion.token_ids(batch.prompts))
+        text = domain.diffusion.encode_text(batch.prompts).states
         predicted = domain.model(batch.noisy, batch.timesteps, encoder_hidden_states=text).sample
     target = predicted.clone()
     target[:BATCH, :, 1:-1, 1:-1] = batch.target[:BATCH, :, 1:-1, 1:-1]
@@ -284,7 +284,7 @@ def first_step(kind: str, notes: Notes, begun: Any, difference: Difference) -> d
     }
     batch = batch_of(domain, kind, notes, 0)
     with torch.no_grad():
-        text = domain.diffusion.encode_text(domain.diffusion.token_ids(batch.prompts))
+        text = domain.diffusion.encode_text(batch.prompts).states
         predicted = domain.model(batch.noisy, batch.timesteps, encoder_hidden_states=text).sample
     found["predicted noise"] = difference(predicted, notes["predicted.first"])
     assert torch.equal(rows, notes["before.rows"])

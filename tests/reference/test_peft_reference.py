@@ -154,8 +154,8 @@ def output(domain: Any) -> Tensor:
             size = domain.backbone.input_size
             found: Tensor = domain.model(torch.randn(3, 3, size, size, generator=generator))
             return found
-        text = domain.diffusion.encode_text(domain.diffusion.token_ids(["a photo of <c1>", "a photo of red"]))
-        size = domain.diffusion.info.latent_size
+        text = domain.diffusion.encode_text(["a photo of <c1>", "a photo of red"]).states
+        size = domain.diffusion.info.latent_shape[-1]
         latents = torch.randn(2, 4, size, size, generator=generator)
         denoised: Tensor = domain.model(latents, torch.tensor([40, 700]), encoder_hidden_states=text).sample
         return denoised

@@ -69,9 +69,6 @@ def make(setup: dict[str, Any]) -> Mapping[str, Callable[[], float]]:
         return float(_images(1)[0].double().mean())
 
     def _images(count: int) -> torch.Tensor:
-        with run.autocast():
-            return domain.sample(
-                ["a photo of a circle"] * count, [torch.Generator().manual_seed(k) for k in range(count)]
-            )
+        return domain.sample(["a photo of a circle"] * count, [torch.Generator().manual_seed(k) for k in range(count)])
 
     return {"step": step, "sample": sample, "brightness": brightness}

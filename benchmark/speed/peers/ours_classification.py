@@ -77,12 +77,11 @@ def make(setup: dict[str, Any]) -> Mapping[str, Callable[[], float]]:
         return len(batch.labels)
 
     def later_evaluation() -> int:
-        with run.autocast():
-            domain.evaluate([index])
+        domain.evaluate([index])
         return len(domain.stream.tasks[index].test)
 
     def first_evaluation() -> int:
-        domain.forget_features()
+        domain.network.forget()
         return later_evaluation()
 
     return {
@@ -110,8 +109,7 @@ def _begun(run: Run, index: int) -> TaskSteps:
         with torch.no_grad():
             for parameter in (p for group in run.groups(shared) for p in group.params):
                 parameter.add_(MOVED * torch.randn(parameter.shape, generator=generator).to(parameter.device))
-        with run.autocast():
-            run.method.end_task(earlier)
+        run.method.end_task(earlier)
     return TaskSteps(run, index)
 
 

@@ -19,12 +19,13 @@ import timm
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import _checksum
-from dualcl.benchmark.core.reading import no_pickles, parse_json
+from dualcl.benchmark.core.reading import parse_json
 from dualcl.benchmark.core.safe_yaml import read_yaml
 from dualcl.benchmark.core.settings import coerce, parse_assignment
-from dualcl.benchmark.models.stable_diffusion import BaseConfig, load_diffusion
+from dualcl.benchmark.models.families import load
+from dualcl.benchmark.models.text_to_image import BaseConfig
 from dualcl.benchmark.models.vit import BackboneConfig, load_backbone
-from dualcl.benchmark.models.weights import read_safetensors
+from dualcl.benchmark.models.weights import no_pickles, read_safetensors
 from dualcl.benchmark.runs.folder import DamagedCheckpoint, RunFolder
 
 
@@ -198,7 +199,7 @@ def test_a_diffusion_model_is_not_unpickled(
         index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(names, pickled)}
         (model / part / f"{stem}.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(UserError, match=f"{part}|pickle") as caught:
-        load_diffusion(BaseConfig(str(model)))
+        load(BaseConfig(str(model)))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "trapped").exists()
     shutil.rmtree(model)

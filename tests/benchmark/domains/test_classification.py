@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
+from dualcl.benchmark.core.domain import Images, Place
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.runs.runner import run
 
@@ -39,7 +40,7 @@ def naive(domain, task):
 
 def fresh_features(domain, task):
     with torch.no_grad():
-        return torch.cat([domain._plain_features(b.images) for b in domain._test_loader(task).eval_batches(4)])
+        return torch.cat([domain.network.run(b.images) for b in domain._test_loader(task).eval_batches(4)])
 
 
 # --- evaluation -----------------------------------------------------------------------------------------------------
@@ -53,7 +54,7 @@ def test_evaluation_equals_a_naive_one_image_at_a_time(name, build):
         method.begin_task(task)
         params = [*head, *(p for g in method.trained() for p in g.params)]
         optimizer = torch.optim.Adam(params, lr=0.01, fused=True)
-        for batch in domain.batches(task, 0) if method.takes_steps else ():
+        for batch in domain.batches(task, 0) if method.takes_steps(task) else ():
             optimizer.zero_grad()
             domain.loss(batch).backward()
             optimizer.step()
@@ -82,31 +83,78 @@ CHANGES = {
     "site": lambda domain: domain.sites()["blocks.1.attn.v"].weight.add_(1.0),
     "data": lambda domain: domain.model.patch_embed.proj.weight.data.mul_(1.5),
     "one bit": one_bit,
+    "hook": lambda domain: domain.model.norm.register_forward_hook(lambda module, args, out: out * torch.arange(32.0)),
     "replaced": lambda domain: setattr(domain.model.norm, "weight", torch.nn.Parameter(torch.rand(32), False)),
 }
 
 
+def scores(domain, task):
+    """What an evaluation gets to see of a task's test images."""
+    found = []
+    with torch.no_grad(), domain.network.evaluation():
+        for i, batch in enumerate(domain._test_loader(task).eval_batches(4)):
+            rows = torch.arange(4 * i, 4 * i + len(batch.labels))
+            place = Place("test", task, rows, torch.zeros(len(rows), dtype=torch.bool))
+            found.append(domain._scores(Images(batch.images, place=place)))
+    return torch.cat(found)
+
+
 @pytest.mark.parametrize("how", CHANGES)
-def test_kept_features_follow_every_change_of_a_weight(how, build):
-    domain, _ = begun(build)
+def test_a_network_that_changes_is_read_afresh_and_one_that_was_promised_to_stay_is_an_error(how, build):
+    domain, _ = begun(build, "lora", 3, "head.init=linear")
     domain.evaluate(range(3))
-    kept = domain._test_features(1, domain._weights_version())
-    torch.testing.assert_close(kept, fresh_features(domain, 1), rtol=0, atol=0)
+    before = scores(domain, 1)
     CHANGES[how](domain)
+    assert not torch.equal(scores(domain, 1), before)
+    assert torch.equal(scores(domain, 1), domain.rows(fresh_features(domain, 1)))
+
+    domain, _ = begun(build, "linear_probe", 3, "head.init=linear")
     domain.evaluate(range(3))
-    now = domain._test_features(1, domain._weights_version())
-    assert not torch.equal(now, kept)
-    assert torch.equal(now, fresh_features(domain, 1))
+    CHANGES[how](domain)
+    with pytest.raises(UserError, match="features kept under the key 'plain' are not what the network gives now"):
+        domain.evaluate(range(3))
 
 
 def test_features_are_kept_while_nothing_changes(build):
     domain, _ = begun(build)
     domain.evaluate(range(3))
-    kept = domain._test_features(1, domain._weights_version())
+    kept = domain.network._tests["test", 1, "plain"].values
+    assert torch.equal(kept, fresh_features(domain, 1))
     for p in domain.heads.parameters():
         p.data.add_(1)
     domain.evaluate(range(3))
-    assert domain._test_features(1, domain._weights_version()) is kept
+    assert domain.network._tests["test", 1, "plain"].values is kept
+
+
+def test_features_go_when_an_evaluation_does_not_ask_for_them_and_when_a_state_is_restored(build):
+    domain, method = begun(build)
+    domain.evaluate(range(3))
+    domain.evaluate([1])
+    assert set(domain.network._tests) == {("test", 1, "plain")}
+    domain.load_state_dict(domain.state_dict())
+    assert domain.network._tests == {}
+    other = dict.fromkeys(range(3), "other")
+    method.features = lambda images, network: network(images, key=other[images.place.task])
+    domain.evaluate(range(3))
+    other[0] = "newer"
+    domain.evaluate(range(3))
+    assert set(domain.network._tests) == {("test", 0, "newer"), ("test", 1, "other"), ("test", 2, "other")}
+
+
+def test_what_learns_is_never_kept_whatever_key_it_is_given(build):
+    domain, _ = begun(build, "linear_probe", 1, "train.epochs=4")
+    scale = torch.nn.Parameter(torch.ones(32))
+    domain.model.norm.register_forward_hook(lambda module, args, out: out * scale)
+    for step, batch in enumerate(domain.batches(0, 0)):
+        scale.grad = None
+        scale.data.fill_(1.0 + step)
+        domain.heads[0].weight.data.fill_(0.01).mul_(torch.arange(32.0))
+        loss = domain.loss(batch)
+        loss.backward()
+        assert scale.grad.abs().max() > 0
+        assert torch.equal(loss, domain.loss(dataclasses.replace(batch)))
+    with torch.no_grad():
+        domain.evaluate([0])
 
 
 @pytest.mark.parametrize("name", ["linear_probe", *WITH_PREFIX])
@@ -122,7 +170,8 @@ def test_features_of_training_images_are_kept_across_epochs(name, augment, build
         kept.append(domain.loss(batch).item())
         flipped += int(batch.flipped.sum())
     assert (flipped > 0) == (augment == "flip")
-    assert sum(passes) == ways * n + (0 if name == "linear_probe" else 4 * n)
+    # one image tells whether the network learns
+    assert sum(passes) == ways * n + (1 if name == "linear_probe" else 4 * n)
     # a batch that is not the domain's own, and one of a model that is trained, are computed from their images
     copies = [dataclasses.replace(batch) for batch in domain.batches(2, 0)]
     torch.testing.assert_close(kept, [domain.loss(batch).item() for batch in copies], rtol=1e-5, atol=0)
@@ -137,7 +186,7 @@ def test_features_that_change_or_never_come_again_are_not_kept(name, epochs, aug
     domain, _ = begun(build, name, 1, f"train.epochs={epochs}", f"input.augment={augment}")
     for batch in domain.batches(0, 0):
         domain.loss(batch)
-    assert domain._view_features is None
+    assert not any(views is not None for views in domain.network._views.values())
 
 
 @pytest.mark.parametrize("name", ["clora", "coda_prompt"])
@@ -267,7 +316,7 @@ def test_output_rows_are_set_for_one_task(build):
     assert [domain.outputs(t) for t in range(3)] == [range(3), range(3, 5), range(5, 7)]
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        expected = domain._plain_features(images) @ weight.T + bias
+        expected = domain.network.run(images) @ weight.T + bias
     torch.testing.assert_close(domain.predict(images)[:, 3:5], expected)
 
 

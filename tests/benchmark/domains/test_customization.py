@@ -107,7 +107,7 @@ def test_a_concepts_prompts_are_all_used(sd_run: Callable[..., Any]) -> None:
     run.domain.stream = replace(stream, concepts=tuple(replace(c, prompts=prompts) for c in stream.concepts))
     run.begin(0)
     wanted = {"a photo of <c1> <c1>_1", "<c1> <c1>_1, a symbol"}
-    assert set(run.domain.training_prompts(0)) == wanted
+    assert set(run.domain.prompts(0)) == wanted
     assert {p for b in run.domain.batches(0, 0) for p in b.prompts} == wanted
 
 

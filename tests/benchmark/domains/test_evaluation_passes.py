@@ -13,7 +13,7 @@ from dualcl.benchmark.domains.classification import Classification
 from dualcl.benchmark.runs.folder import RunFolder
 from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.runner import Run
-from dualcl.methods import available_methods
+from dualcl.methods import available_methods, method_class
 
 
 class Counted(Classification):
@@ -21,18 +21,18 @@ class Counted(Classification):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.images = 0
+        self.passed_images = 0
         #: seen tasks and images of each evaluation
         self.evaluations: list[tuple[tuple[int, ...], int]] = []
         self.model.patch_embed.register_forward_hook(self._count)
 
     def _count(self, module: torch.nn.Module, given: Any, embedded: torch.Tensor) -> None:
-        self.images += len(embedded)
+        self.passed_images += len(embedded)
 
     def evaluate(self, seen: Sequence[int]) -> dict[str, Any]:
-        before = self.images
+        before = self.passed_images
         row = super().evaluate(seen)
-        self.evaluations.append((tuple(seen), self.images - before))
+        self.evaluations.append((tuple(seen), self.passed_images - before))
         return row
 
 
@@ -40,7 +40,7 @@ def frozen_pass(domain: Classification) -> torch.Tensor:
     """What the model alone, without prompts, makes of the last task's test images."""
     images = next(domain._test_loader(2).eval_batches(6)).images
     with torch.no_grad():
-        return domain._plain_features(images)
+        return domain.network.run(images)
 
 
 @pytest.mark.parametrize("name", [n for n, i in available_methods().items() if "classification" in i.domains])
@@ -53,16 +53,21 @@ def test_an_evaluation_is_one_pass_over_each_test_image(
     assert len(set(sizes)) > 1
     before = frozen_pass(domain)
     Run(resolved, RunFolder(tmp_path), Reporter(quiet=True), domain).execute(empty_record())
-    trained, prompted = not torch.equal(frozen_pass(domain), before), domain._provider is not None
-    assert not (trained and prompted)
+    method = method_class(name)
+    trained, prompted = not torch.equal(frozen_pass(domain), before), "prefixes" in method.requires
+    assert not (trained and method.frozen)
+    size = resolved.sections["eval"].batch_size
 
     known: set[int] = set()
     for seen, images in domain.evaluations:
         every, new = sum(sizes[t] for t in seen), sum(sizes[t] for t in seen if t not in known)
+        # one batch of what was kept is computed again, to compare bits
+        again = min(size, sizes[0]) if known else 0
         known |= {*seen}
-        # trained weights: all anew; prompts: all with prompts, new ones without before, as queries; frozen: new ones
-        assert images == (every if trained else every + new if prompted else new)
+        # not promised to be frozen: all anew; prompts: all with prompts, new ones before, as queries; frozen: new ones
+        assert images == (every * prompted + new + again if method.frozen else every)
     assert known == {0, 1, 2}
 
     domain.evaluate(range(3))
-    assert domain.evaluations[-1][1] == (sum(sizes) if prompted else 0)
+    every, again = sum(sizes), min(size, sizes[0])
+    assert domain.evaluations[-1][1] == (every * prompted + again if method.frozen else every)

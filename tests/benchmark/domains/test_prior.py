@@ -16,7 +16,8 @@ from PIL import Image
 
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.domains.prior import PriorConfig, prior_images
-from dualcl.benchmark.models.stable_diffusion import BaseConfig, load_diffusion
+from dualcl.benchmark.models.families import load
+from dualcl.benchmark.models.text_to_image import BaseConfig
 
 CONFIG = PriorConfig(n=3, steps=2, guidance=2.0)
 
@@ -132,7 +133,7 @@ def test_they_do_not_depend_on_the_precision_of_the_run_that_asks_first(
 
 @pytest.mark.parametrize("kind", ["bf16", "fp16"])
 def test_a_model_in_half_precision_makes_them_too(sd_folder: Path, kind: Any) -> None:
-    half = load_diffusion(BaseConfig(model=str(sd_folder), weights_dtype=kind))
+    half = load(BaseConfig(model=str(sd_folder), weights_dtype=kind))
     images, _ = prior_images(half, CONFIG, "symbol")
     assert images.shape == (3, 16, 16, 3)
 
@@ -199,7 +200,7 @@ def test_every_batch_has_as_many_prior_images_and_the_loss_weighs_them(sd_run: C
     for batch in batches:
         assert batch.prompts == ["a photo of <c1>"] * 2 + ["a photo of a symbol"] * 2
         assert batch.weights.tolist() == [0.5, 0.5, 0.125, 0.125]
-        context = domain.diffusion.encode_text(domain.diffusion.token_ids(batch.prompts))
+        context = domain.diffusion.encode_text(batch.prompts).states
         predicted = domain.model(batch.noisy, batch.timesteps, encoder_hidden_states=context).sample
         error = (predicted - batch.target).square().mean((1, 2, 3))
         assert torch.allclose(domain.loss(batch), error[:2].mean() + 0.25 * error[2:].mean(), rtol=1e-5)

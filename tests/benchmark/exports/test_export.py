@@ -26,7 +26,7 @@ from dualcl.benchmark.cli.options import EXPORT_FORMATS
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.exports.export import CARD, LORA_FILES, WRITERS, export, factorise
 from dualcl.benchmark.models.bundled import bundled_diffusion
-from dualcl.benchmark.models.stable_diffusion import Diffusion, cross_attention_sites
+from dualcl.benchmark.models.stable_diffusion import StableDiffusion, cross_attention_sites
 from dualcl.benchmark.models.weights import state_hash
 from dualcl.benchmark.runs.restore import restore
 
@@ -83,8 +83,8 @@ def folder(concept_run: Callable[..., Path]) -> Path:
 def ours(folder: Path) -> tuple[Tensor, Tensor]:
     """(text features, U-Net outputs) of the run itself."""
     with torch.no_grad():
-        diffusion: Diffusion = restore(folder).domain.diffusion  # type: ignore[attr-defined]
-        text = diffusion.encode_text(diffusion.token_ids(PROMPTS))
+        diffusion: StableDiffusion = restore(folder).domain.diffusion  # type: ignore[attr-defined]
+        text = diffusion.encode_text(PROMPTS).states
         return text, denoised(diffusion.unet, text)
 
 
@@ -279,7 +279,7 @@ def test_embeddings_of_several_tokens(
     prompt = "a photo of <c2> and <c1>"
     expanded = domain.tokens.expand(prompt)
     assert expanded == pipe.maybe_convert_prompt(prompt, pipe.tokenizer) == "a photo of <c2> <c2>_1 and <c1> <c1>_1"
-    hidden = domain.diffusion.encode_text(domain.diffusion.token_ids([expanded]))
+    hidden = domain.diffusion.encode_text([expanded]).states
     assert torch.equal(text_of(pipe.tokenizer, pipe.text_encoder, [expanded]), hidden)
     assert sorted(p.name for p in (tmp_path / "out" / "learned_embeds").iterdir()) == [
         "c1.safetensors",

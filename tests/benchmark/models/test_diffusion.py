@@ -15,21 +15,25 @@ from torch import nn
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.domains.concept_batches import ConceptBatch, Entries
-from dualcl.benchmark.models.stable_diffusion import BaseConfig, Diffusion, cross_attention_sites, load_diffusion
+from dualcl.benchmark.models.families import load
+from dualcl.benchmark.models.stable_diffusion import StableDiffusion, cross_attention_sites
+from dualcl.benchmark.models.text_to_image import BaseConfig
 from dualcl.benchmark.runs.folder import RunFolder
 from dualcl.benchmark.runs.runner import Run
 from dualcl.benchmark.runs.runner import run as run_whole
 
 
 @pytest.fixture(scope="module")
-def bundled() -> Diffusion:
-    return load_diffusion(BaseConfig())
+def bundled() -> StableDiffusion:
+    return load(BaseConfig())
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-def test_the_sites_are_k_and_v_of_every_cross_attention_and_nothing_else(bundled: Diffusion, loaded_sd: Any) -> None:
+def test_the_sites_are_k_and_v_of_every_cross_attention_and_nothing_else(
+    bundled: StableDiffusion, loaded_sd: Any
+) -> None:
     from diffusers.models.attention_processor import Attention
 
     for model, layers, width in ((bundled, 7, 128), (loaded_sd, 4, 24)):
@@ -68,12 +72,14 @@ def test_all_parts_are_frozen_and_hashed(loaded_sd: Any, sd_folder: Path, tmp_pa
         assert not any(m.training for m in part.modules())
     info = loaded_sd.info
     assert (info.name, info.weights) == ("random-sd", "local directory")
-    assert (info.image_size, info.latent_size, info.prediction_type) == (16, 8, "epsilon")
-    again = load_diffusion(BaseConfig(model=str(sd_folder)))
+    assert (info.image_size, info.latent_shape[-1], info.prediction_type) == (16, 8, "epsilon")
+    again = load(BaseConfig(model=str(sd_folder)))
     assert again.info == info
     with torch.no_grad():
         again.unet.conv_in.bias[0] += 1e-6
-    changed = Diffusion(again.tokenizer, again.text_encoder, again.unet, again.vae, again.scheduler, "x", "y").info
+    changed = StableDiffusion(
+        again.tokenizer, again.text_encoder, again.unet, again.vae, again.scheduler, "x", "y"
+    ).info
     assert changed.weights_sha256 != info.weights_sha256
     assert [p for p in info.parts if info.parts[p] != changed.parts[p]] == ["unet"]
 
@@ -99,7 +105,7 @@ def with_prediction(diffusion: Any, kind: str) -> Any:
 
     scheduler = DDPMScheduler.from_config(diffusion.scheduler.config, prediction_type=kind)
     parts = (diffusion.tokenizer, diffusion.text_encoder, diffusion.unet, diffusion.vae, scheduler)
-    return Diffusion(*parts, "copy", "copy")
+    return StableDiffusion(*parts, "copy", "copy")
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -128,7 +134,7 @@ def test_the_loss_is_the_mean_squared_error_of_the_unets_prediction(
     run.begin(0)
     domain = run.domain
     batch = next(domain.batches(0, 0))
-    context = domain.diffusion.encode_text(domain.diffusion.token_ids(batch.prompts))
+    context = domain.diffusion.encode_text(batch.prompts).states
     predicted = domain.model(batch.noisy, batch.timesteps, encoder_hidden_states=context).sample
     assert torch.allclose(domain.loss(batch), (predicted - batch.target).square().mean(), rtol=1e-6)
     # the samples one by one, for methods that need each one's gradient
@@ -326,8 +332,8 @@ def test_the_noise_schedule_is_the_models_whatever_the_saved_class(sd_folder: Pa
     config.write_text(
         json.dumps({**json.loads(config.read_text()), "_class_name": "PNDMScheduler", "skip_prk_steps": 1})
     )
-    loaded = load_diffusion(BaseConfig(model=str(folder)))
-    plain = load_diffusion(BaseConfig(model=str(sd_folder)))
+    loaded = load(BaseConfig(model=str(folder)))
+    plain = load(BaseConfig(model=str(sd_folder)))
     assert torch.equal(loaded.scheduler.alphas_cumprod, plain.scheduler.alphas_cumprod)
 
 

@@ -14,7 +14,8 @@ from transformers import CLIPTokenizer
 
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.models.bundled import bundled_diffusion
-from dualcl.benchmark.models.stable_diffusion import BaseConfig, load_diffusion
+from dualcl.benchmark.models.families import load
+from dualcl.benchmark.models.text_to_image import BaseConfig
 from dualcl.benchmark.pretraining.vit import pretrain
 from dualcl.datasets.drawing.captions import CLASS_NOUN, INK_AND_PAPER, caption_names, sample_caption, sample_scene
 from dualcl.datasets.drawing.glyphs import CONCEPT_GLYPHS, STREAM_GLYPHS
@@ -83,9 +84,9 @@ def test_the_command_makes_a_model_that_loads_and_is_the_same_again(tmp_path: Pa
     assert cards[0]["weights_sha256"] == cards[1]["weights_sha256"]
     assert cards[0]["measured"] == cards[1]["measured"]
     assert {p.name for p in (a / "tokenizer").iterdir()} >= {"tokenizer.json", "vocab.json", "merges.txt"}
-    diffusion = load_diffusion(BaseConfig(model=str(a)))
+    diffusion = load(BaseConfig(model=str(a)))
     assert (diffusion.info.image_size, diffusion.info.prediction_type) == (32, "v_prediction")
-    bundled = load_diffusion(BaseConfig())
+    bundled = load(BaseConfig())
     assert diffusion.unet.config.block_out_channels == bundled.unet.config.block_out_channels
 
 

@@ -9,8 +9,10 @@ import torch
 from torch import nn
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.models.sampling import _denoise, sample, sampling_scheduler, shared_text
-from dualcl.benchmark.models.stable_diffusion import BaseConfig, cross_attention_sites, load_diffusion
+from dualcl.benchmark.models.families import load
+from dualcl.benchmark.models.sampling import _denoise, sample, shared_text
+from dualcl.benchmark.models.stable_diffusion import cross_attention_sites
+from dualcl.benchmark.models.text_to_image import BaseConfig
 from dualcl.methods.shared.low_rank import AdaptedLinear, inject
 
 # isort: split
@@ -22,7 +24,7 @@ DEFAULTS = {"scheduler": "ddim", "steps": 3, "guidance": 4.0, "batch_size": 8}
 
 @pytest.fixture(scope="module")
 def loaded():
-    return load_diffusion(BaseConfig())
+    return load(BaseConfig())
 
 
 @pytest.fixture
@@ -188,9 +190,9 @@ def test_projections_run_once_per_prompt_set_and_change_nothing(diffusion, adapt
 
     noise = torch.stack([torch.randn(4, 8, 8, generator=g) for g in generators(4)])
     with torch.no_grad():
-        text = diffusion.encode_text(diffusion.token_ids([""] * 4 + prompts))
-        scheduler = sampling_scheduler(diffusion.scheduler.config, "ddim", 3)
-        direct = _denoise(diffusion.unet, noise, text, scheduler, 4.0)
+        text = diffusion.encode_text([""] * 4 + prompts)
+        scheduler = diffusion.sampler("ddim", 3)
+        direct = _denoise(diffusion, noise, text, scheduler, 4.0)
     assert all(rows == [3, 8, 8, 8] for rows in counts.values())
     assert apart(ours, diffusion.decode(direct)) <= 1
 
@@ -225,7 +227,7 @@ def test_the_model_is_as_before_also_after_an_error(diffusion, adapted):
 
 def test_self_attention_is_left_alone(diffusion):
     inside = []
-    with shared_text(diffusion.unet) as projections:
+    with shared_text(diffusion.unet, diffusion.text_only) as projections:
         inside = [name for name, m in diffusion.unet.named_modules() if m in projections]
     assert len(inside) == 14
     assert all(name.endswith(("attn2.to_k", "attn2.to_v")) for name in inside)
@@ -247,4 +249,4 @@ def test_diverged_weights_are_named(diffusion, value):
 def test_steps_out_of_range(diffusion, steps):
     with pytest.raises(UserError, match=f"from 1 to 999, got {steps}"):
         images(diffusion, steps=steps)
-    assert sampling_scheduler(diffusion.scheduler.config, "ddim", 999).timesteps.max() == 999
+    assert diffusion.sampler("ddim", 999).timesteps.max() == 999

@@ -19,7 +19,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 def tokens_of(diffusion: Any, n_tokens: int = 1, *names: str) -> ConceptTokens:
     """The model's tokens with a random concept under each name."""
-    tokens = ConceptTokens(diffusion.text_encoder, diffusion.tokenizer, n_tokens)
+    tokens = ConceptTokens(diffusion.vocabularies[0], n_tokens)
     for i, name in enumerate(names):
         tokens.add(name, "random", "", seeded(i))
     return tokens
@@ -85,7 +85,7 @@ def test_rows_come_back_bit_for_bit(diffusion: Any, loaded_sd: Any) -> None:
     import copy
 
     one = tokens_of(diffusion, 2, "<c1>", "<c2>")
-    other = ConceptTokens(copy.deepcopy(loaded_sd).text_encoder, copy.deepcopy(loaded_sd.tokenizer), 2)
+    other = ConceptTokens(copy.deepcopy(loaded_sd).vocabularies[0], 2)
     for i, name in enumerate(("<c1>", "<c2>")):
         other.add(name, "random", "", seeded(10 + i))
     state = {k: v.clone() for k, v in one.rows_state().items()}
@@ -99,10 +99,10 @@ def test_rows_come_back_bit_for_bit(diffusion: Any, loaded_sd: Any) -> None:
 
 def test_ids_get_the_rows_of_their_own_concept_and_words_their_old_ones(diffusion: Any) -> None:
     prompts = ["a photo of a cat", "a symbol"]
-    before = diffusion.encode_text(diffusion.token_ids(prompts))
+    before = diffusion.encode_text(prompts).states
     tokens = tokens_of(diffusion, 3, "<c1>", "<c2>", "<c3>")
-    assert torch.equal(diffusion.encode_text(diffusion.token_ids(prompts)), before)
-    ids = diffusion.token_ids([tokens.expand("<c3> and <c1>, a symbol")])
+    assert torch.equal(diffusion.encode_text(prompts).states, before)
+    ids = diffusion.vocabularies[0].ids([tokens.expand("<c3> and <c1>, a symbol")])
     found = tokens(ids)[0]
     new = [i for i, token in enumerate(ids[0].tolist()) if token >= tokens.base_size]
     assert [int(ids[0, i]) - tokens.base_size for i in new] == [6, 7, 8, 0, 1, 2]
@@ -114,7 +114,7 @@ def test_ids_get_the_rows_of_their_own_concept_and_words_their_old_ones(diffusio
 def test_a_text_encoder_of_another_model(diffusion: Any) -> None:
     diffusion.tokenizer.add_tokens(["<more>"])
     with pytest.raises(UserError, match="different models"):
-        ConceptTokens(diffusion.text_encoder, diffusion.tokenizer)
+        ConceptTokens(diffusion.vocabularies[0])
 
 
 # --- placeholders -----------------------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_a_placeholder_that_is_taken_is_renamed(diffusion: Any) -> None:
     tokens = tokens_of(diffusion, 1, "<c1>", "<c2>")
     assert tokens.placeholders == ["<c1-3>", "<c2>"]
     # what the model knew as <c1> it still does, and the new concept is another word
-    ids = diffusion.token_ids(["<c1> <c1-3> <c2>"])[0, 1:4]
+    ids = diffusion.vocabularies[0].ids(["<c1> <c1-3> <c2>"])[0, 1:4]
     assert ids.tolist() == [tokens.base_size - 2, tokens.base_size, tokens.base_size + 1]
 
 
@@ -139,12 +139,12 @@ def test_a_second_token_that_is_taken_renames_them_all(diffusion: Any) -> None:
 
 @pytest.mark.parametrize("word", ["symbol", "Symbol", "a", "<|endoftext|>"])
 def test_a_chosen_placeholder_that_is_a_word_already_is_refused(diffusion: Any, word: str) -> None:
-    tokens = ConceptTokens(diffusion.text_encoder, diffusion.tokenizer)
-    ids = diffusion.token_ids(["a photo of a symbol"])
+    tokens = ConceptTokens(diffusion.vocabularies[0])
+    ids = diffusion.vocabularies[0].ids(["a photo of a symbol"])
     with pytest.raises(UserError, match=r"vocabulary has .* already; choose another concept\.placeholder"):
         tokens.add(word, "random", "", seeded(), rename=False)
     assert len(tokens.rows) == len(tokens.placeholders) == 0
-    assert torch.equal(diffusion.token_ids(["a photo of a symbol"]), ids)
+    assert torch.equal(diffusion.vocabularies[0].ids(["a photo of a symbol"]), ids)
 
 
 def test_a_chosen_placeholder_that_is_given_twice_is_refused(diffusion: Any) -> None:
@@ -157,7 +157,7 @@ def test_a_chosen_placeholder_that_is_given_twice_is_refused(diffusion: Any) -> 
 
 
 def test_a_word_is_the_start_of_every_token(diffusion: Any) -> None:
-    tokens = ConceptTokens(diffusion.text_encoder, diffusion.tokenizer, 2)
+    tokens = ConceptTokens(diffusion.vocabularies[0], 2)
     rows = tokens.add("<c1>", "word", "symbol", seeded())
     word = diffusion.tokenizer("symbol", add_special_tokens=False).input_ids
     assert len(word) == 1
@@ -178,7 +178,7 @@ def test_a_start_that_is_not_one_word(diffusion: Any, word: str, says: str) -> N
 
 def test_random_rows_have_the_tables_mean_and_deviation(diffusion: Any) -> None:
     n = 500
-    tokens = ConceptTokens(diffusion.text_encoder, diffusion.tokenizer, n)
+    tokens = ConceptTokens(diffusion.vocabularies[0], n)
     rows = tokens.add("<c1>", "random", "", seeded(3)).detach()
     table = tokens.base.weight[: tokens.base_size]
     assert bool(((rows.mean(0) - table.mean(0)).abs() < 5 * table.std(0) / n**0.5).all())
@@ -193,7 +193,7 @@ def test_rows_are_float32_on_a_table_in_half_precision(diffusion: Any) -> None:
     diffusion.text_encoder.to(torch.bfloat16)
     tokens = tokens_of(diffusion, 1, "<c1>")
     assert tokens.rows[0].dtype == torch.float32
-    assert tokens(diffusion.token_ids(["a <c1>"])).dtype == torch.bfloat16
+    assert tokens(diffusion.vocabularies[0].ids(["a <c1>"])).dtype == torch.bfloat16
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_placeholders_become_all_their_tokens(diffusion: Any) -> None:
 def test_placeholders_without_brackets_are_told_apart(diffusion: Any) -> None:
     tokens = tokens_of(diffusion, 2, *(f"sks{i}" for i in range(1, 12)))
     assert tokens.expand("sks1 and sks11") == "sks1 sks1_1 and sks11 sks11_1"
-    ids = diffusion.token_ids([tokens.expand("sks11")])[0]
+    ids = diffusion.vocabularies[0].ids([tokens.expand("sks11")])[0]
     assert [int(i) - tokens.base_size for i in ids if i >= tokens.base_size] == [20, 21]
     assert tokens.used("sks11") == [10]
 
@@ -222,6 +222,6 @@ def test_one_token_leaves_prompts_alone(diffusion: Any) -> None:
 
 def test_a_prompt_that_does_not_fit(diffusion: Any) -> None:
     # start and end take two of the 24
-    assert diffusion.token_ids(["a " * 22]).shape == (1, 24)
+    assert diffusion.vocabularies[0].ids(["a " * 22]).shape == (1, 24)
     with pytest.raises(UserError, match="25 tokens, the model takes 24"):
-        diffusion.token_ids(["a symbol", "a " * 23])
+        diffusion.vocabularies[0].ids(["a symbol", "a " * 23])

@@ -127,9 +127,9 @@ def test_an_empty_prefix_is_the_plain_forward(kind):
     wrapped = wrap_prefix_attention(model)
     assert torch.equal(features(model, x), plain)
     for attention in wrapped:
-        attention.prefix = (torch.zeros(2, 0, 32), torch.zeros(2, 0, 32))
+        attention.added = (torch.zeros(2, 0, 32), torch.zeros(2, 0, 32))
     torch.testing.assert_close(features(model, x), plain, rtol=0, atol=1e-10)
-    wrapped[1].prefix = (torch.ones(2, 1, 32), torch.ones(2, 1, 32))
+    wrapped[1].added = (torch.ones(2, 1, 32), torch.ones(2, 1, 32))
     assert (features(model, x) - plain).abs().max() > 1e-4
 
 
@@ -166,7 +166,7 @@ def test_a_prefix_is_extra_keys_and_values(kind):
     generator = torch.Generator().manual_seed(3)
     x, keys, values = (torch.randn(3, length, 32, dtype=torch.float64, generator=generator) for length in (n, 4, 4))
     wrapped = PrefixAttention(attn, 1)
-    wrapped.prefix = (keys, values)
+    wrapped.added = (keys, values)
     arguments = {} if rope is None else {"rope": rope}
     expected = by_hand(attn, x, keys, values, rope)
     torch.testing.assert_close(wrapped(x, **arguments), expected, rtol=0, atol=1e-10)
@@ -196,7 +196,7 @@ def test_a_mask_cannot_be_combined_with_a_prefix():
     model, _ = backbone("fused")
     attention = wrap_prefix_attention(model)[0]
     x = torch.randn(1, 5, 32, dtype=torch.float64)
-    attention.prefix = (torch.ones(1, 2, 32), torch.ones(1, 2, 32))
+    attention.added = (torch.ones(1, 2, 32), torch.ones(1, 2, 32))
     with pytest.raises(UserError, match=r"attn_mask.* cannot be combined with prefixes"):
         attention(x, attn_mask=torch.zeros(5, 5, dtype=torch.float64))
     assert attention(x, attn_mask=None, is_causal=False).shape == x.shape
@@ -232,7 +232,7 @@ def test_the_class_token_alone_is_that_of_the_whole_block(more, prefix):
         if short:
             read_class_token_only(model)
         if prefix:
-            wrap_prefix_attention(model)[1].prefix = (extra[0], extra[1])
+            wrap_prefix_attention(model)[1].added = (extra[0], extra[1])
         seen = []
         last.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
         out = features(model, pictures(info))

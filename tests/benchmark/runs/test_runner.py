@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dualcl.benchmark.config.resolve import resolve
+from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.machine import environment
 from dualcl.benchmark.core.settings import TrainConfig
 from dualcl.benchmark.runs.folder import RunFolder
@@ -85,6 +86,17 @@ def test_coda_schedule_is_constant_within_an_epoch(epochs: int) -> None:
     late = [0, *range(epochs - 1)]
     assert factors[::3] == pytest.approx([math.cos(99 * math.pi * e / (200 * max(epochs - 1, 1))) for e in late])
     assert factors[-1] == pytest.approx(1.0 if epochs <= 2 else math.cos(0.495 * math.pi * 48 / 49))
+
+
+def test_milestones_are_epochs_after_which_the_rate_is_a_tenth() -> None:
+    train = TrainConfig(epochs=5, schedule="milestones", milestones=(2, 4))
+    factors = [lr_factor(train, step, 3) for step in range(15)]
+    assert factors == pytest.approx([1.0] * 6 + [0.1] * 6 + [0.01] * 3)
+    for wrong in ({"schedule": "milestones"}, {"milestones": (2,)}):
+        with pytest.raises(
+            UserError, match=r"train\.schedule=milestones and train\.milestones=EPOCH,\.\.\. go together"
+        ):
+            TrainConfig(**wrong)
 
 
 def test_constant_schedule() -> None:

@@ -91,7 +91,7 @@ def test_penalty_of_clora_is_paid_at_the_second_concept() -> None:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_one_step_and_one_image_of_a_model_with_random_weights(checkpointing: bool) -> None:
-    from dualcl.benchmark.models.stable_diffusion import BaseConfig
+    from dualcl.benchmark.models.text_to_image import BaseConfig
     from dualcl.benchmark.speed.concepts_work import STABLE_DIFFUSION_1, measure_once, random_diffusion
 
     words = ["--full-size", "--methods", "clora", "--set", "methods.clora.rank=4", "--repeats", "2"]
@@ -130,7 +130,8 @@ def small(parts: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def test_random_weights_are_finite_and_all_set() -> None:
-    from dualcl.benchmark.models.stable_diffusion import BaseConfig, cross_attention_sites
+    from dualcl.benchmark.models.stable_diffusion import cross_attention_sites
+    from dualcl.benchmark.models.text_to_image import BaseConfig
     from dualcl.benchmark.speed.concepts_work import STABLE_DIFFUSION_1, random_diffusion
 
     config = BaseConfig(weights_dtype="bf16")
@@ -145,7 +146,7 @@ def test_random_weights_are_finite_and_all_set() -> None:
             if tensor.dim() > 1:
                 fan_in = tensor[0].numel()
                 assert tensor.float().std().item() * fan_in**0.5 == pytest.approx(1, abs=0.25), name
-    assert model.token_ids(["a photo of <c1>"]).shape == (1, 77)
+    assert model.vocabularies[0].ids(["a photo of <c1>"]).shape == (1, 77)
     again = random_diffusion(small(STABLE_DIFFUSION_1), config, torch.device("cpu"), "small")
     assert again.info.weights_sha256 == model.info.weights_sha256
 

@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from dualcl.benchmark.models.stable_diffusion import BaseConfig, load_diffusion
+from dualcl.benchmark.cli.bench import KINDS
+from dualcl.benchmark.models.families import load
+from dualcl.benchmark.models.text_to_image import BaseConfig
 from dualcl.benchmark.speed import customization as bench_customization
-from dualcl.benchmark.speed.pairs import KINDS, PEERS
+from dualcl.benchmark.speed.pairs import PEERS
 from dualcl.benchmark.speed.worker import load_adapter
 
 
@@ -76,11 +78,11 @@ def test_sizes_are_half_of_the_channels() -> None:
 
 
 def test_the_model_is_read_back_with_a_vocabulary_of_full_size(folder: Path) -> None:
-    model = load_diffusion(BaseConfig(model=str(folder / "model")))
+    model = load(BaseConfig(model=str(folder / "model")))
     assert len(model.tokenizer) == model.text_encoder.get_input_embeddings().num_embeddings == 49408
-    assert model.text_length == 77
+    assert model.vocabularies[0].length == 77
     # the words are those of the bundled tokenizer, and none of the added ones
-    ids = model.token_ids(["a photo of a symbol"])[0]
+    ids = model.vocabularies[0].ids(["a photo of a symbol"])[0]
     assert ids.max() < 1100
     assert model.info.image_size == 16
     assert len(list((folder / "class").glob("*.png"))) == 3
