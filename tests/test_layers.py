@@ -28,10 +28,10 @@ LAZY = {
     ("results/data.py", "pyarrow"),
     ("results/data.py", "pyarrow.parquet"),
 }
-#: who imports by name: methods, data sets, domains, commands, kinds of bench, engines; a torch that may be broken;
+#: who imports by name: what is registered, domains, commands, kinds of bench, engines; a torch that may be broken;
 #: report writers; public code from a checkout
 BY_NAME = {
-    *("methods/__init__.py", "datasets/__init__.py", "benchmark/domains/__init__.py", "benchmark/cli/__init__.py"),
+    *("benchmark/core/registry.py", "benchmark/domains/__init__.py", "benchmark/cli/__init__.py"),
     *("benchmark/cli/bench.py", "benchmark/cli/doctor.py", "benchmark/grids/execute.py", "results/report.py"),
     *("benchmark/speed/peers/coda_prompt.py", "benchmark/speed/peers/pilot.py"),
 }

@@ -161,7 +161,8 @@ def _arguments(call: ast.expr, where: str, decorator: str) -> tuple[str, dict[st
         if key not in wanted:
             raise UserError(f"{where}: @{decorator} takes no {key}; {nearest(key, wanted, 'keywords')}")
         kind = wanted[key][0]
-        if not isinstance(value, kind) or (kind is tuple and not all(isinstance(v, str) for v in value)):
+        parts = value if isinstance(value, tuple) else ()
+        if not isinstance(value, kind) or not all(isinstance(part, str) for part in parts):
             what = "a tuple of texts" if kind is tuple else {str: "a text", bool: "True or False"}[kind]
             raise UserError(f"{where}: {key} must be {what}, got {value!r}")
     lacking = [key for key, (_, optional) in wanted.items() if not optional and key not in given]

@@ -105,7 +105,8 @@ class Watched(Run):
         domain: Any = self.domain
         if domain.name == "classification":
             return {"heads": domain.heads}
-        return {"tokens": domain.tokens.rows, "text": domain.diffusion.text_encoder, "vae": domain.diffusion.vae}
+        encoders = nn.ModuleList(v.encoder for v in domain.diffusion.vocabularies)
+        return {"tokens": domain.tokens.rows, "text": encoders, "vae": domain.diffusion.vae}
 
     def everything(self) -> dict[str, Tensor]:
         """Every floating-point tensor of network, domain and method by name, each once."""
@@ -315,12 +316,10 @@ def neighbours(work: Watched, make: Make, tolerance: float | None = None) -> Non
 @torch.no_grad()
 def _predictions(domain: Any, at: list[int]) -> Tensor:
     """What the network says of some of three noisy images under three prompts."""
-    words = [domain.tokens.expand(prompt) for prompt, _ in prompts(domain)]
-    context = domain.diffusion.encode_text(domain.diffusion.token_ids(words))
-    shape = 3, domain.diffusion.unet.config.in_channels, *[domain.diffusion.info.latent_size] * 2
-    noise = torch.randn(*shape, generator=torch.Generator().manual_seed(2))
-    times = torch.tensor([900, 500, 100])
-    said: Tensor = domain.model(noise[at], times[at], encoder_hidden_states=context[at]).sample
+    model = domain.diffusion
+    text = model.encode_text([domain.tokens.expand(prompt) for prompt, _ in prompts(domain)])
+    noise = torch.randn(3, *model.info.latent_shape, generator=torch.Generator().manual_seed(2))
+    said: Tensor = model.predict(noise[at], torch.tensor([900, 500, 100])[at], text[at])
     return said
 
 
