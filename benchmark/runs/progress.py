@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import sys
 import time
 from typing import Any, TextIO
@@ -11,15 +12,11 @@ from dualcl.benchmark.core.bar import LINE_SECONDS, Bar, redraws
 from dualcl.benchmark.core.text import duration, printable
 
 
-def peak_mib() -> float | None:
-    """Peak memory of this process in MiB: of the CUDA device when one is in use, else resident; None where unknown."""
+def peak_mib() -> float:
+    """Peak memory of this process in MiB: of the CUDA device when one is in use, else resident."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_allocated()) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
@@ -35,9 +32,7 @@ class _Steps(Bar):
 
     def facts(self, seconds: float) -> list[str]:
         """Loss, ETA and memory."""
-        memory = peak_mib()
-        shown = [f"{self.n}/{self.total}", f"loss {self.loss:.3f}", *self.eta(seconds)]
-        return shown if memory is None else [*shown, f"{memory:.0f} MiB"]
+        return [f"{self.n}/{self.total}", f"loss {self.loss:.3f}", *self.eta(seconds), f"{peak_mib():.0f} MiB"]
 
 
 class Reporter:
