@@ -12,8 +12,8 @@ from dualcl.benchmark.core.machine import resident_peak_mib
 from dualcl.benchmark.core.text import duration, printable
 
 
-def peak_mib() -> float | None:
-    """Peak memory of this process in MiB: of the CUDA device when one is in use, else resident; None where unknown."""
+def peak_mib() -> float:
+    """Peak memory of this process in MiB: of the CUDA device when one is in use, else resident."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_allocated()) / 2**20
@@ -31,9 +31,7 @@ class _Steps(Bar):
 
     def facts(self, seconds: float) -> list[str]:
         """Loss, ETA and memory."""
-        memory = peak_mib()
-        shown = [f"{self.n}/{self.total}", f"loss {self.loss:.3f}", *self.eta(seconds)]
-        return shown if memory is None else [*shown, f"{memory:.0f} MiB"]
+        return [f"{self.n}/{self.total}", f"loss {self.loss:.3f}", *self.eta(seconds), f"{peak_mib():.0f} MiB"]
 
 
 class Reporter:
