@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import random
 from collections.abc import Callable, Sequence
@@ -26,6 +27,9 @@ def register_dataset(name: str, *, domain: str, summary: str, needs_prepare: boo
     """
 
     def apply(cls: T) -> T:
+        lacking = [part for part in ("Config", "load", *["prepare"] * needs_prepare) if not hasattr(cls, part)]
+        if lacking or not dataclasses.is_dataclass(cls.Config):  # type: ignore[attr-defined]
+            raise UserError(f"{name}: {cls.__name__} needs {', '.join(lacking) or 'a dataclass as Config'}")
         cls.name = name  # type: ignore[attr-defined]
         return cls
 

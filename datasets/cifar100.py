@@ -10,6 +10,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+import dualcl.benchmark.core.compat  # noqa: F401 - before torchvision
+
+# isort: split
+
 from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets.base import ArrayImages, ClassData, ImageSet, register_dataset
 from dualcl.datasets.reading.download import Checksum, download
@@ -19,6 +23,12 @@ from dualcl.datasets.reading.unpack import extract_tar
 URL = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 ARCHIVE = Checksum("md5", "eb9058c3a382ffc7106e4002c42a8d85")
 FOLDER = "cifar-100-python"
+#: of the files in it
+MD5 = {
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+    "meta": "7973b15100ade9c7d40fb424638fde48",
+}
 
 
 @register_dataset(
@@ -47,8 +57,8 @@ class Cifar100:
         root = Path(config.root).expanduser()
         if not (root / FOLDER).is_dir():
             raise UserError(f"CIFAR-100 is not at {root / FOLDER}; run: dualcl prepare cifar100-10 --root {root}")
-        train, names = _official(root, train=True)
-        test, _ = _official(root, train=False)
+        train, test = (_images(root, part) for part in ("train", "test"))
+        names = list(_read(root, "meta")["fine_label_names"])
         return select(cls.name, names, train, test, "cifar100:official", config)
 
     @classmethod
@@ -85,11 +95,11 @@ class _Arrays(pickle.Unpickler):
         return super().find_class(module_name, global_name)
 
 
-def _read(root: Path, name: str, md5: str) -> dict[str, Any]:
+def _read(root: Path, name: str) -> dict[str, Any]:
     """One of the official files; UserError when it is missing, another, or holds more than containers and arrays."""
     path, mend = root / FOLDER / name, f"remove it and run: dualcl prepare cifar100-10 --root {root}"
     try:
-        if not Checksum("md5", md5).matches(path):
+        if not Checksum("md5", MD5[name]).matches(path):
             raise pickle.UnpicklingError("it is not the official one")
         with path.open("rb") as file:
             content: dict[str, Any] = _Arrays(file, encoding="latin1").load()
@@ -98,22 +108,12 @@ def _read(root: Path, name: str, md5: str) -> dict[str, Any]:
     return content
 
 
-def _official(root: Path, train: bool) -> tuple[ImageSet, list[str]]:
-    import dualcl.benchmark.core.compat  # noqa: F401
-
-    # isort: split
-    from torchvision.datasets import CIFAR100
-
-    part = "train" if train else "test"
-    # torchvision knows the checksums; its own reading would unpickle anything
-    ((name, md5),) = CIFAR100.train_list if train else CIFAR100.test_list
-    content = _read(root, name, md5)
-    meta = _read(root, str(CIFAR100.meta["filename"]), str(CIFAR100.meta["md5"]))
+def _images(root: Path, part: str) -> ImageSet:
+    content = _read(root, part)
     pixels = np.asarray(content["data"]).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
-    images = ImageSet(
+    return ImageSet(
         ids=tuple(f"{part}/{i:05d}" for i in range(len(pixels))),
         labels=np.asarray(content["fine_labels"], dtype=np.int64),
         load=ArrayImages(pixels),
-        fingerprint=md5,
+        fingerprint=MD5[part],
     )
-    return images, list(meta[str(CIFAR100.meta["key"])])

@@ -1,4 +1,4 @@
-"""A user's own concepts: one folder of photographs per concept. Also what all sets of photographs share."""
+"""A user's own concepts: one folder of photographs per concept."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import ClassVar
 from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets.base import register_dataset
 from dualcl.datasets.concepts import ConceptData
-from dualcl.datasets.reading.folders import (
-    class_folders,
-)
+from dualcl.datasets.reading.folders import class_folders
 from dualcl.datasets.reading.photos import (
     CLASSES_FILE,
     PhotosConfig,

@@ -17,7 +17,7 @@ from dualcl.datasets.reading.split import SelectConfig, select
 
 
 @functools.lru_cache(maxsize=256)
-def _draw_class(name: str, part: str, count: int, size: int, draw_seed: int) -> NDArray[np.uint8]:
+def draw_class(name: str, part: str, count: int, size: int, draw_seed: int) -> NDArray[np.uint8]:
     """The first `count` images of a class and part, (count, size, size, 3); kept, as every run of a comparison asks."""
     generators = [numpy_generator(draw_seed, "glyphs", name, part, i) for i in range(count)]
     images = draw_images(STREAM_GLYPHS[name], generators, size)
@@ -67,7 +67,7 @@ class Glyphs:
 
 def _image_set(names: tuple[str, ...], part: str, count: int, config: Glyphs.Config) -> ImageSet:
     """`count` images of each class; the ids carry all that the pixels depend on."""
-    images = np.concatenate([_draw_class(name, part, count, config.size, config.draw_seed) for name in names])
+    images = np.concatenate([draw_class(name, part, count, config.size, config.draw_seed) for name in names])
     images.setflags(write=False)
     prefix = f"{config.size}px/seed{config.draw_seed}"
     return ImageSet(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -14,12 +13,14 @@ from typing import Any, ClassVar
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit
 
+from dualcl.benchmark.core.bar import Bar
 from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.files import write_json
 from dualcl.benchmark.core.reading import read_json
 from dualcl.benchmark.core.settings import positive
 from dualcl.datasets.base import register_dataset
 from dualcl.datasets.concepts import ConceptData
-from dualcl.datasets.reading.download import Progress, download
+from dualcl.datasets.reading.download import download
 from dualcl.datasets.reading.photos import PhotosConfig, Words, check_numbers, photo_concepts
 from dualcl.datasets.reading.split import stable_order
 from dualcl.datasets.reading.verify import why_unreadable
@@ -158,7 +159,7 @@ class Landmarks:
             )
         if config.landmarks is None:
             choice["by_rule"] = done
-        _write_choice(root, choice)
+        write_json(root / CHOICE, choice)
         cls.load(config)
 
 
@@ -200,14 +201,13 @@ def _fetch_landmark(
     """Fetches up to `limit` of a landmark's images, in a stable random order; returns those that are good, sorted."""
     good: list[str] = []
     total = len(images) if limit is None else min(limit, len(images))
-    progress = Progress(name, total, unit=(1, "images"))
-    for index in stable_order(images, "landmarks"):
-        if len(good) == total:
-            break
-        if _fetch_image(root / _place(images[index]), addresses.get(images[index])):
-            good.append(images[index])
-            progress.update(len(good))
-    progress.close()
+    with Bar(name, total, "images") as bar:
+        for index in stable_order(images, "landmarks"):
+            if len(good) == total:
+                break
+            if _fetch_image(root / _place(images[index]), addresses.get(images[index])):
+                good.append(images[index])
+                bar.update()
     if len(good) < total:
         print(f"{name}: {len(good)} of {total} images can be had", file=sys.stderr)
     return sorted(good)
@@ -248,9 +248,3 @@ def _read_choice(root: Path) -> dict[str, Any]:
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged; remove it and {_mend(root)}") from error
-
-
-def _write_choice(root: Path, choice: dict[str, Any]) -> None:
-    temporary = root / f"{CHOICE}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(choice, indent=1, ensure_ascii=False), encoding="utf-8")
-    temporary.replace(root / CHOICE)

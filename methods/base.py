@@ -189,9 +189,18 @@ T = TypeVar("T", bound=type[Method])
 def register_method(
     name: str, *, domains: tuple[str, ...], summary: str, source: str, stores_data: bool = False
 ) -> Callable[[T], T]:
-    """Registers a method class under `name`; arguments must be literals (the index is read without importing)."""
+    """Registers a method class under `name`; arguments must be literals (the index is read without importing).
+
+    Raises UserError for a class that is no Method, or whose Config is not a frozen dataclass of its own fields.
+    """
 
     def apply(cls: T) -> T:
+        check(isinstance(cls, type) and issubclass(cls, Method), f"{name}: {cls!r} is no dualcl.methods.base.Method")
+        config = cls.Config
+        # without the decorator further fields would be there, but unknown to presets and records
+        own = "__dataclass_params__" in vars(config) and vars(config)["__dataclass_params__"].frozen
+        what = f"{name}: Config must be a MethodConfig decorated with @dataclass(frozen=True)"
+        check(own and issubclass(config, MethodConfig), what)
         cls.name = name
         return cls
 

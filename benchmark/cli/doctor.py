@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -13,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from dualcl.benchmark.core.devices import available_devices
-from dualcl.benchmark.core.machine import package_version, source_state, usable_cpus
+from packaging.requirements import Requirement
 
-BACKBONES = Path(__file__).parents[1] / "models" / "bundled"
+from dualcl.benchmark.core.machine import package_version, source_state, usable_cpus
+from dualcl.benchmark.models.bundled import bundled_backbones
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,6 @@ class Finding:
 
 def _packages() -> Iterator[Finding]:
     """Every requirement of the installed distribution against what is there."""
-    from packaging.requirements import Requirement
-
     missing_extras: dict[str, list[str]] = {}
     for text in importlib.metadata.requires("dualcl") or []:
         requirement = Requirement(text)
@@ -62,11 +62,9 @@ def _packages() -> Iterator[Finding]:
 
 
 def _torch() -> Iterator[Finding]:
-    import torch
-
-    from dualcl.benchmark.core.compat import TORCHVISION_OPS
-
-    if TORCHVISION_OPS:
+    # by name: a torch that cannot be imported is a finding
+    torch = importlib.import_module("torch")
+    if importlib.import_module("dualcl.benchmark.core.compat").TORCHVISION_OPS:
         yield Finding("torchvision", "compiled operators load")
     else:
         yield Finding(
@@ -74,7 +72,7 @@ def _torch() -> Iterator[Finding]:
             "compiled operators do not match this torch; the suite does not need them",
             "install torch and torchvision of one kind (both for CPU, or both for CUDA)",
         )
-    for name in available_devices():
+    for name in importlib.import_module("dualcl.benchmark.core.devices").available_devices():
         if name.startswith("cuda"):
             facts = torch.cuda.get_device_properties(name)
             yield Finding("device", f"{name}: {facts.name}, {facts.total_memory / 2**30:.0f} GiB")
@@ -126,12 +124,11 @@ def _places() -> Iterator[Finding]:
 
 def _backbones() -> Iterator[Finding]:
     """Bundled weights against the checksums in their descriptions."""
-    cards = sorted(BACKBONES.glob("*.json"))
     mend = "reinstall dualcl"
-    if not cards:
+    if not (cards := bundled_backbones()):
         yield Finding("backbone", "no bundled backbone: the presets glyphs and glyphs-10 cannot run", mend, True)
-    for card in cards:
-        name, weights = card.stem.replace("_", "-"), card.with_suffix(".safetensors")
+    for name, card in cards.items():
+        weights = card.with_suffix(".safetensors")
         if not weights.is_file():
             yield Finding("backbone", f"{name}: {weights.name} is missing", mend, True)
             continue
@@ -159,7 +156,7 @@ def examine() -> Iterator[Finding]:
     yield from _places()
 
 
-def doctor() -> int:
+def main(args: argparse.Namespace) -> int:
     """Prints all findings to stdout; returns 0 unless something that is needed is broken, then 1."""
     broken = 0
     for finding in examine():

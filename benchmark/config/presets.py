@@ -5,15 +5,17 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.reading import check_name
+from dualcl.benchmark.core.registry import absolute, check_free, is_file
 from dualcl.benchmark.core.safe_yaml import read_yaml
 from dualcl.benchmark.core.settings import flatten
+from dualcl.methods import available_methods, method_info
 
 PRESET_DIR = Path(__file__).parents[1] / "presets"
 
@@ -26,7 +28,7 @@ class Preset:
     domain: str
     summary: str
     values: dict[str, tuple[Any, str]]
-    #: methods that `dualcl compare` runs when it is given none
+    #: methods that `dualcl compare` runs when it is given none: names, or files by their absolute paths
     compare: tuple[str, ...] = ()
     #: the preset in whose table its runs appear: its own, or that of which it is an ablation
     table: str = ""
@@ -35,6 +37,8 @@ class Preset:
     #: what `dualcl sweep` tries: values by key, per method; grids of `points` points each
     search: Mapping[str, Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
     points: int = 0
+    #: the methods that it may speak of, and what the registry finds each by
+    methods: Mapping[str, str] = field(default_factory=dict)
 
 
 @functools.lru_cache(maxsize=1)
@@ -47,8 +51,11 @@ def bundled_presets() -> dict[str, Path]:
 _parsed = functools.lru_cache(maxsize=64)(read_yaml)
 
 
-def load_preset(name_or_path: str, _chain: tuple[str, ...] = ()) -> Preset:
-    """A bundled preset by name, or a YAML file by path; `extends: NAME` takes another one as its base."""
+def load_preset(name_or_path: str, method: str = "", _chain: tuple[str, ...] = ()) -> Preset:
+    """A bundled preset by name, or a YAML file by path; `extends: NAME` takes another one as its base.
+
+    It may speak of registered methods, of those of the files that it compares, and of `method`, a reference.
+    """
     path = bundled_presets().get(name_or_path)
     if path is None:
         path = Path(name_or_path)
@@ -72,11 +79,17 @@ def load_preset(name_or_path: str, _chain: tuple[str, ...] = ()) -> Preset:
     base: dict[str, tuple[Any, str]] = {}
     domain, summary = tree.pop("domain", None), tree.pop("summary", "")
     compare, table = tree.pop("compare", None), tree.pop("table", None) or label
-    tuning, (search, points) = _tuning(tree, path), _search(tree, path)
+    if not isinstance(compare, (list, type(None))) or not all(isinstance(m, str) for m in compare or ()):
+        raise UserError(f"preset {path}: compare must be a list of method names, got {compare!r}")
+    compare = None if compare is None else [absolute(m, path.parent) for m in compare]
+    parent = None
     if parent_name := tree.pop("extends", None):
-        parent = load_preset(str(parent_name), (*_chain, str(path)))
+        parent = load_preset(str(parent_name), method, (*_chain, str(path)))
         base, domain = dict(parent.values), domain or parent.domain
         compare = list(parent.compare) if compare is None else compare
+    methods = _methods([*(parent.compare if parent else ()), *(compare or ()), method])
+    tuning, (search, points) = _tuning(tree, path, methods), _search(tree, path, methods)
+    if parent is not None:
         tuning = _inherited_tuning(parent, tuning, tree.get("methods"), label)
         search, points = {**parent.search, **search}, points or parent.points
     _check_sizes(search, points, path)
@@ -84,30 +97,38 @@ def load_preset(name_or_path: str, _chain: tuple[str, ...] = ()) -> Preset:
     if domain is None:
         raise UserError(f"preset {path} must say `domain: classification` (or extend a preset that does)")
     base.update({key: (value, f"preset {label}") for key, value in flatten(tree).items()})
-    if not isinstance(compare, (list, type(None))) or not all(isinstance(m, str) for m in compare or ()):
-        raise UserError(f"preset {path}: compare must be a list of method names, got {compare!r}")
-    return Preset(label, str(domain), str(summary), base, tuple(compare or ()), str(table), tuning, search, points)
+    data = flatten(tree).get("data.name")
+    if isinstance(data, str):
+        base["data.name"] = (absolute(data, path.parent), f"preset {label}")
+    chosen = tuple(compare or ())
+    return Preset(label, str(domain), str(summary), base, chosen, str(table), tuning, search, points, methods)
 
 
-def _of_methods(value: Any, key: str, path: Path) -> dict[str, Any]:
-    """A mapping of registered methods; UserError that names `key` otherwise."""
-    from dualcl.methods import available_methods
+def _methods(references: Iterable[str]) -> dict[str, str]:
+    """Registered methods and those of files, by name, and what the registry finds each by."""
+    known = dict(available_methods())
+    for reference in filter(is_file, references):
+        info = method_info(reference)
+        check_free(known, info)
+        known[info.name] = info
+    return {name: info.reference for name, info in known.items()}
 
+
+def _of_methods(value: Any, key: str, path: Path, known: Mapping[str, str]) -> dict[str, Any]:
+    """A mapping of known methods; UserError that names `key` otherwise."""
     if value is None:
         return {}
     if not isinstance(value, dict):
         raise UserError(f"preset {path}: {key} must be a mapping of methods, got {value!r}")
     for name in value:
-        if name not in available_methods():
-            raise UserError(
-                f"preset {path}: unknown method in {key}.{name}; {nearest(str(name), available_methods(), 'methods')}"
-            )
+        if name not in known:
+            raise UserError(f"preset {path}: unknown method in {key}.{name}; {nearest(str(name), known, 'methods')}")
     return value
 
 
-def _tuning(tree: dict[str, Any], path: Path) -> dict[str, str]:
+def _tuning(tree: dict[str, Any], path: Path, known: Mapping[str, str]) -> dict[str, str]:
     """Takes `tuning:` out of a preset: a line per method."""
-    lines = _of_methods(tree.pop("tuning", None), "tuning", path)
+    lines = _of_methods(tree.pop("tuning", None), "tuning", path, known)
     for name, line in lines.items():
         if not isinstance(line, str) or not line.strip() or "\n" in line.strip():
             raise UserError(f"preset {path}: tuning.{name} must be one line of text, got {line!r}")
@@ -123,7 +144,9 @@ def _inherited_tuning(parent: Preset, own: Mapping[str, str], methods: Any, labe
     return {**out, **own}
 
 
-def _search(tree: dict[str, Any], path: Path) -> tuple[dict[str, Mapping[str, tuple[Any, ...]]], int]:
+def _search(
+    tree: dict[str, Any], path: Path, known: Mapping[str, str]
+) -> tuple[dict[str, Mapping[str, tuple[Any, ...]]], int]:
     """Takes `search:` out of a preset: values by key for each method, and the size of every grid."""
     given = tree.pop("search", None)
     if given is None:
@@ -134,7 +157,7 @@ def _search(tree: dict[str, Any], path: Path) -> tuple[dict[str, Mapping[str, tu
     if not isinstance(points, int) or isinstance(points, bool) or ("points" in given and points < 1):
         raise UserError(f"preset {path}: search.points must be at least 1, got {points!r}")
     spaces: dict[str, Mapping[str, tuple[Any, ...]]] = {}
-    for name, axes in _of_methods(given.get("methods"), "search.methods", path).items():
+    for name, axes in _of_methods(given.get("methods"), "search.methods", path, known).items():
         if not isinstance(axes, dict) or not axes:
             raise UserError(f"preset {path}: search.methods.{name} must map keys to lists of values, got {axes!r}")
         for key, values in axes.items():

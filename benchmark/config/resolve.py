@@ -19,21 +19,22 @@ from dualcl.benchmark.core.settings import (
     flatten,
     parse_assignment,
 )
+from dualcl.benchmark.domains import domain_sections
+from dualcl.datasets import dataset_info
+from dualcl.methods import available_methods, method_class, method_info
 
 
 def _unknown(key: str, known: Iterable[str]) -> UserError:
     return UserError(f"unknown key {key!r}; {nearest(key, known, 'valid keys')}")
 
 
-def section_classes(domain: str, data_name: str, method_config: type) -> dict[str, type]:
-    """The config class of every section of a run, by name."""
-    from dualcl.benchmark.domains import domain_sections
-
+def section_classes(domain: str, data: str, method_config: type) -> dict[str, type]:
+    """The config class of every section of a run, by name; `data`: a reference of the registry."""
     return {
         "general": GeneralConfig,
         "train": TrainConfig,
         "resources": ResourcesConfig,
-        **domain_sections(domain, data_name),
+        **domain_sections(domain, data),
         "method": method_config,
     }
 
@@ -46,14 +47,14 @@ def resolve(
     seed: int | None = None,
     method_config: type | None = None,
 ) -> Resolved:
-    """The configuration of `method` on `preset` with `--set` assignments on top.
+    """The configuration of `method`, a name or FILE.py, on `preset` with `--set` assignments on top.
 
     All mistakes in keys and values are reported together, one UserError with one line.
     """
-    from dualcl.methods import available_methods, method_class, method_info
-
-    loaded = load_preset(preset)
-    method_info(method, loaded.domain)
+    loaded = load_preset(preset, method)
+    info = method_info(method, loaded.domain)
+    cls, method = method_class(info.reference), info.name
+    plugins = {} if info.plugin is None else {"method": info.plugin}
     given = dict(loaded.values)
     method_sources: list[tuple[str, Any, str]] = []
     assignments = [parse_assignment(text) for text in sets]
@@ -66,7 +67,10 @@ def resolve(
     data_name, data_source = given.pop("data.name", (None, ""))
     if data_name is None:
         raise UserError(f"preset {loaded.name} must name its data set: data.name")
-    classes = section_classes(loaded.domain, str(data_name), method_config or method_class(method).Config)
+    data = dataset_info(str(data_name), loaded.domain)
+    if data.plugin is not None:
+        plugins["data"] = data.plugin
+    classes = section_classes(loaded.domain, data.reference, method_config or cls.Config)
     known_keys = {
         (f.name if section == "general" else f"{section}.{f.name}"): (section, f)
         for section, cls in classes.items()
@@ -86,14 +90,14 @@ def resolve(
             continue
         value, source = given.pop(key)
         _, name, *rest = key.split(".")
-        if name not in available_methods():
-            errors.append(str(UserError(f"unknown method in {key!r}; {nearest(name, available_methods(), 'methods')}")))
+        if name not in loaded.methods:
+            errors.append(str(UserError(f"unknown method in {key!r}; {nearest(name, loaded.methods, 'methods')}")))
         elif name == method:
             if not rest and value in (None, {}):
                 continue
             method_sources.append(("method." + ".".join(rest), value, f"{source} (methods.{name})"))
         elif source == "--set":
-            known = {f.name for f in dataclasses.fields(method_class(name).Config)}
+            known = {f.name for f in dataclasses.fields(method_class(loaded.methods[name]).Config)}
             if not rest or not {rest[0], f"{rest[0]}_"} & known:
                 errors.append(str(_unknown(key, (f"methods.{name}.{k}" for k in known))))
     for key, value, source in method_sources:
@@ -137,6 +141,7 @@ def resolve(
         sources={},
         table=loaded.table,
         tuning=_tuning_line(loaded.tuning.get(method), sources),
+        plugins=plugins,
         volatile=frozenset(k for k, (_, f) in known_keys.items() if f.metadata.get("volatile")),
     )
     resolved.sources.update({key: sources.get(key, "default") for key in flatten(resolved.tree())})
@@ -144,6 +149,16 @@ def resolve(
         resolved.sources[key] = "command line"
     resolved.sources["data.name"] = data_source
     return resolved
+
+
+def resolve_shared(preset: str, sets: Iterable[str]) -> Resolved:
+    """The preset resolved with some method of its domain: right for everything but the section `method`."""
+    loaded = load_preset(preset)
+    serving = [m.name for m in available_methods().values() if loaded.domain in m.domains]
+    method = next(iter([*loaded.compare, *sorted(serving)]), None)
+    if method is None:
+        raise UserError(f"no method serves the domain {loaded.domain!r} of preset {preset}")
+    return resolve(preset, method, sets)
 
 
 def _tuning_line(line: str | None, sources: Mapping[str, str]) -> str:

@@ -9,40 +9,33 @@ Import this module before torchvision or timm.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+_register_fake = torch.library.register_fake
 
-def _import_torchvision() -> bool:
-    """Imports torchvision; returns whether its compiled operators are there."""
-    register_fake = torch.library.register_fake
 
-    def tolerant(op: Any, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
-        decorate = register_fake(op, *args, **kwargs)
+def _tolerant(op: Any, *args: Any, **kwargs: Any) -> Callable[[Any], Any]:
+    decorate = _register_fake(op, *args, **kwargs)
 
-        def apply(func: Any) -> Any:
-            try:
-                return decorate(func)
-            except RuntimeError:
-                if str(op).startswith("torchvision::"):
-                    return func
-                raise
-
-        return apply
-
-    if "torchvision" not in sys.modules:
-        torch.library.register_fake = tolerant
+    def apply(func: Any) -> Any:
         try:
-            import torchvision  # noqa: F401
-        finally:
-            torch.library.register_fake = register_fake
+            return decorate(func)
+        except RuntimeError:
+            if str(op).startswith("torchvision::"):
+                return func
+            raise
+
+    return apply
+
+
+torch.library.register_fake = _tolerant
+try:
     from torchvision.extension import _has_ops
-
-    return bool(_has_ops())
-
+finally:
+    torch.library.register_fake = _register_fake
 
 #: False when torchvision's compiled operators do not match this torch
-TORCHVISION_OPS = _import_torchvision()
+TORCHVISION_OPS = bool(_has_ops())

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import resource
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.machine import resident_peak_mib
 
-if TYPE_CHECKING:
-    import torch
-
 
 def available_devices() -> list[str]:
     """Devices that torch can use here, best first; the last one is "cpu"."""
-    import torch
-
     found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     if torch.backends.mps.is_available():
         found.append("mps")
@@ -29,8 +21,6 @@ def available_devices() -> list[str]:
 
 def pick_device(name: str) -> torch.device:
     """The torch device called `name`; "auto" takes cuda, then mps, then cpu. UserError when unknown or not there."""
-    import torch
-
     found = available_devices()
     if name == "auto":
         return torch.device(found[0].partition(":")[0])
@@ -61,9 +51,7 @@ def peak_mib(device: torch.device) -> float:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    if (peak := resident_peak_mib()) is not None:
-        return peak
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
+    return resident_peak_mib() or 0.0
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 EXIT_FAILED = 1
 EXIT_USER = 2
@@ -27,3 +28,9 @@ def nearest(word: str, known: Iterable[str], label: str = "known") -> str:
     hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
     shown = ", ".join(names) or "none"
     return f"{hint}({label}: {shown if len(names) <= MOST_SHOWN else f'{len(names)} names'})"
+
+
+def describe_os_error(error: OSError, place: str | Path) -> str:
+    """`FILE: No space left on device`; writing to an open file gives no name, then `place` stands for it."""
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"{place if error.filename is None else error.filename}: {reason}"

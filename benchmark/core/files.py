@@ -10,15 +10,17 @@ import os
 from collections.abc import Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import IO, Any
 
 
 def now() -> str:
     """The time as ISO 8601 in UTC, to the second."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def cache_dir() -> Path:
+    """Where the suite keeps what it can make again: $DUALCL_CACHE, else ~/.cache/dualcl."""
+    return Path(os.environ.get("DUALCL_CACHE") or Path.home() / ".cache" / "dualcl")
 
 
 @contextlib.contextmanager

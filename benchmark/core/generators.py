@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import torch
 
-if TYPE_CHECKING:
-    import torch
 from dualcl.benchmark.core.seeding import derive_seed
 
 
 def torch_generator(seed: int, *key: int | str) -> torch.Generator:
     """A CPU torch generator for this key."""
-    import torch
-
     return torch.Generator().manual_seed(derive_seed(seed, *key))

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import IO
 
 from dualcl.benchmark.core.errors import EXIT_FAILED, UserError
+from dualcl.benchmark.core.text import printable
 
 LOCK = ".lock"
 BEAT = 5.0
@@ -107,7 +108,11 @@ def hold(folder: Path, *, patient: bool = False) -> Iterator[None]:
     with handle:
         while not _taken(handle, folder):
             if not patient:
-                raise UserError(f"{folder} is in use by another dualcl process; wait for it or choose another --out")
+                found = holder(folder)
+                who = f" ({found.pid} on {printable(found.host)})" if found else ""
+                raise UserError(
+                    f"{folder} is in use by another dualcl process{who}; wait for it or choose another --out"
+                )
             time.sleep(0.5)
         token, over = uuid.uuid4().hex, threading.Event()
         handle.truncate(0)

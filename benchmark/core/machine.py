@@ -1,19 +1,18 @@
-"""What a run ran on: versions, commit, platform; and the choice of the device."""
+"""What a run runs on: versions, commit, platform, memory, cores, launcher; without torch."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.metadata
 import os
 import platform
+import resource
 import subprocess
+import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any, Literal
 
 #: distributions whose version can change a result (Pillow: the bundled glyphs are drawn with it)
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "Pillow")
@@ -75,12 +74,13 @@ def environment() -> dict[str, Any]:
 
 
 def resident_peak_mib(pid: int | Literal["self"] = "self") -> float | None:
-    """Largest resident set of a process so far, MiB; None off Linux, or when it has ended."""
-    try:
+    """Largest resident set of a process so far, MiB; None when it has ended, and of another process off Linux."""
+    with contextlib.suppress(OSError):
         lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace").splitlines()
-    except OSError:
+        return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
+    if pid != "self":
         return None
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def launched() -> int:

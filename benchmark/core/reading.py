@@ -1,12 +1,10 @@
-"""Reading what others wrote - JSON, names, weights - so that the worst a file can do is to be refused in one line."""
+"""Reading what others wrote - JSON, names - so that the worst a file can do is to be refused in one line."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from dualcl.benchmark.core.errors import UserError
 DEEPEST = 100
 #: integers are smaller: Python takes no time for them, prints them, and makes floats of them
 TOO_LARGE = 2**64
-CONVERT = 'convert it where you trust it: safetensors.torch.save_file(torch.load(OLD, weights_only=True), "NEW")'
 
 #: what may be a number beyond the range of float or TOO_LARGE
 _LONG_NUMBER = re.compile(r"\d(?<![\w.]\d)(?:\d{19}|[\d.]*[eE]\+?\d{3})")
@@ -25,6 +22,17 @@ _LONG_NUMBER = re.compile(r"\d(?<![\w.]\d)(?:\d{19}|[\d.]*[eE]\+?\d{3})")
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 #: of a surrogate pair: no file can hold them
 HALVES = re.compile("[\ud800-\udfff]")
+
+
+def parse_names(text: str, what: str) -> list[str]:
+    """`a,b,c` -> ["a", "b", "c"]; UserError when one is empty or given twice."""
+    names = [name.strip() for name in text.split(",")]
+    for i, name in enumerate(names):
+        if not name:
+            raise UserError(f"--{what} {text!r} has an empty entry; separate the entries with single commas")
+        if name in names[:i]:
+            raise UserError(f"--{what} names {name!r} twice; give it once")
+    return names
 
 
 def check_text(text: str, where: str) -> None:
@@ -80,22 +88,3 @@ def _finite(text: str) -> float:
     if not math.isfinite(value := float(text)):
         raise ValueError(f"it holds the number {text[:20]}, which is too large")
     return value
-
-
-@contextlib.contextmanager
-def no_pickles(what: str) -> Iterator[None]:
-    """Within it a library that would unpickle weights, in whichever way it came to it, gets a UserError of `what`.
-
-    safetensors are asked for everywhere; this is for what the libraries fall back to where there are none.
-    """
-    import torch
-
-    def refuse(file: Any, *args: Any, **kwargs: Any) -> None:
-        raise UserError(f"{what}: {file} is a pickle file, which is never loaded; {CONVERT}")
-
-    load = torch.load
-    torch.load = refuse  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.load = load

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar, Union
 
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.reading import TOO_LARGE, check_name, check_text
+from dualcl.benchmark.core.registry import Plugin
 from dualcl.benchmark.core.safe_yaml import read_yaml
 
 VOLATILE = {"volatile": True}  #: metadata of keys that cannot change a result and may differ on resume
@@ -251,6 +252,8 @@ class Resolved:
     table: str = ""
     #: who tuned the method's values, and on what
     tuning: str = ""
+    #: "method" and "data", where they are not built in
+    plugins: Mapping[str, Plugin] = field(default_factory=dict)
 
     def section(self, name: str, cls: type[C]) -> C:
         """The section `name`, checked to be a `cls`."""
@@ -290,6 +293,20 @@ class Resolved:
         """Registered name of the data set."""
         return str(getattr(type(self.sections["data"]), "dataset_name", ""))
 
+    @property
+    def method_reference(self) -> str:
+        """What the registry, in any process, finds the method by."""
+        return self.plugins["method"].reference if "method" in self.plugins else self.method
+
+    @property
+    def data_reference(self) -> str:
+        """What the registry, in any process, finds the data set by."""
+        return self.plugins["data"].reference if "data" in self.plugins else self.data_name
+
+    def plugin_sources(self) -> dict[str, dict[str, str]]:
+        """`method_source` and `data_source` of a record, of what is not built in."""
+        return {f"{part}_source": plugin.record() for part, plugin in self.plugins.items()}
+
     def flat(self, *, volatile: bool = True) -> dict[str, Any]:
         """Dotted keys and values; without the keys that cannot change a result when `volatile` is False."""
         flat = flatten(self.tree())
@@ -301,7 +318,8 @@ class Resolved:
 
     def hash(self) -> str:
         """Hash of everything that can change a result."""
-        text = json.dumps(self.flat(volatile=False), sort_keys=True, default=str)
+        plugins = {f"{part}.sha256": plugin.sha256 for part, plugin in self.plugins.items()}
+        text = json.dumps({**self.flat(volatile=False), **plugins}, sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Iterable, Sequence
 
 
@@ -18,6 +20,12 @@ def duration(seconds: float) -> str:
 def printable(text: str) -> str:
     """`text` on one line without control characters: names of classes and folders are the user's."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
+def say(text: str) -> None:
+    """Prints a line to stderr, if somebody reads it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def align(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> list[str]:

@@ -8,6 +8,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.datasets import dataset_class, dataset_info
 
 if TYPE_CHECKING:
     from dualcl.benchmark.core.domain import Domain
@@ -27,16 +28,14 @@ def domain_class(name: str) -> type[Domain]:
 
 
 @functools.lru_cache(maxsize=32)
-def _data_config(domain: str, data_name: str) -> type:
-    from dualcl.datasets import dataset_class
-
-    config: type = dataset_class(data_name, domain).Config
+def _data_config(domain: str, reference: str) -> type:
+    config: type = dataset_class(reference, domain).Config
     named = dataclasses.make_dataclass(config.__name__, [], bases=(config,), frozen=True)
-    named.dataset_name = data_name  # type: ignore[attr-defined]
+    named.dataset_name = dataset_info(reference, domain).name  # type: ignore[attr-defined]
     return named
 
 
-def domain_sections(domain: str, data_name: str) -> dict[str, type]:
-    """Section name -> config class for this domain and data set."""
+def domain_sections(domain: str, data: str) -> dict[str, type]:
+    """Section name -> config class for this domain and data set, a reference of the registry."""
     sections: dict[str, type] = domain_class(domain).sections_config  # type: ignore[attr-defined]
-    return {"data": _data_config(domain, data_name), **sections}
+    return {"data": _data_config(domain, data), **sections}

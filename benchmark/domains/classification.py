@@ -135,7 +135,7 @@ class Classification(Domain):
         stream_config = resolved.section("stream", StreamConfig)
         self.order_seed = self.seed if stream_config.order_seed is None else stream_config.order_seed
         if data is None:
-            data = dataset_class(resolved.data_name, self.name).load(resolved.sections["data"])
+            data = dataset_class(resolved.data_reference, self.name).load(resolved.sections["data"])
         self.stream: ClassStream = make_class_stream(
             data, stream_config.tasks, stream_config.class_order, self.order_seed
         )

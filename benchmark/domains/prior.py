@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.core.files import atomic_write, write_json
+from dualcl.benchmark.core.files import atomic_write, cache_dir, write_json
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.processes import ALONE, Processes
 from dualcl.benchmark.core.reading import read_json
@@ -24,7 +24,7 @@ from dualcl.benchmark.domains.concept_batches import square
 from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.text_to_image import TextToImage
 from dualcl.datasets.reading.folders import class_folders, image_files
-from dualcl.datasets.reading.verify import cache_dir, why_unreadable
+from dualcl.datasets.reading.verify import why_unreadable
 from dualcl.datasets.reading.views import decode_image
 
 

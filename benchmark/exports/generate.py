@@ -116,12 +116,20 @@ def expand_prompt(prompt: str, words: Sequence[Word]) -> tuple[str, list[Word]]:
 
 
 def open_model(
-    folder: str | Path, device: str = "auto", *, base: str | None = None, after: int | None = None, say: Say = print
+    folder: str | Path,
+    device: str = "auto",
+    *,
+    base: str | None = None,
+    after: int | None = None,
+    method: str | None = None,
+    data: str | None = None,
+    say: Say = print,
 ) -> Model:
     """The model of a run's folder or of an exported one.
 
     `base` names the model that an exported LoRA or embedding is put on (default: the one it was made on); `say` is told
-    when that is another one. Raises UserError when the folder is neither, or does not fit the base.
+    when that is another one. `method`, `data`: files of plug-ins, see `restore`. Raises UserError when the folder is
+    neither, or does not fit the base.
     """
     path = Path(folder)
     if (path / CARD).is_file():
@@ -132,11 +140,11 @@ def open_model(
         raise UserError(f"--base is for exported folders; a run has its own base model, and {path} has no {CARD}")
     if not (path / RECORD).is_file():
         raise UserError(f"{path} is neither a run (no {RECORD}) nor an exported model (no {CARD})")
-    return _open_run(path, device, after)
+    return _open_run(path, device, after, method=method, data=data)
 
 
-def _open_run(path: Path, device: str, after: int | None) -> Model:
-    run = restore(path, device, after=after, loaded=lambda domain: _check_domain(domain, path))
+def _open_run(path: Path, device: str, after: int | None, **files: str | None) -> Model:
+    run = restore(path, device, after=after, loaded=lambda domain: _check_domain(domain, path), **files)
     domain: Any = run.domain
     shown = run.resolved.section("eval", EvalConfig)
     tokens = domain.tokens

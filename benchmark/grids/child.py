@@ -17,7 +17,7 @@ GRACE_SECONDS = 60.0
 #: `python -m` would put the working directory on sys.path: a checkout's folder datasets/ hides Hugging Face's there
 _CODE = (
     "import sys; sys.path[:] = [p for p in sys.path if p]; "
-    "from dualcl.benchmark.grids.child import main; sys.exit(main())"
+    "from dualcl.benchmark.cli.child import main; sys.exit(main())"
 )
 
 
@@ -84,18 +84,3 @@ class Child:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-
-
-def _end_with(parent: int) -> None:
-    """Kills this session as soon as `parent` is gone: an orphan would go on writing where its successor works."""
-    while os.getppid() == parent:
-        time.sleep(0.25)
-    os.killpg(os.getpid(), signal.SIGKILL)
-
-
-def main() -> int:
-    """`dualcl` with the arguments that follow the parent's process number."""
-    threading.Thread(target=_end_with, args=(int(sys.argv.pop(1)),), daemon=True).start()
-    from dualcl.benchmark.cli import main
-
-    return main()

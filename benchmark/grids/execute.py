@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 from dualcl.benchmark.core.errors import UserError, nearest
-from dualcl.benchmark.grids.local import Local, SideBySide
+from dualcl.benchmark.core.text import say
 from dualcl.benchmark.grids.plan import Engine, Outcome, Planned, is_finished
+from dualcl.benchmark.grids.survey import write_plan
+from dualcl.benchmark.runs.mirror import PLAN, pull_records, push_files
 from dualcl.benchmark.runs.progress import Reporter
 
 
@@ -28,10 +31,6 @@ def execute(
     Ray cluster's. `root`, where given, gets the plan (grid.json); with `url` it is the local copy of what lies there.
     KeyboardInterrupt stops them all, resumable.
     """
-    from dualcl.benchmark.grids.execute import make_engine
-    from dualcl.benchmark.grids.survey import PLAN, write_plan
-    from dualcl.benchmark.runs.mirror import pull_records, push_files
-
     refresh = None if url is None else partial(pull_records, url)
     doer = make_engine(engine, jobs=jobs, address=address, quiet=quiet, refresh=refresh)
     if refresh is not None:
@@ -57,19 +56,21 @@ def execute(
     return [outcomes[planned.out] for planned in plan]
 
 
-def exit_code(outcomes: Iterable[Outcome]) -> int:
-    """The largest exit code of the runs."""
-    return max((outcome.code for outcome in outcomes), default=0)
+def conclude(outcomes: Sequence[Outcome], quiet: bool) -> int:
+    """Tells how many runs finished, and of each that did not, why; the largest of their exit codes.
 
-
-def summary_lines(outcomes: Sequence[Outcome]) -> list[str]:
-    """How many runs finished, and one line per run that did not."""
+    Where all finished, `quiet` says nothing.
+    """
     bad = [o for o in outcomes if o.code]
-    lines = [f"{len(outcomes) - len(bad)} of {len(outcomes)} runs finished"]
-    return lines + [f"failed: {o.planned.label}: {o.error}" for o in bad]
+    if bad or not quiet:
+        say(f"{len(outcomes) - len(bad)} of {len(outcomes)} runs finished")
+    for o in bad:
+        say(f"failed: {o.planned.label}: {o.error}")
+    return max((o.code for o in bad), default=0)
 
 
-ENGINES = ("local", "ray")
+#: imported when asked for, so that a wrong plan is refused before torch is there
+ENGINES = {"local": "dualcl.benchmark.grids.local", "ray": "dualcl.benchmark.grids.ray"}
 
 
 def make_engine(
@@ -86,12 +87,10 @@ def make_engine(
     """
     if name not in ENGINES:
         raise UserError(f"unknown --engine {name!r}; {nearest(name, ENGINES, 'engines')}")
-    if name == "local":
-        if address is not None:
-            raise UserError("--address is for --engine ray; leave it out")
-        return Local(quiet) if jobs == 1 else SideBySide(jobs, quiet, refresh)
-    if jobs != 1:
-        raise UserError("--jobs is for --engine local; with Ray the nodes' resources decide (--set resources.cpus=N)")
-    from dualcl.benchmark.grids.ray import RayEngine
+    made: Engine = importlib.import_module(ENGINES[name]).make(jobs, address, quiet, refresh)
+    return made
 
-    return RayEngine(address or "auto", quiet, refresh)
+
+def slurm_script(plan: Sequence[Planned], out: str, options: Iterable[str]) -> str:
+    """See `slurm.array_script`, which asks torch for GPUs."""
+    return str(importlib.import_module("dualcl.benchmark.grids.slurm").array_script(plan, out, options))

@@ -18,6 +18,7 @@ from dualcl.benchmark.config.presets import Preset, bundled_presets, load_preset
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.settings import flatten
 from dualcl.benchmark.models.bundled import bundled_backbones, bundled_diffusion
+from dualcl.datasets import available_datasets
 from dualcl.results.files import write_text
 from dualcl.results.metrics import KINDS, METRICS
 from dualcl.results.published import Group, Number, groups, numbers_for, our_metric
@@ -242,8 +243,6 @@ def _lines_of_run(run: _Run, numbers: Sequence[Number]) -> list[Line]:
 
 def _needs(preset: Preset) -> list[str]:
     """What a run of the preset needs that the project does not bring."""
-    from dualcl.datasets import available_datasets
-
     values = {key: value for key, (value, _) in preset.values.items()}
     data = str(values.get("data.name", ""))
     dataset = available_datasets().get(data)
@@ -404,8 +403,11 @@ def ledger(dirs: Iterable[str | os.PathLike[str]], path: str | os.PathLike[str])
     records, problems = scan_records(places := [Path(d) for d in dirs])
     if problems:
         raise UserError(problems[0])
+    # what is not of this project is no reproduction by it
+    records = [r for r in records if not {"method_source", "data_source"} & r.data["run"].keys()]
     if not records:
-        raise UserError(f"no record.json below {', '.join(map(str, places))}; give the folder that holds the runs")
+        where = ", ".join(map(str, places))
+        raise UserError(f"no record.json of built-in methods below {where}; give the folder that holds the runs")
     here = Path(path).parent
     words = ["dualcl", "report", *(_given(place) for place in places), "--ledger", _given(Path(path))]
     return to_markdown(sections(records, here), shlex.join(words), here)

@@ -11,13 +11,22 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 
-from dualcl.benchmark.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, RunFailed, UserError
+from dualcl.benchmark.core.errors import (
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USER,
+    RunFailed,
+    UserError,
+    describe_os_error,
+)
 from dualcl.benchmark.core.machine import usable_cpus
-from dualcl.benchmark.core.text import printable
+from dualcl.benchmark.core.text import printable, say
 from dualcl.benchmark.grids.child import Child
-from dualcl.benchmark.grids.plan import Outcome, Planned, _tell, describe_os_error, outcome_of
+from dualcl.benchmark.grids.plan import Outcome, Planned, outcome_of
 from dualcl.benchmark.grids.status import LiveTable, redraws
+from dualcl.benchmark.runs.folder import discard, run_folder
 from dualcl.benchmark.runs.progress import Reporter
+from dualcl.benchmark.runs.runner import run
 
 
 @dataclass(frozen=True)
@@ -31,9 +40,6 @@ class Local:
         return [self._run(planned) for planned in plan]
 
     def _run(self, planned: Planned) -> Outcome:
-        from dualcl.benchmark.runs.mirror import discard, run_folder
-        from dualcl.benchmark.runs.runner import run
-
         reporter = Reporter(planned.label, quiet=self.quiet)
         try:
             folder = run_folder(planned.remote or planned.out)
@@ -53,7 +59,7 @@ class Local:
             code, text = EXIT_FAILED, f"{type(error).__name__}: {error}"
         finally:
             reporter.close()
-        _tell(f"{planned.label}: {printable(text)}")
+        say(f"{planned.label}: {printable(text)}")
         return Outcome(planned, code, printable(text))
 
 
@@ -92,7 +98,7 @@ class SideBySide:
         with self._lock:
             if self._stopped:
                 return Outcome(planned, EXIT_INTERRUPTED, "not started")
-            child = Child(command, threads=threads, relay=lambda line: _tell(f"{planned.label}  {line}"))
+            child = Child(command, threads=threads, relay=lambda line: say(f"{planned.label}  {line}"))
             self._running.add(child)
         try:
             return outcome_of(planned, child.wait(), child.last)
@@ -108,3 +114,10 @@ class SideBySide:
             child.ask()
         for child in children:
             child.stop()
+
+
+def make(jobs: int, address: str | None, quiet: bool, refresh: Callable[[], object] | None) -> Local | SideBySide:
+    """The engine `local`."""
+    if address is not None:
+        raise UserError("--address is for --engine ray; leave it out")
+    return Local(quiet) if jobs == 1 else SideBySide(jobs, quiet, refresh)

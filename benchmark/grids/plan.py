@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,12 @@ from typing import Protocol
 from dualcl.benchmark.config.presets import bundled_presets, load_preset
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import EXIT_FAILED, EXIT_USER, UserError
+from dualcl.benchmark.core.reading import parse_names
+from dualcl.benchmark.core.registry import check_plugins, is_file
 from dualcl.benchmark.core.settings import Resolved, flatten, parse_assignment
 from dualcl.benchmark.core.text import printable
+from dualcl.methods import method_info
+from dualcl.results.records import load_record
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,11 @@ class Planned:
     def arguments(self, *sets: str) -> list[str]:
         """What follows `dualcl` to do this run, from any folder, with these settings too."""
         preset = self.preset if self.preset in bundled_presets() else os.path.abspath(self.preset)
-        command = ["run", preset, self.resolved.method, "--seed", str(self.seed)]
+        command = ["run", preset, self.resolved.method_reference, "--seed", str(self.seed)]
         command += ["--out", self.remote or os.path.abspath(self.out)]
         own = [text for text in (*self.sets, *sets) if parse_assignment(text)[0] != "seed"]
+        if "data" in self.resolved.plugins:  # its file as from here, with the hash
+            own.append(f"data.name={json.dumps(self.resolved.data_reference)}")
         return command + (["--set", *own] if own else [])
 
 
@@ -50,17 +55,6 @@ class Outcome:
     planned: Planned
     code: int
     error: str = ""
-
-
-def parse_names(text: str, what: str) -> list[str]:
-    """`a,b,c` -> ["a", "b", "c"]; UserError when one is empty or given twice."""
-    names = [name.strip() for name in text.split(",")]
-    for i, name in enumerate(names):
-        if not name:
-            raise UserError(f"--{what} {text!r} has an empty entry; separate the entries with single commas")
-        if name in names[:i]:
-            raise UserError(f"--{what} names {name!r} twice; give it once")
-    return names
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -91,18 +85,25 @@ def plan_comparison(
 ) -> list[Planned]:
     """Checks every method with every seed and says where each run goes: `<out>/<method>-seed<seed>`, or below a URL.
 
-    No seeds: the preset's own. Raises UserError for the first thing that is wrong, before anything runs.
+    No seeds: the preset's own. `methods.NAME.key` for a file's method is left out for the others, which do not know it.
+    Raises UserError for the first thing that is wrong, before anything runs.
     """
     if seeds is not None:
         check_seed_given_once(sets, "--seeds")
-    plan = []
+    of_files = {method: method_info(method).name for method in methods if is_file(method)}
+    plan: list[Planned] = []
     for seed in [None] if seeds is None else seeds:
         for method in methods:
-            resolved = resolve(preset, method, sets, seed=seed)
-            label = f"{method} seed {resolved.general.seed}"
-            folder = out / f"{method}-seed{resolved.general.seed}"
+            others = tuple(f"methods.{name}." for given, name in of_files.items() if given != method)
+            own = tuple(text for text in sets if not text.startswith(others))
+            resolved = resolve(preset, method, own, seed=seed)
+            name = f"{resolved.method}-seed{resolved.general.seed}"
+            if any(planned.out.name == name for planned in plan):
+                raise UserError(f"--methods names {resolved.method!r} twice; give it once")
+            label = f"{resolved.method} seed {resolved.general.seed}"
+            folder = out / name
             remote = "" if url is None else f"{url.rstrip('/')}/{folder.name}"
-            plan.append(Planned(resolved, preset, tuple(sets), folder, label, remote))
+            plan.append(Planned(resolved, preset, own, folder, label, remote))
     return plan
 
 
@@ -119,18 +120,17 @@ def is_finished(planned: Planned) -> bool:
 
     Raises UserError when it holds a damaged record, or one of another configuration.
     """
-    from dualcl.results.records import load_record
-
     path = planned.out / "record.json"
     if not path.is_file():
         return False
     record = load_record(path)
+    mend = "choose another --out or remove that folder"
+    check_plugins(record.data["run"], planned.resolved.plugins, f"the run in {planned.out}", mend)
     if record.data.get("config_hash") != planned.resolved.hash():
         old, new = flatten(record.data["config"]), planned.resolved.flat(volatile=False)
         differ = [f"{k} (there {old.get(k)!r}, now {v!r})" for k, v in new.items() if old.get(k) != v]
         raise UserError(
-            f"{planned.out} holds a run with another configuration: {', '.join(differ[:3]) or 'older keys'}; "
-            "choose another --out or remove that folder"
+            f"{planned.out} holds a run with another configuration: {', '.join(differ[:3]) or 'older keys'}; {mend}"
         )
     return record.finished
 
@@ -171,14 +171,3 @@ def outcome_of(planned: Planned, code: int, last: str) -> Outcome:
         return Outcome(planned, EXIT_FAILED, f"killed by signal {-code}{why}; the same command resumes")
     text = last.removeprefix("dualcl: error: ").removeprefix("dualcl: run failed: ").removeprefix("dualcl: ")
     return Outcome(planned, EXIT_USER if code == EXIT_USER else EXIT_FAILED, printable(text))
-
-
-def _tell(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads it any more
-        print(text, file=sys.stderr, flush=True)
-
-
-def describe_os_error(error: OSError, place: str | Path) -> str:
-    """`FILE: No space left on device`; writing to an open file gives no name, then `place` stands for it."""
-    reason = error.strerror or str(error) or type(error).__name__
-    return f"{place if error.filename is None else error.filename}: {reason}"

@@ -9,14 +9,18 @@ checkpoint. A run that fails by itself (exit code 1 or 2) is not tried again.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import platform
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from dualcl.benchmark.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
@@ -151,7 +155,8 @@ def _job(planned: Planned, asked: Needs) -> Job:
     sets = [f"threads={asked.cpus}"] if planned.resolved.general.threads is None else []
     command = [*planned.arguments(*sets), "--quiet", "--wait"]
     passed_on = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
-    return Job(planned.label, asked, (command, asked.cpus, os.getcwd(), passed_on, _version()))
+    files = {p.reference: p.file.read_bytes() for p in planned.resolved.plugins.values() if not p.package}
+    return Job(planned.label, asked, (command, asked.cpus, os.getcwd(), passed_on, _version(), files))
 
 
 def _version() -> tuple[str | None, str | None]:
@@ -159,15 +164,40 @@ def _version() -> tuple[str | None, str | None]:
 
 
 def _run(
-    command: Sequence[str], threads: int, cwd: str, environment: dict[str, str], version: tuple[str | None, str | None]
+    command: Sequence[str],
+    threads: int,
+    cwd: str,
+    environment: dict[str, str],
+    version: tuple[str | None, str | None],
+    files: Mapping[str, bytes] = MappingProxyType({}),
 ) -> tuple[int, str]:
-    """On a node: does one run; returns its exit code and the last line of its stderr. Raises Interrupted."""
+    """On a node: does one run; returns its exit code and the last line of its stderr. Raises Interrupted.
+
+    `files`: the text of plug-ins by what names them in the command, as a node need not have the driver's files.
+    """
     if _version() != version:
         here, there = (f"{v} ({commit or 'no commit'})" for v, commit in (_version(), version))
         return EXIT_USER, f"node {platform.node()} has dualcl {here}, the driver {there}; install the same one"
     if not os.path.isdir(cwd):
         return EXIT_USER, f"node {platform.node()} has no folder {cwd}; start from one that all nodes share"
-    child = Child(command, threads=threads, cwd=cwd, environment=environment)
+    with tempfile.TemporaryDirectory(prefix="dualcl-") as place:
+        return _waited(Child(_at(place, command, files), threads=threads, cwd=cwd, environment=environment))
+
+
+def _at(place: str, command: Sequence[str], files: Mapping[str, bytes]) -> list[str]:
+    """The command with the plug-ins' files written into folders of `place`."""
+    words = list(command)
+    for i, (reference, text) in enumerate(files.items()):
+        path, _, rest = reference.rpartition(":")
+        own = Path(place, str(i), Path(path).name)
+        own.parent.mkdir()
+        own.write_bytes(text)
+        new = f"{own}:{rest}"
+        words = [w.replace(json.dumps(reference), json.dumps(new)).replace(reference, new) for w in words]
+    return words
+
+
+def _waited(child: Child) -> tuple[int, str]:
     try:
         code = child.wait()
     except BaseException:
@@ -186,3 +216,10 @@ def _outcome(planned: Planned, result: Any) -> Outcome:
     cause = getattr(result, "cause", None) or result
     text = printable(f"{type(cause).__name__}: {(str(cause).strip().splitlines() or [''])[0]}")
     return Outcome(planned, EXIT_FAILED, f"{text}; Ray has given up ({RETRIES} retries), the same command resumes")
+
+
+def make(jobs: int, address: str | None, quiet: bool, refresh: Callable[[], object] | None) -> RayEngine:
+    """The engine `ray`."""
+    if jobs != 1:
+        raise UserError("--jobs is for --engine local; with Ray the nodes' resources decide (--set resources.cpus=N)")
+    return RayEngine(address or "auto", quiet, refresh)

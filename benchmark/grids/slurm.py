@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from dualcl.benchmark.core.devices import available_devices
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.grids.plan import Planned, needs
 
@@ -51,13 +52,14 @@ def parse_options(texts: Iterable[str]) -> dict[str, str]:
     return options
 
 
-def array_script(plan: Sequence[Planned], out: str, options: Iterable[str] = (), *, cuda: bool = False) -> str:
-    """The script: `sbatch` takes it as it is. `out` is the grid's folder or URL; `cuda`: nodes have GPUs.
+def array_script(plan: Sequence[Planned], out: str, options: Iterable[str] = ()) -> str:
+    """The script: `sbatch` takes it as it is. `out` is the grid's folder or URL; nodes have GPUs if this one has.
 
     Every run asks for as much as the one that declares most. UserError for an option that sbatch could not read.
     """
     if not out.isprintable():  # it stands in a comment
         raise UserError(f"--out {out!r} has control characters; choose another one")
+    cuda = available_devices()[0].startswith("cuda")
     asked = [needs(planned, cuda=cuda) for planned in plan]
     gpus, memory = math.ceil(max(n.gpus for n in asked)), max(n.memory_gib or 0 for n in asked)
     chosen = {

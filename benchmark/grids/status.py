@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import shutil
 import sys
 import threading
@@ -15,9 +14,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from dualcl.benchmark.core.text import duration, printable
+from dualcl.benchmark.core.bar import redraws
+from dualcl.benchmark.core.text import align, duration, printable
 from dualcl.benchmark.grids.survey import STATES, PlannedRun, RunState, Survey, counts, seconds_left
 from dualcl.results.files import csv_cell
+from dualcl.results.tables import markdown_text
 
 if TYPE_CHECKING:
     from dualcl.benchmark.grids.plan import Planned
@@ -57,8 +58,6 @@ def totals(states: Sequence[RunState]) -> str:
 
 def text_table(states: Sequence[RunState], rows: int = MOST_ROWS) -> list[str]:
     """A line per run and the totals; for more than `rows` runs counts by method, and who failed or hangs."""
-    from dualcl.benchmark.core.text import align
-
     now = time.time()
     if len(states) <= rows:
         lines = align([list(COLUMNS), *(_cells(s, now) for s in states)])
@@ -106,8 +105,6 @@ def render(states: Sequence[RunState], kind: str) -> str:
         writer.writeheader()
         writer.writerows({key: csv_cell(value) for key, value in _row(s).items()} for s in states)
         return out.getvalue()
-    from dualcl.results.tables import markdown_text
-
     now = time.time()
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(_cells(s, now) for s in states)]
     lines = ["| " + " | ".join(row if row[0] == "---" else map(markdown_text, row)) + " |" for row in rows]
@@ -123,11 +120,6 @@ def watch(look: Callable[[], list[RunState]], seconds: float, stream: TextIO) ->
         if not any(s.state in ("waiting", "running") for s in states):
             return
         time.sleep(seconds)
-
-
-def redraws(stream: TextIO) -> bool:
-    """Whether lines on `stream` can be replaced."""
-    return stream.isatty() and os.environ.get("TERM", "") != "dumb"
 
 
 class _Screen:

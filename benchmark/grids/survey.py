@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.files import write_json
 from dualcl.benchmark.core.lock import holder
+from dualcl.benchmark.runs.mirror import PLAN, REMOTE
 
 if TYPE_CHECKING:
     from dualcl.benchmark.grids.plan import Planned
 
-PLAN = "grid.json"
-#: a copy of a run kept at a URL has this file: who wrote the last of it, and when
-REMOTE = ".remote.json"
 #: seconds after which a run at a URL that has written nothing is taken for dead: there is no lock to look at
 REMOTE_PATIENCE = 1800.0
 STATES = ("waiting", "running", "finished", "failed", "interrupted", "stale", "damaged")
@@ -122,8 +121,6 @@ def write_plan(root: Path, plan: Sequence[Planned], errors: Mapping[Path, str] |
 
     `errors` of failed runs by folder: one that failed at once leaves no other trace.
     """
-    from dualcl.benchmark.core.files import write_json
-
     runs = {_relative(run.folder, root): run for run in read_plan(root)}
     for p in plan:
         error = (errors or {}).get(p.out, "")

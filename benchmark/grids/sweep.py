@@ -23,6 +23,7 @@ from dualcl.benchmark.core.settings import Resolved, parse_assignment
 from dualcl.benchmark.core.text import align
 from dualcl.benchmark.domains import domain_class
 from dualcl.benchmark.grids.plan import Outcome, Planned, check_seed_given_once
+from dualcl.methods import method_info
 from dualcl.results.files import csv_cell
 from dualcl.results.metrics import COST, KINDS, METRICS
 from dualcl.results.records import load_record
@@ -96,7 +97,8 @@ def axes_of(preset: Preset, method: str) -> list[Axis]:
 
 def space(preset: str, method: str) -> list[Axis]:
     """As `axes_of`; UserError when the preset gives the method none."""
-    loaded = load_preset(preset)
+    loaded = load_preset(preset, method)
+    method = method_info(method).name
     axes = axes_of(loaded, method)
     if not axes:
         there = f" (it has some for {', '.join(loaded.search)})" if loaded.search else ""
@@ -229,7 +231,7 @@ def plan_sweep(
     on validation data, see `validation`. Raises UserError for the first thing that is wrong, before anything runs.
     """
     if select is None:
-        select = KINDS[domain_class(load_preset(preset).domain).matrix_kind].quality
+        select = KINDS[domain_class(load_preset(preset, method).domain).matrix_kind].quality
     if select not in METRICS:
         raise UserError(f"unknown metric --select {select!r}; {nearest(select, METRICS, 'metrics')}")
     axes = [parse_axis(text) for text in over] if over else space(preset, method)
@@ -259,14 +261,14 @@ def plan_sweep(
         for seed in [None] if seeds is None else seeds:
             resolved = resolve(preset, method, given, seed=seed)
             used = resolved.general.seed
-            folder = out / method / _folder_name(name) / f"seed{used}"
+            folder = out / first.method / _folder_name(name) / f"seed{used}"
             runs.append(Planned(resolved, preset, tuple(given), folder, f"{name} seed {used}"))
         twin = seen.setdefault(json.dumps(runs[0].resolved.flat(), default=str), name)
         if twin != name:
             raise UserError(f"--over: {twin} and {name} are the same setting; give it once")
         points.append(Point(settings, tuple(runs)))
     source = "--over" if over else f"preset {first.preset}"
-    return Sweep(first.preset, method, select, measured_on, tuple(points), source)
+    return Sweep(first.preset, first.method, select, measured_on, tuple(points), source)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from dualcl.benchmark.core.errors import UserError, nearest
-from dualcl.benchmark.core.reading import no_pickles, read_json
+from dualcl.benchmark.core.reading import read_json
 from dualcl.benchmark.models.bundled import bundled_diffusion, check_bundled
 from dualcl.benchmark.models.stable_diffusion import StableDiffusion
 from dualcl.benchmark.models.text_to_image import DTYPES, BaseConfig, TextToImage
-from dualcl.benchmark.models.weights import offline
+from dualcl.benchmark.models.weights import no_pickles, offline
 
 INDEX = "model_index.json"
 #: asked in turn

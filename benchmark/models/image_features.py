@@ -20,10 +20,9 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenize
 from transformers.utils import logging as transformers_logging
 
 from dualcl.benchmark.core.errors import UserError, nearest
-from dualcl.benchmark.core.reading import no_pickles
 from dualcl.benchmark.models.bundled import bundled_backbones, bundled_diffusion
 from dualcl.benchmark.models.vit import BackboneConfig, load_backbone
-from dualcl.benchmark.models.weights import offline, state_hash
+from dualcl.benchmark.models.weights import no_pickles, offline, state_hash
 
 Estimator = Literal["biased", "unbiased"]
 

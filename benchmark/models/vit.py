@@ -16,9 +16,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_model
 
 from dualcl.benchmark.core.domain import Site
 from dualcl.benchmark.core.errors import UserError, nearest
-from dualcl.benchmark.core.reading import no_pickles, read_json
+from dualcl.benchmark.core.reading import read_json
 from dualcl.benchmark.models.bundled import bundled_backbones, check_bundled
-from dualcl.benchmark.models.weights import read_safetensors, state_hash
+from dualcl.benchmark.models.weights import no_pickles, read_safetensors, state_hash
 
 #: arguments of timm's that are not the user's: where weights come from, above all
 _RESERVED = {

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +19,8 @@ import dualcl.benchmark.core.compat  # noqa: F401 - before timm
 # isort: split
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.core.reading import CONVERT
+
+CONVERT = 'convert it where you trust it: safetensors.torch.save_file(torch.load(OLD, weights_only=True), "NEW")'
 
 
 def state_hash(state: Mapping[str, Tensor]) -> str:
@@ -48,3 +51,21 @@ def read_safetensors(path: str | Path, key: str = "backbone.weights") -> dict[st
         return load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{key}: {file} is no valid safetensors file (truncated?): {error}; replace it") from None
+
+
+@contextlib.contextmanager
+def no_pickles(what: str) -> Iterator[None]:
+    """Within it a library that would unpickle weights, in whichever way it came to it, gets a UserError of `what`.
+
+    safetensors are asked for everywhere; this is for what the libraries fall back to where there are none.
+    """
+
+    def refuse(file: Any, *args: Any, **kwargs: Any) -> None:
+        raise UserError(f"{what}: {file} is a pickle file, which is never loaded; {CONVERT}")
+
+    load = torch.load
+    torch.load = refuse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.load = load

@@ -29,6 +29,7 @@ import diffusers
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image, ImageDraw, ImageFont
+from tokenizers import pre_tokenizers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dualcl.benchmark.core.files import atomic_write
@@ -144,8 +145,6 @@ def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
 
 def make_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
     """A CLIP tokenizer whose byte-pair merges were learnt on the words of the captions; unknown words fall to bytes."""
-    from tokenizers import pre_tokenizers
-
     words = {w for name in caption_names() for w in name.split()}
     words |= {*COLOURS, *KINDS, *(w for w in RENDITION_WORDS.values() if w), CLASS_NOUN}
     words |= {"a", "an", "of", "on", "the", "with", "and", "my", "face", "image", "toy", "object", "animal", "person"}

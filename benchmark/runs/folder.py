@@ -9,18 +9,19 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
 
 from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.files import _checksum, as_json, atomic_write, now, sync_folder, write_json
 from dualcl.benchmark.core.lock import hold
 from dualcl.benchmark.core.reading import read_json
+from dualcl.benchmark.runs.mirror import Mirror, is_url, local_copy, talking_to
 from dualcl.results.records import VERSION, load_record, record_checksum
-
-if TYPE_CHECKING:
-    from torch import Tensor
-from dualcl.benchmark.core.files import _checksum, as_json, atomic_write, now, sync_folder, write_json
 
 RECORD = "record.json"
 #: name of the checkpoint inside a task
@@ -130,8 +131,6 @@ class RunFolder:
 
     def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Writes checkpoints/<name>: safetensors with their checksum, and a JSON state; replaces an older one."""
-        from safetensors.torch import save
-
         target, partial = self.checkpoints / name, self.checkpoints / f".{name}.part"
         if self._log is not None:
             os.fsync(self._log.fileno())  # lines that the checkpoint is past are not written again
@@ -158,9 +157,6 @@ class RunFolder:
 
         Raises DamagedCheckpoint, and UserError when it is one of a run with other data or another configuration.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         folder = self.checkpoints / name
         if not folder.exists():
             folder = self.checkpoints / f".{name}.old"
@@ -226,6 +222,51 @@ class Spectator(RunFolder):
 
     def keep_only(self, *names: str) -> None:
         """Nothing."""
+
+
+class MirroredFolder(RunFolder):
+    """A run folder whose files go to a URL after every checkpoint and record."""
+
+    def __init__(self, url: str, *, patient: bool = False) -> None:
+        super().__init__(local_copy(url), patient=patient)
+        self.mirror = Mirror(url, self.path)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the local copy, which is pulled first and pushed in the end.
+
+        Raises RunFailed when the last push fails: the same command on this machine makes up for it.
+        """
+        with super().locked():
+            with talking_to(self.mirror.url):
+                self.mirror.pull()
+            try:
+                yield
+            finally:
+                self.mirror.push_at_last()
+
+    def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """As RunFolder's, and pushes."""
+        super().save_checkpoint(name, tensors, state)
+        self.mirror.push_if_possible()
+
+    def write_record(self, record: Mapping[str, Any]) -> None:
+        """As RunFolder's, and pushes."""
+        super().write_record(record)
+        self.mirror.push_if_possible()
+
+
+def run_folder(place: str | Path, *, patient: bool = False) -> RunFolder:
+    """The run folder at a path or a URL."""
+    if is_url(place):
+        return MirroredFolder(str(place), patient=patient)
+    return RunFolder(Path(place), patient=patient)
+
+
+def discard(folder: RunFolder) -> None:
+    """Removes the local copy of a run that is finished at its URL; any other folder stays."""
+    if isinstance(folder, MirroredFolder):
+        shutil.rmtree(folder.path, ignore_errors=True)
 
 
 def new_record(

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 import socket
-import sys
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,14 +23,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dualcl.benchmark.core.errors import RunFailed, UserError
-from dualcl.benchmark.core.files import atomic_write, write_json
-from dualcl.benchmark.grids.survey import PLAN, REMOTE
-from dualcl.benchmark.runs.folder import RunFolder
+from dualcl.benchmark.core.files import atomic_write, cache_dir, write_json
+from dualcl.benchmark.core.text import say
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
-    from torch import Tensor
 
+#: the plan of a grid
+PLAN = "grid.json"
+#: a copy of a run kept at a URL has this file: who wrote the last of it, and when
+REMOTE = ".remote.json"
 _NOTE = ".mirror.json"
 _MANIFEST = re.compile(r"manifest-(\d{8})-([0-9a-f]{8})\.json")
 #: pauses in seconds before the last push, which must succeed, is tried again
@@ -47,8 +48,6 @@ def is_url(text: str | Path) -> bool:
 
 def local_copy(url: str, kind: str = "runs") -> Path:
     """The folder of this machine where the run at `url` is worked on; kind "records": where records below it go."""
-    from dualcl.datasets.reading.cache import cache_dir
-
     name = re.sub(r"[^\w.-]+", "-", url.rstrip("/"))[-60:].strip("-")
     return cache_dir() / "mirror" / kind / f"{name}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:12]}"
 
@@ -62,19 +61,6 @@ def open_url(url: str) -> tuple[AbstractFileSystem, str]:
     except (ImportError, ValueError) as error:
         raise UserError(f"cannot open {url}: {error}") from None
     return fs, str(path).rstrip("/")
-
-
-def run_folder(place: str | Path, *, patient: bool = False) -> RunFolder:
-    """The run folder at a path or a URL."""
-    if is_url(place):
-        return MirroredFolder(str(place), patient=patient)
-    return RunFolder(Path(place), patient=patient)
-
-
-def discard(folder: RunFolder) -> None:
-    """Removes the local copy of a run that is finished at its URL; any other folder stays."""
-    if isinstance(folder, MirroredFolder):
-        shutil.rmtree(folder.path, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -262,6 +248,30 @@ class Mirror:
                 out[path] = self._hashed[path][2]
         return out
 
+    def push_if_possible(self) -> None:
+        """As `push`; where the URL does not answer it says so, and the next push makes up for this one."""
+        try:
+            self.push()
+        except UserError:
+            raise
+        except Exception as error:  # file systems raise what they like
+            say(f"dualcl: cannot write to {self.url} now ({type(error).__name__}: {error}); going on")
+
+    def push_at_last(self) -> None:
+        """Pushes and tidies, with more than one try; RunFailed when the last one fails."""
+        for pause in (*_AGAIN, None):
+            try:
+                return self.push(tidy=True)
+            except UserError:
+                raise
+            except Exception as error:
+                if pause is None:
+                    raise RunFailed(
+                        f"cannot write to {self.url} ({type(error).__name__}: {error}); all is kept in "
+                        f"{self.folder}, the same command on this machine writes it"
+                    ) from error
+                time.sleep(pause)
+
 
 def _inside(folder: Path, path: str) -> Path:
     """`folder / path`, which must not lie elsewhere: a manifest is a file like any other."""
@@ -286,63 +296,8 @@ def _read(path: Path) -> Any:
         return None
 
 
-class MirroredFolder(RunFolder):
-    """A run folder whose files go to a URL after every checkpoint and record."""
-
-    def __init__(self, url: str, *, patient: bool = False) -> None:
-        super().__init__(local_copy(url), patient=patient)
-        self.mirror = Mirror(url, self.path)
-
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Holds the local copy, which is pulled first and pushed in the end.
-
-        Raises RunFailed when the last push fails: the same command on this machine makes up for it.
-        """
-        with super().locked():
-            with _talking_to(self.mirror.url):
-                self.mirror.pull()
-            try:
-                yield
-            finally:
-                self._push_all()
-
-    def save_checkpoint(self, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """As RunFolder's, and pushes."""
-        super().save_checkpoint(name, tensors, state)
-        self._push()
-
-    def write_record(self, record: Mapping[str, Any]) -> None:
-        """As RunFolder's, and pushes."""
-        super().write_record(record)
-        self._push()
-
-    def _push(self) -> None:
-        try:
-            self.mirror.push()
-        except UserError:
-            raise
-        except Exception as error:  # file systems raise what they like; the next push makes up for this one
-            why = f"{type(error).__name__}: {error}"
-            print(f"dualcl: cannot write to {self.mirror.url} now ({why}); going on", file=sys.stderr, flush=True)
-
-    def _push_all(self) -> None:
-        for pause in (*_AGAIN, None):
-            try:
-                return self.mirror.push(tidy=True)
-            except UserError:
-                raise
-            except Exception as error:
-                if pause is None:
-                    raise RunFailed(
-                        f"cannot write to {self.mirror.url} ({type(error).__name__}: {error}); all is kept in "
-                        f"{self.path}, the same command on this machine writes it"
-                    ) from error
-                time.sleep(pause)
-
-
 @contextlib.contextmanager
-def _talking_to(url: str) -> Iterator[None]:
+def talking_to(url: str) -> Iterator[None]:
     """Turns whatever a file system raises into a UserError that names the URL."""
     try:
         yield
@@ -363,7 +318,7 @@ def pull_records(url: str) -> Path:
     url = url.rstrip("/")
     folder = local_copy(url, "records")
     folder.mkdir(parents=True, exist_ok=True)
-    with _talking_to(url):
+    with talking_to(url):
         fs, root = open_url(url)
         fs.invalidate_cache()
         runs = set()
@@ -384,9 +339,19 @@ def pull_records(url: str) -> Path:
 
 def push_files(folder: Path, url: str) -> None:
     """Uploads a file, or a folder's files, under their own names: what is made again at will, as a report."""
-    with _talking_to(url):
+    with talking_to(url):
         fs, root = open_url(url)
         for file in [folder] if folder.is_file() else sorted(p for p in folder.rglob("*") if p.is_file()):
             target = f"{root}/{file.name if file == folder else file.relative_to(folder).as_posix()}"
             fs.makedirs(target.rpartition("/")[0], exist_ok=True)
             fs.put_file(str(file), target)
+
+
+def local_and_url(place: Path | str) -> tuple[Path, str | None]:
+    """The folder to read records from, and the URL of which it is a copy, if it is one."""
+    return (place, None) if isinstance(place, Path) else (local_copy(place, "records"), place)
+
+
+def fetched(places: Iterable[Path | str]) -> list[Path]:
+    """Folders as they are; of URLs the folders that their records were fetched into."""
+    return [place if isinstance(place, Path) else pull_records(place) for place in places]

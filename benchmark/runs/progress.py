@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import threading
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
+from dualcl.benchmark.core.bar import LINE_SECONDS, Bar, redraws
+from dualcl.benchmark.core.machine import resident_peak_mib
 from dualcl.benchmark.core.text import duration, printable
-
-_BAR_SECONDS = 0.1
-_WRITE = threading.Lock()  # lines of parallel runs must not interleave
 
 
 def peak_mib() -> float | None:
@@ -20,12 +17,23 @@ def peak_mib() -> float | None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_allocated()) / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
+    return resident_peak_mib()
+
+
+class _Steps(Bar):
+    """The optimiser steps of a task."""
+
+    wait = 0.0
+
+    def __init__(self, loss: float, *given: Any, **more: Any) -> None:
+        self.loss = loss
+        super().__init__(*given, **more)
+
+    def facts(self, seconds: float) -> list[str]:
+        """Loss, ETA and memory."""
+        memory = peak_mib()
+        shown = [f"{self.n}/{self.total}", f"loss {self.loss:.3f}", *self.eta(seconds)]
+        return shown if memory is None else [*shown, f"{memory:.0f} MiB"]
 
 
 class Reporter:
@@ -36,60 +44,41 @@ class Reporter:
     """
 
     def __init__(
-        self, prefix: str = "", *, quiet: bool = False, stream: TextIO | None = None, interval: float = 5.0
+        self, prefix: str = "", *, quiet: bool = False, stream: TextIO | None = None, interval: float = LINE_SECONDS
     ) -> None:
         self.prefix = printable(prefix)
         self.quiet = quiet
         self.stream = sys.stderr if stream is None else stream
+        self.encoding = getattr(self.stream, "encoding", None) or "utf-8"
         self.interval = interval
-        terminal = self.stream.isatty() and os.environ.get("TERM", "") != "dumb"
-        self.overwrites = terminal
-        self.coloured = terminal and not os.environ.get("NO_COLOR")
-        encoding = getattr(self.stream, "encoding", None) or "ascii"
-        try:
-            "█░".encode(encoding)
-            self._cells = ("█", "░")
-        except (UnicodeEncodeError, LookupError):
-            self._cells = ("#", "-")
-        self._open = False
-        self._title, self._steps = "", 0
-        self._started = self._shown = 0.0
-        self._first: tuple[int, float] | None = None
+        self.coloured = redraws(self.stream) and not os.environ.get("NO_COLOR")
+        self._bar: _Steps | None = None
+        self._title, self._steps, self._started = "", 0, 0.0
 
     def begin_task(self, index: int | None, total: int, name: str, steps: int) -> None:
         """Starts task `index` (0-based; None: all tasks at once) of `total`, with `steps` optimiser steps in all."""
+        self.close()
         which = f"all {total} tasks" if index is None else f"task {index + 1}/{total}"
         self._title = f"{which} ({printable(name)})" if name else which
-        self._steps = steps
-        self._first = None
-        self._started = self._shown = time.monotonic()
-        if steps and not self.overwrites:
+        self._steps, self._started = steps, time.monotonic()
+        if steps and not redraws(self.stream):
             self._line(f"{self._title}: {steps} steps")
 
     def step(self, step: int, loss: float) -> None:
         """`step` optimiser steps of the task are done; the last one had this loss."""
         if self.quiet:
             return
-        now = time.monotonic()
-        if self._first is None:
-            self._first = (step, now)  # a resumed task starts in the middle: the ETA counts from here
-        wait = _BAR_SECONDS if self.overwrites else self.interval
-        if now - self._shown < wait and not (self.overwrites and step >= self._steps):
-            return
-        self._shown = now
-        parts = [f"{step}/{self._steps}", f"loss {loss:.3f}"]
-        done = step - self._first[0]
-        if done > 0 and step < self._steps:
-            parts.append(f"ETA {duration((self._steps - step) * (now - self._first[1]) / done)}")
-        if (memory := peak_mib()) is not None:
-            parts.append(f"{memory:.0f} MiB")
-        if self.overwrites:
-            self._bar(step, "  ".join(parts))
-        else:
-            self._line(f"{self._title}: {', '.join(parts)}")
+        if self._bar is None:  # a resumed task starts in the middle: the ETA counts from here
+            name, interval = self._prefixed(self._title), self.interval
+            self._bar = _Steps(loss, name, self._steps, "steps", interval=interval, initial=step, file=self)
+        self._bar.loss = loss
+        self._bar.update(step - self._bar.n)
+        if self._bar.moves and step >= self._steps:
+            self._bar.refresh()
 
     def end_task(self, summary: str) -> None:
         """Ends the task with one lasting line."""
+        self.close()
         self._line(f"{self._title}: {printable(summary)} [{duration(time.monotonic() - self._started)}]", colour="32")
 
     def note(self, text: str) -> None:
@@ -103,38 +92,34 @@ class Reporter:
         self.quiet = quiet
 
     def close(self) -> None:
-        """Leaves the cursor at the start of an empty line."""
-        if self._open:
-            self._open = False
-            self._write("\r\x1b[K")
+        """Takes the bar away; the cursor is at the start of an empty line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
-    def _bar(self, step: int, facts: str) -> None:
-        columns = shutil.get_terminal_size().columns
-        head = f"{self.prefix}  {self._title}" if self.prefix else self._title
-        room = columns - len(head) - len(facts) - 5
-        if room < 8:  # the title gives way first
-            head, room = head[: max(0, columns - len(facts) - 13)], 8
-        width = min(room, 30)
-        full = round(width * min(step, self._steps) / max(1, self._steps))
-        bar = self._cells[0] * full + self._cells[1] * (width - full)
-        text = f"{head}  {bar}  {facts}"[: columns - 1]
-        self._open = True
-        self._write(f"\r{text}\x1b[K")
+    def _prefixed(self, text: str) -> str:
+        return f"{self.prefix}  {text}" if self.prefix else text
 
     def _line(self, text: str, colour: str = "") -> None:
         if self.quiet:
             return
-        self.close()
-        line = f"{self.prefix}  {text}" if self.prefix else text
-        if colour and self.coloured:
-            line = f"\x1b[{colour}m{line}\x1b[0m"
-        self._write(line + "\n")
+        if self._bar is not None and self._bar.moves:
+            self._bar.clear()
+        line = self._prefixed(text)
+        self.write(f"\x1b[{colour}m{line}\x1b[0m\n" if colour and self.coloured else f"{line}\n")
 
-    def _write(self, text: str) -> None:
-        encoding = getattr(self.stream, "encoding", None) or "utf-8"
+    def write(self, text: str) -> None:
+        """To the stream, whatever its encoding lacks; its reader may have gone, which is no reason to stop a run."""
         try:
-            with _WRITE:
-                self.stream.write(text.encode(encoding, "replace").decode(encoding))
+            with Bar.get_lock():  # lines of parallel runs must not interleave
+                self.stream.write(text.encode(self.encoding, "replace").decode(self.encoding))
                 self.stream.flush()
-        except OSError:  # its reader has gone, or a full disk: no reason to stop a run
+        except OSError:
             self.quiet = True
+
+    def flush(self) -> None:
+        """Every `write` has done so."""
+
+    def isatty(self) -> bool:
+        """Of the stream."""
+        return self.stream.isatty()

@@ -6,7 +6,7 @@ import dataclasses
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,30 +17,42 @@ from dualcl.benchmark.core.devices import pick_device
 from dualcl.benchmark.core.domain import Domain
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.machine import package_version
+from dualcl.benchmark.core.registry import Info, check_plugins, is_file
 from dualcl.benchmark.core.seeding import derive_seed
 from dualcl.benchmark.core.settings import Resolved, coerce
 from dualcl.benchmark.domains import domain_class
 from dualcl.benchmark.runs.folder import RunFolder
 from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.runner import Run
+from dualcl.datasets import dataset_info
 from dualcl.datasets.base import ImageSet
 from dualcl.datasets.concepts import Concept, ConceptData, Request
 from dualcl.methods import method_class, method_info
 
+Found = TypeVar("Found", bound=Info)
 
-def recorded_config(config: Mapping[str, Any], **general: Any) -> Resolved:
+
+def recorded_config(
+    record: Mapping[str, Any], method: str | None = None, data_file: str | None = None, **general: Any
+) -> Resolved:
     """The configuration that a record holds, with the top-level keys `general` in place of the recorded ones.
 
-    Keys that the record lacks take their defaults. Raises UserError for keys this version of the suite does not know.
+    A record can make nothing run: files of plug-ins are imported only where `method` and `data_file` name them, and any
+    plug-in only if it has the recorded hash. Keys that the record lacks take their defaults. Raises UserError for keys
+    this version of the suite does not know.
     """
+    config = record["config"]
     try:
-        domain, method = str(config["domain"]), str(config["method_name"])
+        domain, name = str(config["domain"]), str(config["method_name"])
         data = dict(config["data"])
         data_name, preset = str(data.pop("name")), str(config["preset"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the record's config is not one that dualcl wrote ({error!r}); run it again") from None
-    method_info(method, domain)
-    classes = section_classes(domain, data_name, method_class(method).Config)
+    info = _found(record, "method", name, method, lambda r: method_info(r, domain))
+    data_info = _found(record, "data", data_name, data_file, lambda r: dataset_info(r, domain))
+    plugins = {k: i.plugin for k, i in (("method", info), ("data", data_info)) if i.plugin is not None}
+    check_plugins(record["run"], plugins, "the run", "name the files that it was made with (--method, --data)")
+    classes = section_classes(domain, data_info.reference, method_class(info.reference).Config)
     top = {k: v for k, v in config.items() if k not in (*classes, "preset", "domain", "method_name")}
     given: dict[str, Any] = {**config, "data": data, "general": {**top, **general}}
     sections: dict[str, Any] = {}
@@ -58,7 +70,22 @@ def recorded_config(config: Mapping[str, Any], **general: Any) -> Resolved:
                 "use the version that made the run (environment.dualcl in its record.json)"
             )
         sections[name] = cls(**{k: coerce(v, hints[k], f"{name}.{k}") for k, v in values.items()})
-    return Resolved(preset, domain, method, sections, sources={}, volatile=frozenset())
+    return Resolved(preset, domain, name, sections, sources={}, volatile=frozenset(), plugins=plugins)
+
+
+def _found(record: Mapping[str, Any], part: str, name: str, given: str | None, find: Callable[[str], Found]) -> Found:
+    """The method or data set of a record: the one that `given` names, or else by its name what is registered."""
+    source = record["run"].get(f"{part}_source")
+    file = source.get("file") if isinstance(source, Mapping) else None
+    if is_file(name):
+        raise UserError(f"the record names the file {name!r} as its {part}, which dualcl never writes; run it again")
+    if given is None and file is not None:
+        sha256 = str(source.get("sha256"))[:12]
+        raise UserError(f"the run is of the {part} {name!r} in {file} (sha256 {sha256}): name it, --{part} FILE")
+    info = find(given or name)
+    if info.name != name:
+        raise UserError(f"--{part} {given} is {info.name!r}, but the run is of the {part} {name!r}; give that file")
+    return info
 
 
 def restore(
@@ -67,13 +94,15 @@ def restore(
     *,
     after: int | None = None,
     loaded: Callable[[Any], None] | None = None,
+    method: str | None = None,
+    data: str | None = None,
 ) -> Run:
     """Rebuilds a finished or partial run as it stood after its last finished task, for use, not to train on.
 
     A customization run needs its base model but neither its photographs nor its prior images. `after` (1, 2, ...) asks
     for the state after that task. `loaded` is called with the domain before the method attaches to it: the pretrained
-    model as it was found. Raises UserError when there is no such run or checkpoint, or when the pretrained weights are
-    not those of the run.
+    model as it was found. `method` and `data` name the files of plug-ins, which no record can. Raises UserError when
+    there is no such run or checkpoint, or when the pretrained weights are not those of the run.
     """
     folder = RunFolder(Path(run_dir))
     record = folder.read_record() if folder.path.is_dir() else None
@@ -89,7 +118,7 @@ def restore(
     if checkpoint is None:
         raise UserError(f"the checkpoint of task {last} in {run_dir} is gone; call its dualcl run again")
 
-    resolved = recorded_config(record["config"], device=device, threads=None)
+    resolved = recorded_config(record, method, data, device=device, threads=None)
     domain = _domain(resolved, record, pick_device(device))
     _check_weights(domain, record, folder.path)
     if loaded is not None:

@@ -21,6 +21,7 @@ from dualcl.benchmark.core.errors import RunFailed, UserError
 from dualcl.benchmark.core.files import as_json, now
 from dualcl.benchmark.core.machine import Stopwatch, environment
 from dualcl.benchmark.core.processes import ALONE, Processes, join
+from dualcl.benchmark.core.registry import check_plugins
 from dualcl.benchmark.core.seeding import derive_seed
 from dualcl.benchmark.core.settings import Resolved, flatten
 from dualcl.benchmark.domains import domain_class
@@ -74,7 +75,7 @@ class Run(Steps):
         self.device = processes.device or pick_device(general.device)
         if general.threads is not None:
             torch.set_num_threads(general.threads)
-        cls = method_class(resolved.method)
+        cls = method_class(resolved.method_reference)
         self.joint = cls.joint
         torch.manual_seed(derive_seed(general.seed, "build"))
         self.domain: Domain = domain or domain_class(resolved.domain)(resolved, self.device)  # type: ignore[call-arg]
@@ -316,7 +317,7 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
     given = out if isinstance(out, RunFolder) else RunFolder(Path(out))
     path = given.path
     resolved, trackers = without_trackers(resolved)
-    cls = method_class(resolved.method)
+    cls = method_class(resolved.method_reference)
     lacking = [c for c in cls.requires if c not in domain_class(resolved.domain).capabilities]
     if lacking:
         raise UserError(
@@ -335,6 +336,7 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
             old = folder.read_record()
             if old is not None:
                 _check_config(old, resolved, path)
+                check_plugins(old["run"], resolved.plugins, f"the run in {path}", "choose another --out")
             return old
 
         old = processes.from_main(earlier)
@@ -358,6 +360,7 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
                 "joint": work.joint,
                 "caveats": work.method.caveats(),
                 "tuning": resolved.tuning,
+                **resolved.plugin_sources(),
             },
             resolved.tree(),
             work.domain.matrix_kind,

@@ -10,7 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from dualcl.benchmark.config.resolve import resolve
+from dualcl.benchmark.core.generators import torch_generator
+from dualcl.benchmark.models.vit import BackboneConfig, load_backbone
 from dualcl.benchmark.speed.common import PLANNED_TASKS, PRESET, add_settings, add_sizes, settings
 from dualcl.benchmark.speed.pairs import OURS, Comparison, Side, Target, add_pair_arguments, run_comparisons
 
@@ -88,11 +93,6 @@ def comparisons(args: argparse.Namespace, folder: Path) -> list[Comparison]:
 
 def write_inputs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Writes random weights and a batch, as both sides read them; returns their paths and the backbone's sizes."""
-    import torch
-    from safetensors.torch import save_file
-
-    from dualcl.benchmark.models.vit import BackboneConfig, load_backbone
-
     config = resolve(PRESET, "linear_probe", settings(args, "classification", PLANNED_TASKS, "fp32"))
     backbone = config.section("backbone", BackboneConfig)
     torch.manual_seed(0)
@@ -119,11 +119,6 @@ def write_inputs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 def write_batch(path: Path, count: int, size: int) -> str:
     """Writes a batch of random images with labels among a task's first classes; returns the path."""
-    import torch
-    from safetensors.torch import save_file
-
-    from dualcl.benchmark.core.generators import torch_generator
-
     images = torch.randn((count, 3, size, size), generator=torch_generator(0, "bench", "batch"))
     save_file({"images": images, "labels": torch.arange(count) % CLASSES_PER_TASK}, path)
     return str(path)

@@ -13,14 +13,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dualcl.benchmark.config.presets import load_preset
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import RunFailed, UserError
+from dualcl.benchmark.core.reading import parse_names
 from dualcl.benchmark.core.settings import parse_assignment
-from dualcl.benchmark.core.text import align
-from dualcl.benchmark.grids.plan import parse_names
+from dualcl.benchmark.core.text import align, say
+from dualcl.methods import method_class, method_info
+from dualcl.results.files import write_text
+
+if TYPE_CHECKING:
+    from dualcl.methods.base import Method
 
 #: where the methods' hyper-parameters and the optimiser come from
 PRESET = "imagenet-r-10"
@@ -142,8 +147,6 @@ def measure_all(
     A method that cannot be measured does not stop the others: its error (UserError or RunFailed) is raised after the
     table of the rest. Mistakes that show before the first measurement are raised at once.
     """
-    from dualcl.results.files import write_text
-
     if args.out is not None and not args.out.absolute().parent.is_dir():
         raise UserError(f"--out {args.out}: the folder {args.out.parent} does not exist; make it first")
     results: list[tuple[str, dict[str, Any]]] = []
@@ -168,9 +171,6 @@ def measure_all(
 
 def plan(args: argparse.Namespace) -> list[Job]:
     """The processes to run, checked; the bare backbone has one of its own unless the table is about growth."""
-    from dualcl.methods import method_class, method_info
-    from dualcl.methods.base import Method
-
     tasks = args.grow or [args.task]
     planned = max(tasks[-1], 1 if args.grow else PLANNED_TASKS)
     sets = settings(args, "step", tasks=planned, precision=args.precision)
@@ -178,14 +178,21 @@ def plan(args: argparse.Namespace) -> list[Job]:
     domain = load_preset(PRESET).domain
     names: list[str | None] = [*parse_names(args.methods, "methods")]
     for name in names:
-        method_info(str(name), domain)
-        cls = method_class(str(name))
-        if cls.joint or cls.takes_steps is not Method.takes_steps:
-            raise UserError(f"{name} takes no training steps task by task, which bench step measures; leave it out")
+        one_by_one(str(name), domain, "step")
         resolve(PRESET, str(name), sets)
     if not args.grow:
         names.insert(0, None)
     return [Job(PRESET, name, sets, tasks, args.repeats, bool(args.grow)) for name in names]
+
+
+def one_by_one(name: str, domain: str, kind: str) -> type[Method]:
+    """The method, which must learn every task by steps of its own; UserError otherwise."""
+    method_info(name, domain)
+    cls = method_class(name)
+    own = [c for c in cls.__mro__ if "takes_steps" in vars(c)]
+    if cls.joint or len(own) > 1:
+        raise UserError(f"{name} does not take training steps in each task, which bench {kind} measures; leave it out")
+    return cls
 
 
 def settings(args: argparse.Namespace, kind: str, tasks: int, precision: str) -> list[str]:
@@ -241,11 +248,6 @@ def result_of(name: str, stdout: str) -> dict[str, Any]:
         raise UserError(f"{name}: {reply['error']}")
     result: dict[str, Any] = reply["result"]
     return result
-
-
-def say(text: str) -> None:
-    """Prints a line to stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

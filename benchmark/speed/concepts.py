@@ -13,10 +13,18 @@ from typing import Any
 
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.reading import parse_names
 from dualcl.benchmark.core.settings import parse_assignment
 from dualcl.benchmark.core.text import align
-from dualcl.benchmark.grids.plan import parse_names
-from dualcl.benchmark.speed.common import add_shared, ascending_counts, fixed, in_process, measure_all, positive_count
+from dualcl.benchmark.speed.common import (
+    add_shared,
+    ascending_counts,
+    fixed,
+    in_process,
+    measure_all,
+    one_by_one,
+    positive_count,
+)
 
 #: the methods' hyper-parameters: of the published benchmarks with Stable Diffusion, and of the bundled model
 FULL_PRESET, GROW_PRESET = "celeba-hq-10", "glyph-concepts"
@@ -84,9 +92,6 @@ def main(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace) -> list[ConceptJob]:
     """The processes to run, one for each method, checked."""
-    from dualcl.methods import method_class, method_info
-    from dualcl.methods.base import Method
-
     preset = FULL_PRESET if args.full_size else GROW_PRESET
     concepts = args.grow or []
     repeats = args.repeats or (FULL_REPEATS if args.full_size else GROW_REPEATS)
@@ -113,12 +118,7 @@ def plan(args: argparse.Namespace) -> list[ConceptJob]:
     ]
     jobs = []
     for name in parse_names(args.methods or (FULL_METHODS if args.full_size else GROW_METHODS), "methods"):
-        method_info(name, "customization")
-        cls = method_class(name)
-        if cls.joint or cls.takes_steps is not Method.takes_steps:
-            raise UserError(
-                f"{name} does not learn one concept after another, which bench concepts measures; leave it out"
-            )
+        cls = one_by_one(name, "customization", "concepts")
         if made := {"prior", "replay"} & set(cls.requires):
             raise UserError(
                 f"{name} also trains on {', '.join(made)} images, which bench concepts does not make; leave it out"

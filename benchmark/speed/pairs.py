@@ -23,25 +23,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dualcl.benchmark.core.devices import pick_device
 from dualcl.benchmark.core.errors import RunFailed, UserError, nearest
-from dualcl.benchmark.core.text import align
-from dualcl.benchmark.grids.plan import parse_names
-from dualcl.benchmark.speed.common import fixed, measure_all, positive_count, say
+from dualcl.benchmark.core.machine import checkout_commit, environment
+from dualcl.benchmark.core.reading import parse_names
+from dualcl.benchmark.core.text import align, say
+from dualcl.benchmark.runs.runner import device_name
+from dualcl.benchmark.speed.common import fixed, measure_all, positive_count
 
-#: kinds of `dualcl bench`: the module with `add_arguments(parser)` and `main(args) -> int`, and a line of help
-KINDS = {
-    "step": ("dualcl.benchmark.speed.common", "time and memory of one training step per method (classification)"),
-    "concepts": (
-        "dualcl.benchmark.speed.concepts",
-        "the same for customization: at full size, or as concepts are added",
-    ),
-    "classification": ("dualcl.benchmark.speed.classification", "ours against public code, side by side"),
-    "customization": (
-        "dualcl.benchmark.speed.customization",
-        "training steps and sampling of Stable Diffusion beside diffusers' own code",
-    ),
-    "input": ("dualcl.benchmark.speed.input", "batches out of JPEG files beside torchvision's ImageFolder"),
-}
 OURS = "dualcl"
 PEERS = Path(__file__).resolve().parent / "peers"
 WORKER = Path(__file__).resolve().with_name("worker.py")
@@ -156,8 +145,6 @@ class Peer:
 
 def _checkout(text: str) -> tuple[str, str | None]:
     """(folder, commit) of CHECKOUT or CHECKOUT@COMMIT. Raises UserError."""
-    from dualcl.benchmark.core.machine import checkout_commit
-
     folder, _, commit = text.rpartition("@")
     if folder and not Path(text).exists():
         text = folder
@@ -437,10 +424,6 @@ def run_comparisons(
     `setup` is what a reader must know besides (batch, sizes, weights). A comparison that cannot be measured does not
     stop the others; its error is raised after the table of the rest.
     """
-    from dualcl.benchmark.core.devices import pick_device
-    from dualcl.benchmark.core.machine import environment
-    from dualcl.benchmark.runs.runner import device_name
-
     peers = given_peers(args, comparisons)
     jobs = [(c.name, c) for c in chosen(args, comparisons, peers)]
     device = pick_device(args.device)

@@ -29,6 +29,7 @@ import gc
 import importlib.util
 import json
 import os
+import resource
 import time
 import traceback
 from collections.abc import Callable, Mapping
@@ -81,8 +82,6 @@ class Peak:
         self.base = self._resident() or 0.0
 
     def _resident(self) -> float | None:
-        import resource
-
         now = _status_mib("VmRSS")
         if now is not None:
             return now

@@ -8,6 +8,7 @@ import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
@@ -177,8 +178,6 @@ def in_black_on_white(look: Look) -> Look:
 @functools.lru_cache(maxsize=1)
 def font_path() -> Path:
     """The DejaVu Sans file inside matplotlib's own data folder."""
-    import matplotlib
-
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 

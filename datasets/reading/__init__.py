@@ -1,1 +1,1 @@
-"""How images are read: views, loaders, caches, downloads, checks."""
+"""What data sets share: downloads, archives, folders, splits; and how their images become batches."""

@@ -14,19 +14,16 @@ import struct
 import sys
 import time
 import zlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 import numpy as np
 
-from dualcl.datasets.reading.download import Progress
-
-T = TypeVar("T")
-R = TypeVar("R")
+from dualcl.benchmark.core.bar import Bar
+from dualcl.benchmark.core.files import cache_dir
+from dualcl.datasets.reading.threads import prepared
+from dualcl.datasets.reading.views import Decoded
 
 GIB = 2**30
 #: a part of the disk that is never filled: someone else writes there too
@@ -41,38 +38,6 @@ _FOOTER = struct.Struct("<8sQQI")
 _ENTRY = np.dtype([(name, "<u4") for name in ("height", "width", "full_width", "full_height", "crc")])
 
 
-@dataclass(frozen=True)
-class Decoded:
-    """Pixels uint8 (h, w, 3) of an image as kept, and the (width, height) of the image they come from."""
-
-    pixels: np.ndarray
-    full: tuple[int, int]
-
-
-def cache_dir() -> Path:
-    """Where the suite keeps what it can make again: $DUALCL_CACHE, else ~/.cache/dualcl."""
-    return Path(os.environ.get("DUALCL_CACHE") or Path.home() / ".cache" / "dualcl")
-
-
-def prepared(work: Callable[[T], R], items: Iterable[T], workers: int, ahead: int) -> Iterator[R]:
-    """`work` of each item, in order, from threads that are at most `ahead` items in front of the reader.
-
-    Without `workers` nothing runs ahead. An error, an interrupt or a reader who leaves drops what has not begun.
-    """
-    if workers == 0:
-        yield from map(work, items)
-        return
-    pool = ThreadPoolExecutor(workers)
-    waiting: deque[Future[R]] = deque()
-    try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 class PixelStore:
@@ -196,13 +161,12 @@ def _fill(path: Path, count: int, decode: Callable[[int], Decoded], limit: int, 
             expected = sum(decode(i).pixels.nbytes for i in _some(count, 16)) * count // min(count, 16)
             make_room(path.parent, expected, limit)
             table = np.zeros(count, _ENTRY)
-            progress = Progress("decoding images", count, unit=(1, "images"))
-            for index, image in enumerate(prepared(decode, range(count), workers, 4 * max(1, workers))):
-                pixels = np.ascontiguousarray(image.pixels)
-                table[index] = (*pixels.shape[:2], *image.full, zlib.crc32(pixels.data))
-                file.write(pixels.data)
-                progress.update(index + 1)
-            progress.close()
+            with Bar("decoding images", count, "images") as bar:
+                for index, image in enumerate(prepared(decode, range(count), workers, 4 * max(1, workers))):
+                    pixels = np.ascontiguousarray(image.pixels)
+                    table[index] = (*pixels.shape[:2], *image.full, zlib.crc32(pixels.data))
+                    file.write(pixels.data)
+                    bar.update()
             length = file.tell()
             file.write(table.tobytes())
             file.write(_FOOTER.pack(_MAGIC, count, length, zlib.crc32(table.tobytes())))

@@ -1,4 +1,4 @@
-"""Downloads that resume, are checked, and say in one line what to do when they cannot go on; safe unpacking."""
+"""Downloads that resume, are checked, and say in one line what to do when they cannot go on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import http.client
 import os
 import shutil
 import socket
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -20,12 +19,11 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
 
+from dualcl.benchmark.core.bar import Bar
 from dualcl.benchmark.core.errors import UserError
 
 CHUNK = 1 << 20
 MIB = 1 << 20
-#: seconds between progress lines where stderr is no terminal
-LINE_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -225,8 +223,7 @@ def _copy(
     name: str,
     max_bytes: int | None,
 ) -> None:
-    progress = Progress(name, total, have)
-    try:
+    with Bar(name, total, "MiB", MIB, initial=have) as bar:
         while True:
             try:
                 # what has come by now: a wait for a full chunk would lose it when the server stalls
@@ -239,47 +236,10 @@ def _copy(
             if max_bytes is not None and have > max_bytes:
                 raise _TooLarge
             file.write(chunk)
-            progress.update(have)
-    finally:
-        progress.close()
+            bar.update(len(chunk))
     if total is not None and have < total:
         raise _Interrupted(f"the connection was cut after {have} of {total} bytes")
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
-
-
-class Progress:
-    """How far something is, on stderr: one line that moves on a terminal, a line every few seconds elsewhere.
-
-    Counts are in bytes unless `unit` is (how many make one, its name). What is done in a moment says nothing.
-    """
-
-    def __init__(self, name: str, total: int | None, start: int = 0, unit: tuple[int, str] = (MIB, "MiB")) -> None:
-        self.name, self.total, self.start, self.unit = name, total, start, unit
-        self.moving = sys.stderr.isatty()
-        self.began = self.shown = time.monotonic()
-        self.wrote = False
-
-    def update(self, done: int) -> None:
-        """Shows the count so far, not more often than is of use."""
-        now = time.monotonic()
-        if now - self.shown < (0.5 if self.moving else LINE_SECONDS):
-            return
-        self.shown, self.wrote = now, True
-        size, name = self.unit
-        speed = (done - self.start) / max(now - self.began, 1e-9)
-        text = f"{self.name}: {done / size:.0f}"
-        if self.total:
-            left = (self.total - done) / speed if speed else float("inf")
-            text += f" of {self.total / size:.0f} {name} ({100 * done / self.total:.0f}%), {left:.0f} s left"
-        else:
-            text += f" {name}"
-        text += f", {speed / size:.1f} {name}/s"
-        print(f"\r{text:<78}" if self.moving else text, end="" if self.moving else "\n", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Leaves the moving line."""
-        if self.moving and self.wrote:
-            print(file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Folders of classes: what is an image, what is unreadable."""
+"""Folders of images: what counts as a class and as an image, what is unreadable, an ImageSet of files."""
 
 from __future__ import annotations
 

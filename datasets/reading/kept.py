@@ -1,40 +1,17 @@
-"""Decoded images that are kept on disk and read ahead."""
+"""The decoded images of a whole data set, kept in the disk cache for the loaders of its parts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import PIL
-from PIL import Image, features
+from PIL import features
 
-from dualcl.benchmark.core.machine import usable_cpus
 from dualcl.datasets.base import ImageSet
-from dualcl.datasets.reading.cache import GIB, Decoded, PixelStore, open_store
-from dualcl.datasets.reading.views import View, evaluation_view, reduced
-
-T = TypeVar("T")
-R = TypeVar("R")
-MAX_AUTO_WORKERS = 8
-
-
-def in_threads(work: Callable[[T], R], items: Iterable[T], workers: int) -> Iterator[R]:
-    """`work` of each item, in order, from threads: Pillow gives up the GIL while it decodes and resizes.
-
-    An error or an interrupt drops what has not begun, instead of finishing it first.
-    """
-    pool = ThreadPoolExecutor(max(1, workers))
-    try:
-        yield from pool.map(work, items)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _evaluated(image: Image.Image, view: View) -> np.ndarray:
-    """Pixels uint8 (S, S, 3) of the evaluation view."""
-    return np.asarray(evaluation_view(image, view))
+from dualcl.datasets.reading.cache import GIB, PixelStore, open_store
+from dualcl.datasets.reading.threads import loader_workers
+from dualcl.datasets.reading.views import Decoded, View, evaluation_view, reduced
 
 
 class KeptImages:
@@ -75,7 +52,7 @@ class KeptImages:
 
     def _viewed(self, index: int) -> Decoded:
         image = self.images.load(index)
-        return Decoded(_evaluated(image, self.view), image.size)
+        return Decoded(np.asarray(evaluation_view(image, self.view)), image.size)
 
     def close(self) -> None:
         """Gives the files free; they are opened again when asked for."""
@@ -83,8 +60,3 @@ class KeptImages:
             if store is not None:
                 store.close()
         self._stores.clear()
-
-
-def loader_workers(asked: int | Literal["auto"]) -> int:
-    """Processes or threads that make batches."""
-    return min(usable_cpus(), MAX_AUTO_WORKERS) if asked == "auto" else asked

@@ -1,4 +1,4 @@
-"""From an ImageSet to batches of tensors: decoding, views, augmentation; resumable at any step."""
+"""From an ImageSet to batches of tensors, resumable at any step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.seeding import numpy_generator
 from dualcl.datasets.base import ImageSet
-from dualcl.datasets.reading.cache import prepared
-from dualcl.datasets.reading.kept import KeptImages, _evaluated, in_threads, loader_workers
-from dualcl.datasets.reading.views import View, random_resized_crop, reduced
+from dualcl.datasets.reading.kept import KeptImages
+from dualcl.datasets.reading.threads import in_threads, loader_workers, prepared
+from dualcl.datasets.reading.views import View, evaluation_view, random_resized_crop, reduced
 
 
 @dataclass
@@ -64,7 +64,7 @@ class _Views(Dataset[Any]):
         the_pass, index = key
         image = self.images.load(index)
         if the_pass is None:
-            return _evaluated(image, self.view).transpose(2, 0, 1)
+            return np.asarray(evaluation_view(image, self.view)).transpose(2, 0, 1)
         source = image if self.view.cache_size is None else reduced(image, self.view)
         crop = random_resized_crop(source, self.view, the_pass.generator("crop", index))
         return np.asarray(crop).transpose(2, 0, 1)

@@ -1,4 +1,4 @@
-"""Folders of photographs of concepts."""
+"""What all sets of photographs share: their keys, their words (nouns, prompts), and ConceptData of files on disk."""
 
 from __future__ import annotations
 

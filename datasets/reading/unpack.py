@@ -1,4 +1,4 @@
-"""Archives, unpacked within limits."""
+"""Archives, unpacked safely: nothing leaves the folder, and no more comes out than was allowed."""
 
 from __future__ import annotations
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
+from dualcl.benchmark.core.bar import Bar
+from dualcl.benchmark.core.files import atomic_write, cache_dir
 from dualcl.benchmark.core.machine import usable_cpus
 from dualcl.benchmark.core.reading import read_json
-from dualcl.datasets.reading.cache import cache_dir
-from dualcl.datasets.reading.download import Progress
-from dualcl.datasets.reading.kept import in_threads
+from dualcl.datasets.reading.threads import in_threads
 from dualcl.datasets.reading.views import check_blocks, decode_image
 
 
@@ -49,19 +48,18 @@ def verify_images(root: Path, ids: Sequence[str]) -> dict[str, str]:
         except OSError as error:
             bad[name] = error.strerror or str(error)
     new = [name for name, stamp in stamps.items() if known.get(name) != stamp]
-    progress = Progress("checking images", len(new), unit=(1, "images"))
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), Bar("checking images", len(new), "images") as bar:
         # what Pillow only warns of (corrupt EXIF, one to two times its limit of pixels) can be decoded
         warnings.filterwarnings("ignore", module="PIL")
         reasons = in_threads(lambda name: why_unreadable(root / name), new, usable_cpus())
-        for done, (name, reason) in enumerate(zip(new, reasons, strict=True), 1):
-            progress.update(done)
+        for name, reason in zip(new, reasons, strict=True):
+            bar.update()
             if reason is not None:
                 bad[name] = reason
-    progress.close()
     good = {name: stamp for name, stamp in stamps.items() if name not in bad}
     if any(known.get(name) != stamp for name, stamp in good.items()):
-        _write(memory, {**known, **good})
+        with contextlib.suppress(OSError), atomic_write(memory) as file:  # an unwritable cache costs time only
+            file.write(json.dumps({**known, **good}).encode())
     return bad
 
 
@@ -71,17 +69,3 @@ def _read(path: Path) -> dict[str, list[int]]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
-
-
-def _write(path: Path, content: dict[str, list[int]]) -> None:
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):  # an unwritable cache costs time only
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                json.dump(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""From an image file to the pixels of a view."""
+"""From an image file to the pixels of a view: decoding, the evaluation view, random crops."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dualcl.benchmark.core.errors import UserError, nearest
-from dualcl.datasets.reading.cache import Decoded
 
 Augment = Literal["none", "flip", "crop_flip"]
 
@@ -81,6 +80,14 @@ class View:
                 raise UserError(
                     f"input.cache_size must be at least the input size ({self.size}), got {self.cache_size}"
                 )
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """Pixels uint8 (h, w, 3) of an image as kept, and the (width, height) of the image they come from."""
+
+    pixels: np.ndarray
+    full: tuple[int, int]
 
 
 def open_image(source: str | Path | IO[bytes]) -> Image.Image:

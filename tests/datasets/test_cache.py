@@ -11,7 +11,9 @@ import pytest
 
 from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets.reading import cache
-from dualcl.datasets.reading.cache import Decoded, PixelStore, make_room, open_store, prepared
+from dualcl.datasets.reading.cache import PixelStore, make_room, open_store
+from dualcl.datasets.reading.threads import prepared
+from dualcl.datasets.reading.views import Decoded
 
 COUNT, LIMIT = 9, 2**20
 

@@ -23,8 +23,7 @@ import pytest
 from dualcl.benchmark.cli import main
 from dualcl.benchmark.core.errors import EXIT_USER, UserError
 from dualcl.datasets import cifar100
-from dualcl.datasets.reading import download as module
-from dualcl.datasets.reading.download import Checksum, Progress, alone_in, download
+from dualcl.datasets.reading.download import Checksum, alone_in, download
 from dualcl.datasets.reading.unpack import extract_tar, extract_zip
 
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
@@ -391,24 +390,6 @@ def test_the_sum_that_git_gives_a_file(tmp_path):
     # what `git hash-object` prints
     assert Checksum("git", "ce013625030ba8dba906f756967f9e9ca394464a").matches(tmp_path / "d")
     assert not Checksum("git", "f572d396fae9206628714fb2ce00f72e94f2258f").matches(tmp_path / "d")
-
-
-def test_progress_goes_to_stderr_in_lines(capsys, monkeypatch):
-    monkeypatch.setattr(module, "LINE_SECONDS", 0.0)
-    progress = Progress("data.bin", 4 << 20)
-    progress.update(1 << 20)
-    progress.close()
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("data.bin: 1 of 4 MiB (25%), ")
-
-
-def test_progress_of_things_that_are_no_bytes(capsys, monkeypatch):
-    monkeypatch.setattr(module, "LINE_SECONDS", 0.0)
-    progress = Progress("checking", 10, unit=(1, "images"))
-    progress.update(5)
-    progress.close()
-    assert capsys.readouterr().err.startswith("checking: 5 of 10 images (50%), ")
 
 
 def tar_of(path: Path, *members: tuple[str, bytes | str | None]) -> Path:

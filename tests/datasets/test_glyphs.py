@@ -19,7 +19,7 @@ from dualcl.datasets.drawing.glyphs import (
     glyph_mask,
     sample_look,
 )
-from dualcl.datasets.glyphs import Glyphs, _draw_class
+from dualcl.datasets.glyphs import Glyphs, draw_class
 
 SMALL = Glyphs.Config(train_per_class=5, test_per_class=2, classes=4)
 
@@ -90,7 +90,7 @@ def test_sampled_looks_cover_every_rendition_and_background():
 
 def test_same_config_same_pixels_and_other_seed_other_pixels():
     first = Glyphs.load(SMALL)
-    _draw_class.cache_clear()
+    draw_class.cache_clear()
     again, other = Glyphs.load(SMALL), Glyphs.load(replace(SMALL, draw_seed=1))
     assert (pixels(first.train) == pixels(again.train)).all()
     assert first.facts == again.facts

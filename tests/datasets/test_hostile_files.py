@@ -26,7 +26,8 @@ import dualcl.benchmark.core.compat  # noqa: F401
 from torchvision.datasets import CIFAR100
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.datasets.cifar100 import FOLDER, Cifar100, _official
+from dualcl.datasets import cifar100
+from dualcl.datasets.cifar100 import FOLDER, Cifar100
 from dualcl.datasets.image_folder import ImageFolder
 from dualcl.datasets.landmarks import CHOICE, Landmarks
 from dualcl.datasets.reading import unpack as module
@@ -262,9 +263,7 @@ def test_cifar100_unpickles_arrays_and_nothing_else(
             blob = pickle.dumps(content, protocol=5 if name == "test" else 4)
             (tmp_path / FOLDER / name).write_bytes(blob)
             sums[name] = hashlib.md5(blob).hexdigest()
-        monkeypatch.setattr(CIFAR100, "train_list", [["train", sums["train"]]])
-        monkeypatch.setattr(CIFAR100, "test_list", [["test", sums["test"]]])
-        monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": sums["meta"]})
+        monkeypatch.setattr(cifar100, "MD5", sums)
 
     write()
     data = Cifar100.load(Cifar100.Config(root=str(tmp_path)))
@@ -284,14 +283,19 @@ def test_pickles_of_python_2_are_read(tmp_path: Path, monkeypatch: pytest.Monkey
     array += struct.pack("<i", len(pixels)) + pixels + b"tb"
     part = b"\x80\x02}(U\x04data" + array + b"U\x0bfine_labels](K\x00eu."
     meta = b"\x80\x02}U\x10fine_label_names](U\x05appleU\x04beares."
+    files = {"train": part, "test": part, "meta": meta}
     (tmp_path / FOLDER).mkdir()
-    for name, blob in {"train": part, "test": part, "meta": meta}.items():
+    for name, blob in files.items():
         (tmp_path / FOLDER / name).write_bytes(blob)
-    monkeypatch.setattr(CIFAR100, "train_list", [["train", hashlib.md5(part).hexdigest()]])
-    monkeypatch.setattr(CIFAR100, "test_list", [["test", hashlib.md5(part).hexdigest()]])
-    monkeypatch.setattr(CIFAR100, "meta", {**CIFAR100.meta, "md5": hashlib.md5(meta).hexdigest()})
-    images, names = _official(tmp_path, train=True)
-    assert names == ["apple", "bear"]
-    assert images.labels.tolist() == [0]
+    monkeypatch.setattr(cifar100, "MD5", {name: hashlib.md5(blob).hexdigest() for name, blob in files.items()})
+    data = Cifar100.load(Cifar100.Config(root=str(tmp_path)))
+    assert data.class_names == ("apple", "bear")
+    assert data.train.labels.tolist() == [0]
     expected = np.frombuffer(pixels, np.uint8).reshape(3, 32, 32).transpose(1, 2, 0)
-    assert np.array_equal(np.asarray(images.load(0)), expected)
+    assert np.array_equal(np.asarray(data.train.load(0)), expected)
+
+
+def test_cifar100_knows_the_official_sums() -> None:
+    assert [["train", cifar100.MD5["train"]]] == CIFAR100.train_list
+    assert [["test", cifar100.MD5["test"]]] == CIFAR100.test_list
+    assert cifar100.MD5["meta"] == CIFAR100.meta["md5"]

@@ -33,6 +33,7 @@ from safetensors.torch import save
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dualcl.benchmark import cli
+from dualcl.benchmark.cli.options import build_parser, expand_sets
 from dualcl.benchmark.config.presets import PRESET_DIR, bundled_presets, load_preset
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core import files
@@ -120,7 +121,7 @@ def config(data: bytes) -> None:
         tree = files.as_json(resolved.tree())
         json.dumps(tree, allow_nan=False).encode()
         resolved.hash()
-        restored = recorded_config(tree)
+        restored = recorded_config({"config": tree, "run": {}})
         assert restored.flat() == resolved.flat(), "a recorded configuration comes back as another one"
 
 
@@ -148,7 +149,7 @@ def records(data: bytes) -> None:
         json.dumps(run_row(found))
         comparable(found)
         with contextlib.suppress(UserError):
-            recorded_config(found.data["config"])
+            recorded_config(found.data)
         summary = summarise([path.parent])
         for form in ("text", "md", "csv", "tex"):
             report.terminal_table(summary, form, ascii_only=form == "text", width=80)
@@ -425,9 +426,9 @@ def command(data: bytes) -> None:
         if words[0] in ("show", "list"):
             code = cli.main(words)
         else:
-            parser, _ = cli.build_parser()
+            parser = build_parser()
             try:
-                parser.parse_args(cli._expand_sets(words))
+                parser.parse_args(expand_sets(words))
                 code = 0
             except SystemExit as stop:
                 code = int(stop.code or 0)

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from dualcl.benchmark.cli import LISTS, main
+from dualcl.benchmark.cli import main
+from dualcl.benchmark.cli.options import LISTS
 from dualcl.benchmark.config.presets import load_preset
 from dualcl.datasets import available_datasets
 from dualcl.methods import available_methods

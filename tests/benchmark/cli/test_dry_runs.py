@@ -130,11 +130,6 @@ def make_imagenet_r(web: Web, set_: Callable[..., None]) -> None:
 
 def make_cifar100(web: Web, set_: Callable[..., None]) -> None:
     """Three pickles of 100 classes: 2 training and 1 test image of each."""
-    import dualcl.benchmark.core.compat  # noqa: F401
-
-    # isort: split
-    from torchvision.datasets import CIFAR100
-
     files = {"meta": pickle.dumps({"fine_label_names": [f"thing {i:02d}" for i in range(100)]})}
     for part, n in (("train", 200), ("test", 100)):
         pixels = np.random.default_rng(n).integers(0, 256, (n, 3072), dtype=np.uint8)
@@ -144,9 +139,7 @@ def make_cifar100(web: Web, set_: Callable[..., None]) -> None:
         )
     tar_of(web.folder / "cifar.tar.gz", {f"cifar-100-python/{name}": content for name, content in files.items()})
     md5 = {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-    set_(CIFAR100, "train_list", [["train", md5["train"]]])
-    set_(CIFAR100, "test_list", [["test", md5["test"]]])
-    set_(CIFAR100, "meta", {"filename": "meta", "key": "fine_label_names", "md5": md5["meta"]})
+    set_(cifar100, "MD5", md5)
     set_(cifar100, "URL", f"{web.address}/cifar.tar.gz")
     set_(cifar100, "ARCHIVE", sha256(web.folder / "cifar.tar.gz"))
 

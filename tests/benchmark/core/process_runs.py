@@ -53,8 +53,8 @@ def work(preset: str, methods: str, out: Path, stop: str, sets: Sequence[str]) -
     said: list[torch.Tensor] = []
 
     class Heard(Classification):
-        def _predictions(self, task: int, version: tuple[int, ...]) -> list[torch.Tensor]:
-            found = super()._predictions(task, version)
+        def _predictions(self, task: int) -> list[torch.Tensor]:
+            found = super()._predictions(task)
             said.extend(found)
             return found
 

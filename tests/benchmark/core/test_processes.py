@@ -221,16 +221,16 @@ def test_micro_batches_of_concepts(customized: Path, concepts_preset: str, tmp_p
 @pytest.fixture
 def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
     """The allocator fails for more than two images at once in a pass that is learnt from."""
-    from dualcl.benchmark.domains.classification import Classification
+    from timm.models.vision_transformer import VisionTransformer
 
-    network = Classification._network
+    network = VisionTransformer.forward_features
 
-    def short_of_memory(self: Classification, images: torch.Tensor, model: Any = None) -> torch.Tensor:
+    def short_of_memory(self: VisionTransformer, images: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and len(images) > 2:
             torch.empty(2**60)
-        return network(self, images, model)
+        return network(self, images)
 
-    monkeypatch.setattr(Classification, "_network", short_of_memory)
+    monkeypatch.setattr(VisionTransformer, "forward_features", short_of_memory)
 
 
 @pytest.mark.parametrize("method", ["clora", "er", "l2p"])

@@ -19,13 +19,13 @@ import timm
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import _checksum
-from dualcl.benchmark.core.reading import no_pickles, parse_json
+from dualcl.benchmark.core.reading import parse_json
 from dualcl.benchmark.core.safe_yaml import read_yaml
 from dualcl.benchmark.core.settings import coerce, parse_assignment
 from dualcl.benchmark.models.families import load
 from dualcl.benchmark.models.text_to_image import BaseConfig
 from dualcl.benchmark.models.vit import BackboneConfig, load_backbone
-from dualcl.benchmark.models.weights import read_safetensors
+from dualcl.benchmark.models.weights import no_pickles, read_safetensors
 from dualcl.benchmark.runs.folder import DamagedCheckpoint, RunFolder
 
 

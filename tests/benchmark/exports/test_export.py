@@ -21,7 +21,8 @@ import dualcl.benchmark.core.compat  # noqa: F401 - before diffusers
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 
-from dualcl.benchmark.cli import EXPORT_FORMATS, main
+from dualcl.benchmark.cli import main
+from dualcl.benchmark.cli.options import EXPORT_FORMATS
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.exports.export import CARD, LORA_FILES, WRITERS, export, factorise
 from dualcl.benchmark.models.bundled import bundled_diffusion

@@ -19,7 +19,8 @@ import dualcl.benchmark.core.compat  # noqa: F401 - before diffusers
 # isort: split
 from diffusers import StableDiffusionPipeline
 
-from dualcl.benchmark.cli import SCHEDULERS, main
+from dualcl.benchmark.cli import main
+from dualcl.benchmark.cli.options import SCHEDULERS
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.exports.export import CARD, export
 from dualcl.benchmark.exports.generate import Model, Word, expand_prompt, generate, open_model

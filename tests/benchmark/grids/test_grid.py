@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -26,8 +27,9 @@ from dualcl.benchmark.grids.execute import make_engine
 from dualcl.benchmark.grids.local import Local, SideBySide
 from dualcl.benchmark.grids.plan import Needs, Planned, needs, plan_comparison
 from dualcl.benchmark.grids.status import LiveTable, render, text_table
-from dualcl.benchmark.grids.survey import PLAN, Survey, read_plan, read_state, seconds_left, write_plan
+from dualcl.benchmark.grids.survey import Survey, read_plan, read_state, seconds_left, write_plan
 from dualcl.benchmark.runs.folder import RunFolder, new_record
+from dualcl.benchmark.runs.mirror import PLAN
 
 
 def wait_until(true: Callable[[], Any], seconds: float = 20) -> None:
@@ -58,7 +60,8 @@ def test_a_held_folder_names_its_holder_and_a_patient_process_gets_it_next(tmp_p
         held = lease.holder(folder)
         assert held is not None
         assert (held.pid, held.alive) == (os.getpid(), True)
-        with pytest.raises(UserError, match="in use by another dualcl process"), lease.hold(folder):
+        named = re.escape(f"in use by another dualcl process ({os.getpid()} on {held.host}); wait for it")
+        with pytest.raises(UserError, match=named), lease.hold(folder):
             pass
         thread = threading.Thread(target=second)
         thread.start()
@@ -83,7 +86,10 @@ def test_another_host_keeps_the_folder_while_it_beats_and_loses_it_when_it_stops
     heart = threading.Thread(target=beat)
     heart.start()
     try:
-        with pytest.raises(UserError, match="in use by another dualcl process"), lease.hold(tmp_path):
+        with (
+            pytest.raises(UserError, match=r"in use by another dualcl process \(1 on elsewhere\)"),
+            lease.hold(tmp_path),
+        ):
             pass
     finally:
         over.set()

@@ -16,7 +16,8 @@ from dualcl.benchmark.cli import main
 from dualcl.benchmark.core.errors import RunFailed, UserError
 from dualcl.benchmark.core.files import write_json
 from dualcl.benchmark.runs import mirror
-from dualcl.benchmark.runs.mirror import Mirror, MirroredFolder, local_copy, pull_records
+from dualcl.benchmark.runs.folder import MirroredFolder
+from dualcl.benchmark.runs.mirror import REMOTE, Mirror, local_copy, pull_records
 from dualcl.benchmark.runs.runner import run
 from dualcl.results.records import comparable, load_record
 
@@ -261,7 +262,7 @@ def test_the_command_line_takes_urls(
 def test_the_state_of_a_run_at_a_url_is_that_of_its_last_write(
     url: str, tmp_path: Path, elsewhere: Callable[[], None]
 ) -> None:
-    from dualcl.benchmark.grids.survey import REMOTE, Survey
+    from dualcl.benchmark.grids.survey import Survey
     from dualcl.benchmark.runs.folder import new_record
 
     facts = {"preset": "p", "domain": "d", "method": "m", "seed": 0, "n_tasks": 2, "joint": False, "label": "m"}

@@ -12,6 +12,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -297,7 +298,8 @@ def test_sigterm_keeps_the_folder_resumable_and_a_second_process_is_refused(
     second = subprocess.run([*command, "--set", long], capture_output=True, text=True, cwd=tmp_path)
     os.kill(child, signal.SIGCONT)
     assert second.returncode == 2
-    assert second.stderr == f"dualcl: error: {out} is in use by another dualcl process; " + (
+    holder = f"({child} on {socket.gethostname()})"
+    assert second.stderr == f"dualcl: error: {out} is in use by another dualcl process {holder}; " + (
         "wait for it or choose another --out\n"
     )
     os.kill(child, signal.SIGTERM)

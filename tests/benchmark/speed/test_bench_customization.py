@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from dualcl.benchmark.cli.bench import KINDS
 from dualcl.benchmark.models.families import load
 from dualcl.benchmark.models.text_to_image import BaseConfig
 from dualcl.benchmark.speed import customization as bench_customization
-from dualcl.benchmark.speed.pairs import KINDS, PEERS
+from dualcl.benchmark.speed.pairs import PEERS
 from dualcl.benchmark.speed.worker import load_adapter
 
 

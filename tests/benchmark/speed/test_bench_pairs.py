@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from dualcl.benchmark.cli import main
+from dualcl.benchmark.cli.bench import KINDS
 from dualcl.benchmark.core.errors import RunFailed, UserError
 from dualcl.benchmark.speed import pairs as bench_pairs
 from dualcl.benchmark.speed.pairs import WORKER, Bench, Comparison, Peer, Side, Target, WorkerProcess, rows_of
@@ -251,7 +252,7 @@ def test_commit_of_a_checkout_that_is_no_git_checkout_can_be_given(tmp_path: Pat
     assert bench_pairs.given_peers(arguments("--peer", f"public={tmp_path}"), public)["public"].commit is None
 
 
-@pytest.mark.parametrize("kind", bench_pairs.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_help(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", kind, "--help"]) == 0
     assert "usage" in capsys.readouterr().out

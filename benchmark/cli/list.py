@@ -1,0 +1,77 @@
+"""`dualcl list`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from dualcl.benchmark.cli.options import LISTS
+from dualcl.benchmark.config.presets import bundled_presets, load_preset
+from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.benchmark.core.registry import Plugin
+from dualcl.benchmark.core.text import align
+from dualcl.benchmark.models.bundled import bundled_backbones
+from dualcl.datasets import available_datasets
+from dualcl.methods import available_methods
+from dualcl.results.published.render import overview
+from dualcl.results.report import terminal_stream
+
+_STORES = "; stores data"
+
+
+def _bundled_backbones() -> dict[str, str]:
+    """Bundled backbones and what each was trained on, read without timm."""
+    cards = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in bundled_backbones().items()}
+    return {n: f"{c['timm_name']} at {c['input_size']} px, trained on {c['trained_on']}" for n, c in cards.items()}
+
+
+def _origin(plugin: Plugin | None) -> str:
+    """The column "from"."""
+    return "built in" if plugin is None else plugin.origin
+
+
+def _list_rows(what: str) -> list[list[str]]:
+    if what == "methods":
+        methods = sorted(available_methods().values(), key=lambda m: m.name)
+        return [
+            [m.name, ", ".join(m.domains), _origin(m.plugin), f"{m.summary}{_STORES * m.stores_data} [{m.source}]"]
+            for m in methods
+        ]
+    if what == "presets":
+        presets = [load_preset(name) for name in bundled_presets()]
+        return [[p.name, p.domain, p.summary] for p in presets]
+    if what == "datasets":
+        return [
+            [d.name, d.domain, _origin(d.plugin), d.summary + ("; needs `dualcl prepare`" if d.needs_prepare else "")]
+            for d in sorted(available_datasets().values(), key=lambda d: d.name)
+        ]
+    if what == "published":
+        return overview()
+    rows = [[name, "bundled", text] for name, text in _bundled_backbones().items()]
+    return [
+        *rows,
+        ["TIMM_NAME.TAG", "timm", "any vision transformer of timm with its full tag: --set backbone.name=NAME.TAG"],
+        ["FILE", "local", "weights from a file: --set backbone.name=NAME backbone.weights=FILE.safetensors"],
+    ]
+
+
+def main(args: argparse.Namespace) -> int:
+    """Does what the command line asks for; returns the exit code."""
+
+    if args.what is not None and args.what not in LISTS:
+        raise UserError(f"cannot list {args.what!r}; {nearest(args.what, LISTS, 'lists')}")
+    if args.stream is not None:
+        if args.what != "published":
+            raise UserError(f"`dualcl list {args.what}` takes no further word, got {args.stream!r}; leave it out")
+
+        print(terminal_stream(args.stream).rstrip("\n"))
+        return 0
+    blocks = []
+    # published numbers are others' and long: on demand only
+    own = [what for what in LISTS if what != "published"]
+    for what in own if args.what is None else (args.what,):
+        rows = _list_rows(what)
+        lines = align(rows) if rows else ["none"]
+        blocks.append("\n".join(lines if args.what else [f"{what}:", *(f"  {line}" for line in lines)]))
+    print("\n\n".join(blocks))
+    return 0

@@ -1,0 +1,76 @@
+"""`dualcl show`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from dualcl.benchmark.config.presets import Preset, load_preset
+from dualcl.benchmark.config.resolve import help_text, own_values, resolve, resolve_shared
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.text import align
+from dualcl.benchmark.grids.sweep import axes_of, typed
+from dualcl.methods import method_info
+
+
+def _shown_value(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Does what the command line asks for; returns the exit code."""
+
+    shared = args.method is None
+    resolved = resolve_shared(args.preset, args.sets) if shared else resolve(args.preset, args.method, args.sets)
+    loaded = load_preset(args.preset, args.method or "")
+    rows = []
+    for key, value in resolved.flat().items():
+        if key in ("preset", "domain", "method_name") or (shared and key.startswith("method.")):
+            continue
+        rows.append([key, _shown_value(value), resolved.sources.get(key, "default"), help_text(resolved, key)])
+    print(f"{loaded.name} ({loaded.domain}): {loaded.summary}")
+    if not shared:
+        plugin = resolved.plugins.get("method")
+        print(f"method: {resolved.method}{'' if plugin is None else f' from {plugin.origin}'}")
+        print(f"tuned by: {resolved.tuning}")
+        print(f"search space: {_shown_space(loaded, resolved.method)}")
+    print()
+    print("\n".join(align([["key", "value", "from", "what it is"], *rows])))
+    if shared:
+        print()
+        if loaded.compare:
+            print(f"compared by default: {', '.join(loaded.compare)}")
+        print("values of single methods, where they differ from the code's (all of them: dualcl show PRESET METHOD):")
+        print("\n".join(align([["method", "values", "tuned by"], *_tuned_rows(args.preset, args.sets)])))
+        if loaded.search:
+            print()
+            print(f"search spaces, {loaded.points} points each (dualcl sweep {args.preset} METHOD):")
+            print("\n".join(align([[name, _shown_space(loaded, name)] for name in loaded.search])))
+    return 0
+
+
+def _shown_space(preset: Preset, method: str) -> str:
+    """`method.lr=1e-3,1e-2 x method.rank=4,8`."""
+
+    axes = axes_of(preset, method)
+    return " x ".join(f"{axis.key}={','.join(axis.values)}" for axis in axes) or "none, give --over"
+
+
+def _tuned_rows(preset: str, sets: Sequence[str]) -> list[list[str]]:
+    """Method, its values that differ from the code's, and who tuned it: of all that a preset compares or speaks of."""
+
+    loaded = load_preset(preset)
+    spoken_of = [key.split(".")[1] for key in loaded.values if key.startswith("methods.")]
+    rows = []
+    compared = [method_info(method).name for method in loaded.compare]
+    for name in dict.fromkeys([*compared, *spoken_of, *loaded.tuning, *loaded.search]):
+        method = loaded.methods.get(name, name)
+        try:
+            resolved = resolve(preset, method, sets)
+        except UserError:  # a key of other methods
+            resolved = resolve(preset, method, [text for text in sets if not text.startswith(("method.", "method="))])
+        values = " ".join(f"{k}={typed(v)}" for k, v in own_values(resolved).items())
+        rows.append([name, values or "-", resolved.tuning])
+    return rows
