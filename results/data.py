@@ -7,19 +7,17 @@ one per logged step; `path` joins them. pandas and pyarrow are imported when the
 from __future__ import annotations
 
 import importlib.util
-import io
-import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dualcl.benchmark.core.errors import UserError, nearest
-from dualcl.results.files import write_bytes
-from dualcl.results.metrics import METRICS
-from dualcl.results.records import Record, run_row, scan_records
+from dualcl.benchmark.core.errors import UserError
+from dualcl.results.late import late
+from dualcl.results.metrics import KINDS, METRICS
+from dualcl.results.records import Record, find_records, run_row, scan_records
+from dualcl.results.tables import streams
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,14 +96,11 @@ CELLS = (
     Column("after_task", "integer", "the task learnt last, from 0"),
     Column("task", "integer", "the task tested, from 0"),
     Column("value", "number", "accuracy in percent, or MMD to the real images x 10^3"),
-    Column("correct", "integer", "test images predicted correctly"),
-    Column("total", "integer", "test images"),
-    Column("mmd", "number", "squared MMD to the real images, not scaled"),
-    Column("drift", "number", "squared MMD to the images right after learning, not scaled"),
-    Column("image_similarity", "number", "mean cosine to the real images"),
-    Column("text_similarity", "number", "mean cosine to the prompt"),
-    Column("nearest_correct", "integer", "generated images nearest to their own concept"),
-    Column("generated", "integer", "generated images"),
+    *(
+        Column(field.name, "integer" if field.kind == "integer" else "number", field.what)
+        for kind in KINDS.values()
+        for field in kind.by_name.values()
+    ),
 )
 
 TASKS = (
@@ -119,6 +114,8 @@ TASKS = (
     Column("parameters_trained", "integer", "trained for this task"),
     Column("parameters_stored", "integer", "stored after it"),
     Column("train_seconds", "number", "of training [s]"),
+    Column("begin_seconds", "number", "part of it: before the first step [s]"),
+    Column("end_seconds", "number", "part of it: after the last step [s]"),
     Column("eval_seconds", "number", "of evaluating all tasks so far [s]"),
     Column("peak_mib", "number", "peak memory [MiB]"),
 )
@@ -132,6 +129,9 @@ LOG = (
     Column("penalty", "number", "in the loss"),
     Column("lr_factor", "number", "on every learning rate"),
 )
+
+
+_COSTS = ("train_seconds", "begin_seconds", "end_seconds", "eval_seconds", "peak_mib")
 
 
 def _key(record: Record) -> dict[str, Any]:
@@ -149,7 +149,7 @@ def _cells(record: Record) -> Iterator[dict[str, Any]]:
         after = row["after_task"]
         shown = values[after] or [None] * (after + 1)
         for task in range(after + 1):
-            fields = {name: row[name][task] for name in record.kind.row_fields}
+            fields = {n: row[n][task] if row.get(n) else None for n in record.kind.row_fields}
             if any(value is not None for value in fields.values()):
                 yield {**key, "after_task": after, "task": task, "value": shown[task], **fields}
 
@@ -158,7 +158,7 @@ def _tasks(record: Record) -> Iterator[dict[str, Any]]:
     costs = record.data["measured"].get("tasks") or []
     for number, task in enumerate(record.data["tasks"]):
         cost = costs[number] if number < len(costs) else {}
-        yield {**_key(record), **task, **{k: cost.get(k) for k in ("train_seconds", "eval_seconds", "peak_mib")}}
+        yield {**_key(record), **task, **{name: cost.get(name) for name in _COSTS}}
 
 
 def _log(record: Record) -> Iterator[dict[str, Any]]:
@@ -180,37 +180,6 @@ FRAMES: dict[str, tuple[tuple[Column, ...], Callable[[Record], Iterator[dict[str
 }
 
 
-def _typed(values: Sequence[Any], kind: str) -> Any:
-    import pandas as pd
-
-    if kind == "number":
-        known = [float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else None for v in values]
-        return pd.Series(known, dtype="float64")
-    if kind == "integer":
-        return pd.Series([v if type(v) is int else None for v in values], dtype="Int64")
-    if kind == "flag":
-        return pd.Series([v if isinstance(v, bool) else None for v in values], dtype="boolean")
-    text = pd.Series([None if v is None else str(v) for v in values], dtype="string")
-    if kind == "time":
-        return pd.to_datetime(text, utc=True, errors="coerce", format="ISO8601").dt.as_unit("us")
-    return text
-
-
-def frame_of(records: Iterable[Record], what: str = "runs") -> pd.DataFrame:
-    """The frame `what` of these records, rows in their order. UserError for another name."""
-    import pandas as pd
-
-    if what not in FRAMES:
-        raise UserError(f"unknown frame {what!r}; {nearest(what, FRAMES, 'frames')}")
-    columns, rows = FRAMES[what]
-    values: dict[str, list[Any]] = {column.name: [] for column in columns}
-    for record in records:
-        for row in rows(record):
-            for name, column in values.items():
-                column.append(row.get(name))
-    return pd.DataFrame({column.name: _typed(values[column.name], column.kind) for column in columns})
-
-
 def load(
     dirs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], what: str = "runs", *, strict: bool = True
 ) -> pd.DataFrame:
@@ -219,15 +188,14 @@ def load(
     Columns and their types are those of `FRAMES`, whatever the records hold. Raises UserError for a folder that is not
     there and for a record that cannot be read; with `strict=False` that one is left out, with a warning.
     """
-    from dualcl.results.tables import streams
-
     places = [dirs] if isinstance(dirs, (str, os.PathLike)) else [*dirs]
     records, problems = scan_records(places)
     if problems and strict:
         raise UserError(problems[0])
     for problem in problems:
         warnings.warn(f"left out: {problem}", stacklevel=2)
-    return frame_of([record for stream in streams(records) for record in stream], what)
+    found: pd.DataFrame = late("writers.parquet").frame_of([r for stream in streams(records) for r in stream], what)
+    return found
 
 
 def need_parquet() -> None:
@@ -236,25 +204,7 @@ def need_parquet() -> None:
         raise UserError('Parquet needs pyarrow: pip install "dualcl[parquet]"')
 
 
-def write_parquet(records: Sequence[Record], what: str, path: Path) -> Path:
-    """Writes a frame as Parquet; version and columns are in its metadata under `dualcl`. UserError without pyarrow."""
-    need_parquet()
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.Table.from_pandas(frame_of(records, what), preserve_index=False)
-    about = {"frame": what, "version": VERSION, "columns": {c.name: c.what for c in FRAMES[what][0]}}
-    buffer = io.BytesIO()
-    metadata = {**(table.schema.metadata or {}), b"dualcl": json.dumps(about).encode()}
-    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), buffer)
-    return write_bytes(path, buffer.getvalue())
-
-
-def columns_markdown() -> str:
-    """The columns of all frames, for SCHEMA.md."""
-    lines = []
-    for what, (columns, _) in FRAMES.items():
-        lines += [f"### {what}", "", "| column | dtype | what it holds |", "| --- | --- | --- |"]
-        lines += [f"| `{c.name}` | {DTYPES[c.kind]} | {c.what.replace('|', chr(92) + '|')} |" for c in columns]
-        lines.append("")
-    return "\n".join(lines)
+def frame(dirs: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
+    """One row per run below `dirs` as it is, with every measure; see `load` for columns that are always there."""
+    found: pd.DataFrame = late("writers.parquet").pd.DataFrame([run_row(record) for record in find_records(dirs)])
+    return found

@@ -106,7 +106,7 @@ def render(states: Sequence[RunState], kind: str) -> str:
         writer.writeheader()
         writer.writerows({key: csv_cell(value) for key, value in _row(s).items()} for s in states)
         return out.getvalue()
-    from dualcl.results.tables import markdown_text
+    from dualcl.results.writers.markdown import markdown_text
 
     now = time.time()
     rows = [list(COLUMNS), ["---"] * len(COLUMNS), *(_cells(s, now) for s in states)]
