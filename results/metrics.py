@@ -10,7 +10,7 @@ A new measure is one `Measure` in KINDS; README.md in this folder has an example
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import fsum
 from typing import Any
@@ -377,6 +377,10 @@ def cost_metrics(record: Mapping[str, Any]) -> dict[str, float | None]:
     return {measure.key: measure.value(results) for measure in COSTS}
 
 
+def _mean_as_recorded(name: str) -> Callable[[Results], float | None]:
+    return lambda results: last_mean(_rows(results.matrix), results.n_tasks, name)
+
+
 def declared_measures(matrix: Mapping[str, Any]) -> list[Measure]:
     """The measures of a plug-in that a record itself declares (`matrix.measures`), without those known here."""
     kind = KINDS[matrix["kind"]]
@@ -386,7 +390,7 @@ def declared_measures(matrix: Mapping[str, Any]) -> list[Measure]:
             f"{name} (plug-in)" if name in taken else name,
             f"{name} (plug-in)" if name in taken else name,
             about["unit"], about["better"], str(about.get("definition") or f"{name}, a measure of a plug-in"),
-            lambda results, name=name: last_mean(_rows(results.matrix), results.n_tasks, name),
+            _mean_as_recorded(name),
             optional_field(name), decimals=3,
         )
         for name, about in (matrix.get("measures") or {}).items()

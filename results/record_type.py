@@ -96,14 +96,18 @@ class Field:
         """Whether readers can work with the value."""
         return value is None or _KINDS[self.kind][0](value)
 
-    def schema(self) -> dict[str, Any]:
-        """Its JSON Schema."""
+    @property
+    def about(self) -> str:
+        """What it holds, with its unit."""
+        return self.what + f" [{self.unit}]" * bool(self.unit)
+
+    def schema(self, *, of_cells: bool = False) -> dict[str, Any]:
+        """Its JSON Schema; `of_cells`: of the entries of a list in a row."""
         found: dict[str, Any] = {"enum": [*self.choices]} if self.choices else {**_KINDS[self.kind][1]}
         if self.nullable:
             types = found["type"] if isinstance(found["type"], list) else [found["type"]]
             found["type"] = [*types, "null"]
-        about = self.what + f" [{self.unit}]" * bool(self.unit)
-        return {**found, "description": about} if about else found
+        return {**found, "description": self.about} if self.about and not of_cells else found
 
 
 def optional_field(name: str) -> Field:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import hashlib
 import json
+import multiprocessing
 import os
 import shlex
 import sys
@@ -273,10 +275,7 @@ def _loaded(files: list[Path]) -> Iterator[tuple[list[Record], list[str]]]:
     if len(parts) < 3 or sys.platform != "linux" or (cpus := usable_cpus()) == 1:
         yield from map(_load_part, parts)
         return
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    with ProcessPoolExecutor(min(cpus, 8), multiprocessing.get_context("fork")) as pool:
+    with concurrent.futures.ProcessPoolExecutor(min(cpus, 8), multiprocessing.get_context("fork")) as pool:
         yield from pool.map(_load_part, parts)
 
 

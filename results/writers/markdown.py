@@ -81,7 +81,7 @@ def table_markdown(table: Table) -> str:
     if table.measured:
         lines += [markdown_text(table.measured) + ".", ""]
     if table.rows:
-        heads = [f"{markdown_text(m.title)} {arrow(m)} ({unit(table, m)})" for m in table.metrics]
+        heads = [markdown_text(f"{m.title} {arrow(m)} ({unit(table, m)})") for m in table.metrics]
         lines += _markdown_grid(
             ["method", "seeds", *heads],
             (
@@ -97,7 +97,7 @@ def table_markdown(table: Table) -> str:
     if table.warnings:
         lines += ["Mind:", "", *(f"- {markdown_text(line)}" for line in table.warnings), ""]
     if every := table.all_metrics:
-        heads = [f"{markdown_text(m.title)} {arrow(m)} ({unit(table, m)})" for m in every]
+        heads = [markdown_text(f"{m.title} {arrow(m)} ({unit(table, m)})") for m in every]
         rows = ([markdown_text(row_name(row)), *_markdown_cells(table, row, every)] for row in table.rows)
         lines += ["#### All metrics of the matrix", "", *_markdown_grid(["method", *heads], rows), ""]
     return "\n".join([*lines, *_markdown_differences(table)])

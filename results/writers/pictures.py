@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
 from dualcl.results import plots
 from dualcl.results.files import slugs, write_bytes
 from dualcl.results.metrics import METRICS
-from dualcl.results.plots import Plot
+from dualcl.results.plots import Figure, Plot
 from dualcl.results.samples import Sheet, draw_samples
 from dualcl.results.statistics import Ranking
 from dualcl.results.tables import Summary, sections
@@ -28,7 +26,8 @@ class Samples:
     @property
     def linked(self) -> list[tuple[Sheet, str | None]]:
         """Every sheet with its place, None where it is no file."""
-        return list(zip(self.sheets, self.links or [None] * len(self.sheets), strict=True))
+        links: Sequence[str | None] = self.links or [None] * len(self.sheets)
+        return list(zip(self.sheets, links, strict=True))
 
 
 @dataclass
