@@ -26,13 +26,7 @@ if TYPE_CHECKING:
 VERSION = 1
 
 #: pandas dtype of every kind of column; a value that is missing, or of another type, is NA
-DTYPES = {
-    "text": "string",
-    "integer": "Int64",
-    "number": "float64",
-    "flag": "boolean",
-    "time": "datetime64[us, UTC]",
-}
+DTYPES = {"text": "string", "integer": "Int64", "number": "float64", "flag": "boolean", "time": "datetime64[us, UTC]"}
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,9 @@ _RUN_FIELDS = {
     if field.required and field.name.startswith("run.")
 }
 
+_IDENTITY = ("data", "split_name", "split_hash", "backbone", "weights", "weights_sha256")
 #: identity of what generated images are measured with (customization)
-_MEASURES = ("features", "features_sha256", "kernel", "estimator", "steps")
+_MEASURING = ("features", "features_sha256", "kernel", "estimator", "steps")
 
 
 @dataclass(frozen=True)
@@ -312,16 +313,12 @@ def comparable(record: Record | Mapping[str, Any]) -> dict[str, Any]:
 
 def run_row(record: Record) -> dict[str, Any]:
     """One run as flat values: what it was, how it ended, every metric, and where it comes from."""
-    data = record.data
-    environment, identity = data.get("environment") or {}, data["identity"]
-    measuring = identity["eval"] if isinstance(identity.get("eval"), Mapping) else {}
+    data, run, identity = record.data, record.data["run"], record.data["identity"]
+    environment, measuring = data.get("environment") or {}, identity.get("eval")
     return {
         "preset": record.preset,
         "table": record.table,
-        "domain": data["run"]["domain"],
-        "method": data["run"]["method"],
-        "label": record.label,
-        "joint": record.joint,
+        **{key: run[key] for key in ("domain", "method", "label", "joint")},
         **({"caveats": "; ".join(record.caveats)} if record.caveats else {}),
         "seed": record.seed,
         "n_tasks": record.n_tasks,
@@ -329,20 +326,11 @@ def run_row(record: Record) -> dict[str, Any]:
         "error": data.get("error"),
         **record.metrics,
         "parameters": data["network"].get("parameters"),
-        "data": identity.get("data"),
-        "split_name": identity.get("split_name"),
-        "split_hash": identity.get("split_hash"),
-        "backbone": identity.get("backbone"),
-        "weights": identity.get("weights"),
-        "weights_sha256": identity.get("weights_sha256"),
-        **{key: identity[key] for key in _MEASURES if key in identity},
-        **{f"eval_{key}": value for key, value in measuring.items()},
+        **{key: identity.get(key) for key in _IDENTITY},
+        **{key: identity[key] for key in _MEASURING if key in identity},
+        **({f"eval_{key}": value for key, value in measuring.items()} if isinstance(measuring, Mapping) else {}),
         "config_hash": data.get("config_hash"),
-        "dualcl": environment.get("dualcl"),
-        "commit": environment.get("commit"),
-        "dirty": environment.get("dirty"),
-        "torch": environment.get("torch"),
-        "device": environment.get("device"),
+        **{key: environment.get(key) for key in ("dualcl", "commit", "dirty", "torch", "device")},
         "finished": data.get("finished"),
         "path": str(record.directory),
     }

@@ -474,11 +474,7 @@ def _differences(table: Table, wanted: str | None, confidence: float) -> Differe
 
 
 def make_table(
-    records: Sequence[Record],
-    *,
-    allow_mixed: bool = False,
-    baseline: str | None = None,
-    confidence: float = CONFIDENCE,
+    records: Sequence[Record], *, allow_mixed: bool = False, baseline: str | None = None, confidence: float = CONFIDENCE
 ) -> Table:
     """The table of one data stream (records of one preset and its ablations, at least one; see `tell_apart`).
 

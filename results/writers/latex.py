@@ -4,27 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dualcl.results import tables
 from dualcl.results.published.render import NONE, TITLE, Block
 from dualcl.results.record_type import Measure
-from dualcl.results.tables import (
-    DASH,
-    Row,
-    Summary,
-    Table,
-    caveat_lines,
-    cell,
-    compared_rows,
-    difference_metrics,
-    difference_notes,
-    difference_parts,
-    difference_title,
-    difference_unit,
-    ranking_lines,
-    row_name,
-    sections,
-    seeds_note,
-    unit,
-)
+from dualcl.results.tables import DASH, Row, Summary, Table
 
 _TEX = {
     "\\": r"\textbackslash{}",
@@ -57,7 +40,7 @@ def _head(metric: Measure, shown_unit: str) -> str:
 def _tex_cells(table: Table, row: Row, metrics: Sequence[Measure]) -> list[str]:
     cells = []
     for metric in metrics:
-        text = cell(table, row, metric, r" $\pm$ ").replace(DASH, "--")
+        text = tables.cell(table, row, metric, r" $\pm$ ").replace(DASH, "--")
         cells.append(rf"\textbf{{{text}}}" if row.label in table.best[metric.key] else text)
     return cells
 
@@ -86,23 +69,23 @@ def _tex_differences(table: Table) -> list[str]:
     if found is None or not found.shown:
         return []
     body: list[str] = []
-    for metric in difference_metrics(table):
+    for metric in tables.difference_metrics(table):
         body += [r"\midrule"] if body else []
-        for index, row in enumerate(compared_rows(table)):
+        for index, row in enumerate(tables.compared_rows(table)):
             difference = found.by_metric[metric.key][row.label]
-            mean, interval, p = difference_parts(difference, metric)
+            mean, interval, p = tables.difference_parts(difference, metric)
             cells = [tex_text(text).replace("-", "$-$").replace(DASH, "--") for text in (mean, interval, p)]
-            first = _head(metric, difference_unit(metric)) if index == 0 else ""
-            name, n = tex_text(row_name(row)), str(len(difference.seeds))
+            first = _head(metric, tables.difference_unit(metric)) if index == 0 else ""
+            name, n = tex_text(tables.row_name(row)), str(len(difference.seeds))
             cells[2] += r"\,*" if difference.significant else ""
             body.append(" & ".join([first, name, n, *cells]) + r" \\")
     baseline = tex_text(found.baseline)
     return _tex_grid(
-        f"{tex_text(table.preset)}: {tex_text(difference_title(table))}.",
+        f"{tex_text(table.preset)}: {tex_text(tables.difference_title(table))}.",
         "llrrrr",
         ["metric", rf"method $-$ {baseline}", "seeds", "difference", "interval", "$p$ (Holm)"],
         body,
-        [tex_text(line) for line in difference_notes(table)],
+        [tex_text(line) for line in tables.difference_notes(table)],
     )
 
 
@@ -111,12 +94,12 @@ def table_latex(table: Table) -> str:
 
     All metrics follow in a table of their own where the first does not show them, then the differences.
     """
-    heads = [_head(m, unit(table, m)) for m in table.metrics]
+    heads = [_head(m, tables.unit(table, m)) for m in table.metrics]
     lines = [
         r"\begin{table}",
         r"\centering",
         rf"\caption{{{tex_text(table.preset)}: {tex_text(table.subtitle)}. "
-        + tex_text(seeds_note(table))
+        + tex_text(tables.seeds_note(table))
         + (f" {tex_text(table.measured)}." if table.measured else "")
         + "}",
         rf"\begin{{tabular}}{{lr{'r' * len(heads)}}}",
@@ -126,17 +109,20 @@ def table_latex(table: Table) -> str:
     ]
     for row in table.rows:
         cells = _tex_cells(table, row, table.metrics)
-        lines.append(" & ".join([tex_text(row_name(row)), str(len(row.seeds)), *cells]) + r" \\")
+        lines.append(" & ".join([tex_text(tables.row_name(row)), str(len(row.seeds)), *cells]) + r" \\")
     lines += [r"\bottomrule", r"\end{tabular}"]
-    caveats = [tex_text(line) for line in caveat_lines(table)]
+    caveats = [tex_text(line) for line in tables.caveat_lines(table)]
     lines += [*(rf"\par\footnotesize {line}" for line in caveats), r"\end{table}"]
     lines += [f"% without a result: {' '.join(line.split())}" for line in table.unfinished]
     if every := table.all_metrics:
         lines += _tex_grid(
             f"{tex_text(table.preset)}: all metrics of the matrix.",
             "l" + "r" * len(every),
-            ["method", *(_head(m, unit(table, m)) for m in every)],
-            [" & ".join([tex_text(row_name(row)), *_tex_cells(table, row, every)]) + r" \\" for row in table.rows],
+            ["method", *(_head(m, tables.unit(table, m)) for m in every)],
+            [
+                " & ".join([tex_text(tables.row_name(row)), *_tex_cells(table, row, every)]) + r" \\"
+                for row in table.rows
+            ],
             caveats,
         )
     return "\n".join([*lines, *_tex_differences(table), ""])
@@ -145,9 +131,9 @@ def table_latex(table: Table) -> str:
 def render(summary: Summary) -> str:
     """All tables of a summary; the ranks over streams follow as comments."""
     blocks = []
-    for kind, tables in sections(summary):
-        blocks += [table_latex(table) for table in tables]
-        blocks += [f"% {' '.join(line.split())}" for line in ranking_lines(summary, kind)]
+    for kind, found in tables.sections(summary):
+        blocks += [table_latex(table) for table in found]
+        blocks += [f"% {' '.join(line.split())}" for line in tables.ranking_lines(summary, kind)]
     return "\n".join(blocks)
 
 

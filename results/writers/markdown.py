@@ -5,28 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from dualcl.results import tables
 from dualcl.results.published.render import NONE, NOTE, TITLE, Block, legend, sentence
 from dualcl.results.record_type import Measure
-from dualcl.results.tables import (
-    Row,
-    Summary,
-    Table,
-    arrow,
-    caveat_lines,
-    cell,
-    compared_rows,
-    difference_cell,
-    difference_metrics,
-    difference_notes,
-    difference_title,
-    difference_unit,
-    ranking_lines,
-    row_name,
-    sections,
-    seeds_note,
-    shared_seeds,
-    unit,
-)
+from dualcl.results.tables import Row, Summary, Table
 
 
 def markdown_text(text: str) -> str:
@@ -51,66 +33,75 @@ def _markdown_grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[s
 
 
 def _markdown_cells(table: Table, row: Row, metrics: Sequence[Measure]) -> list[str]:
-    cells = [cell(table, row, m) for m in metrics]
+    cells = [tables.cell(table, row, m) for m in metrics]
     return [f"**{c}**" if row.label in table.best[m.key] else c for c, m in zip(cells, metrics, strict=True)]
 
 
 def _markdown_differences(table: Table) -> list[str]:
     if table.differences is None or not table.differences.shown:
         return []
-    metrics = difference_metrics(table)
+    metrics = tables.difference_metrics(table)
     head = [f"method − {table.differences.baseline}", "seeds"]
-    head += [f"{m.title} {arrow(m)} ({difference_unit(m)})" for m in metrics]
+    head += [f"{m.title} {tables.arrow(m)} ({tables.difference_unit(m)})" for m in metrics]
     rows = [
-        [row_name(row), str(len(shared_seeds(table, row))), *(difference_cell(table, row, m) for m in metrics)]
-        for row in compared_rows(table)
+        [
+            tables.row_name(row),
+            str(len(tables.shared_seeds(table, row))),
+            *(tables.difference_cell(table, row, m) for m in metrics),
+        ]
+        for row in tables.compared_rows(table)
     ]
     return [
-        f"#### {markdown_text(difference_title(table))}",
+        f"#### {markdown_text(tables.difference_title(table))}",
         "",
         *_markdown_grid([*map(markdown_text, head)], ([*map(markdown_text, row)] for row in rows)),
         "",
-        *(f"- {markdown_text(line)}" for line in difference_notes(table)),
+        *(f"- {markdown_text(line)}" for line in tables.difference_notes(table)),
         "",
     ]
 
 
 def table_markdown(table: Table) -> str:
     """A GitHub table, best values bold; below it all metrics where it does not show them, and the differences."""
-    lines = [f"### {markdown_text(table.preset)}", "", markdown_text(table.subtitle) + ". " + seeds_note(table), ""]
+    lines = [
+        f"### {markdown_text(table.preset)}",
+        "",
+        markdown_text(table.subtitle) + ". " + tables.seeds_note(table),
+        "",
+    ]
     if table.measured:
         lines += [markdown_text(table.measured) + ".", ""]
     if table.rows:
-        heads = [markdown_text(f"{m.title} {arrow(m)} ({unit(table, m)})") for m in table.metrics]
+        heads = [markdown_text(f"{m.title} {tables.arrow(m)} ({tables.unit(table, m)})") for m in table.metrics]
         lines += _markdown_grid(
             ["method", "seeds", *heads],
             (
-                [markdown_text(row_name(row)), str(len(row.seeds)), *_markdown_cells(table, row, table.metrics)]
+                [markdown_text(tables.row_name(row)), str(len(row.seeds)), *_markdown_cells(table, row, table.metrics)]
                 for row in table.rows
             ),
         )
         lines.append("")
-    for line in caveat_lines(table):
+    for line in tables.caveat_lines(table):
         lines += [markdown_text(line), ""]
     if table.unfinished:
         lines += ["Without a result:", "", *(f"- {markdown_text(line)}" for line in table.unfinished), ""]
     if table.warnings:
         lines += ["Mind:", "", *(f"- {markdown_text(line)}" for line in table.warnings), ""]
     if every := table.all_metrics:
-        heads = [markdown_text(f"{m.title} {arrow(m)} ({unit(table, m)})") for m in every]
-        rows = ([markdown_text(row_name(row)), *_markdown_cells(table, row, every)] for row in table.rows)
+        heads = [markdown_text(f"{m.title} {tables.arrow(m)} ({tables.unit(table, m)})") for m in every]
+        rows = ([markdown_text(tables.row_name(row)), *_markdown_cells(table, row, every)] for row in table.rows)
         lines += ["#### All metrics of the matrix", "", *_markdown_grid(["method", *heads], rows), ""]
     return "\n".join([*lines, *_markdown_differences(table)])
 
 
 def render(summary: Summary) -> str:
     """All tables of a summary, by kind, with the ranks over streams."""
-    blocks, parts = [], sections(summary)
-    for kind, tables in parts:
-        blocks += [table_markdown(table) for table in tables]
+    blocks, parts = [], tables.sections(summary)
+    for kind, found in parts:
+        blocks += [table_markdown(table) for table in found]
         if len(parts) > 1:
-            blocks[-len(tables)] = f"## {kind.heading}\n\n{blocks[-len(tables)]}"
-        if lines := ranking_lines(summary, kind):
+            blocks[-len(found)] = f"## {kind.heading}\n\n{blocks[-len(found)]}"
+        if lines := tables.ranking_lines(summary, kind):
             blocks.append("\n".join(["### Ranks over streams", "", *(f"- {markdown_text(t)}" for t in lines), ""]))
     return "\n".join(blocks)
 

@@ -7,29 +7,9 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from dualcl.results import tables
 from dualcl.results.published.render import NONE, NOTE, TITLE, Block, legend
-from dualcl.results.tables import (
-    DAGGER,
-    DASH,
-    Summary,
-    Table,
-    arrow,
-    caveat_lines,
-    cell,
-    compared_rows,
-    difference_metrics,
-    difference_notes,
-    difference_parts,
-    difference_title,
-    difference_unit,
-    few_seeds,
-    ranking_lines,
-    row_name,
-    sections,
-    seeds_note,
-    shared_seeds,
-    unit,
-)
+from dualcl.results.tables import DAGGER, DASH, Summary, Table
 
 _ASCII = {"±": "+-", "↑": "^", "↓": "v", "×": "x", "·": ".", "²": "^2", "³": "^3", DASH: "-", "−": "-", DAGGER: "+"}
 
@@ -63,20 +43,20 @@ def _wrapped(lines: Iterable[str], width: int | None) -> list[str]:
 
 def _text_differences(table: Table) -> list[list[str]]:
     """The grid of mean differences with intervals: p and standard deviation would not fit a terminal."""
-    metrics = difference_metrics(table)
+    metrics = tables.difference_metrics(table)
     assert table.differences is not None
     grid = [
-        [f"method − {table.differences.baseline}", "seeds", *(f"{m.title} {arrow(m)} " for m in metrics)],
-        ["", "", *(f"{difference_unit(m)} " for m in metrics)],
+        [f"method − {table.differences.baseline}", "seeds", *(f"{m.title} {tables.arrow(m)} " for m in metrics)],
+        ["", "", *(f"{tables.difference_unit(m)} " for m in metrics)],
     ]
-    for row in compared_rows(table):
+    for row in tables.compared_rows(table):
         cells = []
         for metric in metrics:
             difference = table.differences.by_metric[metric.key][row.label]
-            mean, interval, _ = difference_parts(replace(difference, std=None), metric)
-            text = mean if difference.mean is None else f"{mean} {interval}{few_seeds(table, row, difference)}"
+            mean, interval, _ = tables.difference_parts(replace(difference, std=None), metric)
+            text = mean if difference.mean is None else f"{mean} {interval}{tables.few_seeds(table, row, difference)}"
             cells.append(text + ("*" if difference.significant else " "))
-        grid.append([row_name(row), str(len(shared_seeds(table, row))), *cells])
+        grid.append([tables.row_name(row), str(len(tables.shared_seeds(table, row))), *cells])
     return grid
 
 
@@ -86,22 +66,22 @@ def table_text(table: Table, *, ascii_only: bool = False, width: int | None = No
     The differences follow, where there are any to test.
     """
     grid = [
-        ["method", "seeds", *(f"{m.title} {arrow(m)} " for m in table.metrics)],
-        ["", "", *(f"{unit(table, m)} " for m in table.metrics)],
+        ["method", "seeds", *(f"{m.title} {tables.arrow(m)} " for m in table.metrics)],
+        ["", "", *(f"{tables.unit(table, m)} " for m in table.metrics)],
     ]
     for row in table.rows:
         # a blank in the place of the star keeps the digits of a column under each other
-        cells = [cell(table, row, m) + ("*" if row.label in table.best[m.key] else " ") for m in table.metrics]
-        grid.append([row_name(row), str(len(row.seeds)), *cells])
+        cells = [tables.cell(table, row, m) + ("*" if row.label in table.best[m.key] else " ") for m in table.metrics]
+        grid.append([tables.row_name(row), str(len(row.seeds)), *cells])
     lines = [f"{table.preset}: {table.subtitle}", *([table.measured] if table.measured else []), ""]
     lines += _text_grid(_plain_grid(grid, ascii_only), 2, width) if table.rows else []
-    lines.append(seeds_note(table) + (" * marks the best of a column." if any(table.best.values()) else ""))
-    lines += _wrapped(caveat_lines(table), width)
+    lines.append(tables.seeds_note(table) + (" * marks the best of a column." if any(table.best.values()) else ""))
+    lines += _wrapped(tables.caveat_lines(table), width)
     lines += [f"no result: {line}" for line in table.unfinished]
     if table.differences is not None and table.differences.shown:
-        lines += ["", *_wrapped([difference_title(table)], width), ""]
+        lines += ["", *_wrapped([tables.difference_title(table)], width), ""]
         lines += _text_grid(_plain_grid(_text_differences(table), ascii_only), 2, width)
-        lines += _wrapped(difference_notes(table, short=True), width)
+        lines += _wrapped(tables.difference_notes(table, short=True), width)
     return _plain("\n".join([*lines, ""]), ascii_only)
 
 
@@ -121,8 +101,8 @@ def _plain_grid(grid: Sequence[Sequence[str]], ascii_only: bool) -> list[list[st
 def render(summary: Summary, *, ascii_only: bool = False, width: int | None = None) -> str:
     """All tables of a summary, then the ranks over its streams."""
     blocks = [table_text(table, ascii_only=ascii_only, width=width) for table in summary.tables]
-    for kind, _ in sections(summary):
-        if lines := ranking_lines(summary, kind):
+    for kind, _ in tables.sections(summary):
+        if lines := tables.ranking_lines(summary, kind):
             blocks.append(_plain("\n".join([*_wrapped(lines, width), "", ""]), ascii_only))
     return "\n".join(blocks)
 
