@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dualcl.benchmark.core.errors import UserError
 from dualcl.results.late import late
 from dualcl.results.metrics import KINDS, METRICS
+from dualcl.results.record_type import FIELDS
 from dualcl.results.records import Record, find_records, run_row, scan_records
 from dualcl.results.tables import streams
 
@@ -29,12 +30,15 @@ VERSION = 1
 DTYPES = {"text": "string", "integer": "Int64", "number": "float64", "flag": "boolean", "time": "datetime64[us, UTC]"}
 
 
+Kind = Literal["text", "integer", "number", "flag", "time"]
+
+
 @dataclass(frozen=True)
 class Column:
     """A column of a frame."""
 
     name: str
-    kind: Literal["text", "integer", "number", "flag", "time"]
+    kind: Kind
     #: what it holds, with its unit
     what: str
 
@@ -49,25 +53,29 @@ _RUN = (
     Column("seed", "integer", "of initialisation, batch order and augmentation"),
 )
 
+_FIELDS = {field.name: field for field in FIELDS}
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("name", "text", "texts", "scalar"), "text"),
+    **dict.fromkeys(("integer", "count", "size"), "integer"),
+    **dict.fromkeys(("number", "seconds"), "number"),
+    "flag": "flag",
+}
+
+
+def _recorded(place: str, names: str) -> list[Column]:
+    """Columns of what is in a record at a place."""
+    fields = [(name, _FIELDS[f"{place}.{name}" if place else name]) for name in names.split()]
+    return [Column(name, _KINDS[field.kind], field.about) for name, field in fields]
+
+
 RUNS = (
     *_RUN,
-    Column("joint", "flag", "saw all tasks at once: an upper bound"),
-    Column("caveats", "text", "what a reader of the numbers must know"),
-    Column("n_tasks", "integer", "tasks (concepts) of the stream"),
-    Column("status", "text", "running, finished, failed or interrupted"),
-    Column("error", "text", "why it failed"),
+    *_recorded("run", "joint caveats n_tasks"),
+    *_recorded("", "status error"),
     *(Column(m.key, "number", f"{m.definition} [{m.unit}]") for m in METRICS.values()),
-    Column("parameters", "integer", "of the adapted network"),
-    Column("data", "text", "the data set"),
-    Column("split_name", "text", "of training and test data"),
-    Column("split_hash", "text", "of the split's file names or indices"),
-    Column("backbone", "text", "the pretrained model"),
-    Column("weights", "text", "where its weights came from"),
-    Column("weights_sha256", "text", "of its weights"),
-    Column("features", "text", "the model whose features measure generated images"),
-    Column("features_sha256", "text", "of that model's weights"),
-    Column("kernel", "text", "of the MMD"),
-    Column("estimator", "text", "of the MMD"),
+    *_recorded("network", "parameters"),
+    *_recorded("identity", "data split_name split_hash backbone weights weights_sha256"),
+    *_recorded("identity", "features features_sha256 kernel estimator"),
     Column("steps", "integer", "optimiser steps per concept"),
     Column("eval_n", "integer", "images generated per concept"),
     Column("eval_steps", "integer", "denoising steps"),
@@ -76,12 +84,8 @@ RUNS = (
     Column("eval_prompt", "text", "template of the prompts"),
     Column("eval_negative_prompt", "text", "negative prompt"),
     Column("eval_prompts_hash", "text", "of all prompts"),
-    Column("config_hash", "text", "of every setting that can change a result"),
-    Column("dualcl", "text", "version"),
-    Column("commit", "text", "of the checkout"),
-    Column("dirty", "flag", "uncommitted changes in it"),
-    Column("torch", "text", "version"),
-    Column("device", "text", "cpu, or the GPU"),
+    *_recorded("", "config_hash"),
+    *_recorded("environment", "dualcl commit dirty torch device"),
     Column("finished", "time", "when the run ended"),
 )
 
@@ -90,28 +94,14 @@ CELLS = (
     Column("after_task", "integer", "the task learnt last, from 0"),
     Column("task", "integer", "the task tested, from 0"),
     Column("value", "number", "accuracy in percent, or MMD to the real images x 10^3"),
-    *(
-        Column(field.name, "integer" if field.kind == "integer" else "number", field.what)
-        for kind in KINDS.values()
-        for field in kind.by_name.values()
-    ),
+    *(Column(field.name, _KINDS[field.kind], field.what) for kind in KINDS.values() for field in kind.by_name.values()),
 )
 
 TASKS = (
     *_RUN,
     Column("task", "integer", "from 0; missing where all were learnt at once"),
-    Column("name", "text", "of the task"),
-    Column("n_train", "integer", "training images"),
-    Column("n_test", "integer", "test images"),
-    Column("steps", "integer", "optimiser steps"),
-    Column("final_loss", "number", "mean loss of the last epoch"),
-    Column("parameters_trained", "integer", "trained for this task"),
-    Column("parameters_stored", "integer", "stored after it"),
-    Column("train_seconds", "number", "of training [s]"),
-    Column("begin_seconds", "number", "part of it: before the first step [s]"),
-    Column("end_seconds", "number", "part of it: after the last step [s]"),
-    Column("eval_seconds", "number", "of evaluating all tasks so far [s]"),
-    Column("peak_mib", "number", "peak memory [MiB]"),
+    *_recorded("tasks[]", "name n_train n_test steps final_loss parameters_trained parameters_stored"),
+    *_recorded("measured.tasks[]", "train_seconds begin_seconds end_seconds eval_seconds peak_mib"),
 )
 
 LOG = (
