@@ -12,8 +12,8 @@ from dualcl.benchmark.core.machine import resident_peak_mib
 from dualcl.benchmark.core.text import duration, printable
 
 
-def peak_mib() -> float:
-    """Peak memory of this process in MiB: of the CUDA device when one is in use, else resident."""
+def peak_mib() -> float | None:
+    """Peak memory of this process in MiB: of the CUDA device when one is in use, else resident; None where unknown."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         return float(torch.cuda.max_memory_allocated()) / 2**20
