@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -95,7 +97,7 @@ BROKEN = {
     "    self.drift += 1.0\n"
     "def scores(self, features):\n"
     "    scores = super().scores(features)\n"
-    "    return scores + 99 * (self.drift - 1) * features[:, : scores.shape[1]]": ([RESTORES, RESUMES], "not in `state_dict`"),
+    "    return scores + 99 * (self.drift - 1) * features[:, : scores.shape[1]]": ([RESTORES, RESUMES], "state_dict"),
     "def end_task(self, task):\n"
     "    self.rows = torch.rand(1)\n"
     "def restored(self, finished):\n"
@@ -141,3 +143,31 @@ def test_bad_input_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["nowhere.py"], ["lorra"], ["lora", "--set", "method.rnk=1"]):
         assert main(["check", *words]) == 2
         assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+PAGE = Path(__file__).parents[2] / "methods" / "README.md"
+
+
+def test_the_page_s_method_runs_and_keeps_its_promises(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (text,) = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    (shell,) = re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("ridge.py").write_text(text)
+    tiny = ["--set", "data.train_per_class=6", "data.test_per_class=4"]
+    commands = [shlex.split(line, comments=True)[1:] for line in shell.splitlines()]
+    assert [words[0] for words in commands] == ["check", "show", "run", "compare"]
+    for words in commands:
+        assert main([*words, *(tiny if words[0] in ("run", "compare") else [])]) == 0, capsys.readouterr().err
+    record = json.loads(Path("runs/ridge-10/record.json").read_text())
+    assert (record["status"], record["config"]["method"]["strength"]) == ("finished", 10.0)
+    row = record["matrix"]["rows"][-1]
+    assert sum(row["correct"]) > sum(row["total"]) / 5  # of 20 classes
+    assert [t["steps"] for t in record["tasks"]] == [0] * 5
+
+
+def test_the_page_lists_every_file() -> None:
+    text = PAGE.read_text()
+    files = [p for p in (*PAGE.parent.glob("*.py"), *PAGE.parent.glob("shared/*.py")) if p.name != "__init__.py"]
+    assert [p.name for p in files if f"`{p.name}`" not in text] == []
