@@ -394,7 +394,8 @@ def leaking(monkeypatch, guarded) -> Callable[..., GuardedRun]:
     """leaking(domain, class, other_test=False) -> a run of a method that is registered for this test, not begun."""
 
     def make(domain: str, cls: type[Leaking], other_test: bool = False) -> GuardedRun:
-        info = MethodInfo("leaking", ("classification", "customization"), "", "", __name__)
+        about = {"domains": ("classification", "customization"), "summary": "", "source": ""}
+        info = MethodInfo(name="leaking", module=__name__, class_name="Registered", **about)
         monkeypatch.setitem(available_methods(), "leaking", info)
         cls.name = "leaking"
         monkeypatch.setitem(globals(), "Registered", cls)

@@ -316,47 +316,33 @@ def test_a_record_that_names_a_file_runs_nothing(key: str, source: Any, concept_
 
 # --- bad files --------------------------------------------------------------------------------------------------------
 
-ONE = METHOD.partition("@dataclass")[0] + METHOD[METHOD.index("@register_method") :].replace(
-    "    Config = Config\n", ""
-)
-REGISTER = (
-    '@register_method("mine", domains=("classification", "customization"), summary="trains rows", source="nowhere")'
-)
+#: without a Config
+ONE = re.sub("@dataclass.*?(?=@register_method)|    Config = Config\n", "", METHOD, flags=re.DOTALL)
+BOTH = '("classification", "customization")'
+#: the text of a file, and what is said of it
 BAD = {
     "no registration": ("x = 1\n", "registers no method: decorate its class with @register_method(...)"),
-    "several": (
-        METHOD + METHOD.replace('"mine"', '"ours"'),
-        "registers 2 methods, mine, ours; choose one, bad.py:mine",
-    ),
-    "twice": (METHOD + METHOD, "registers 'mine' twice"),
+    "several": (ONE + ONE.replace('"mine"', '"ours"'), "registers 2 methods, mine, ours; choose one, bad.py:mine"),
+    "twice": (ONE + ONE, "registers 'mine' twice"),
     "syntax": ("def f(:\n", "bad.py, line 1 is no Python: invalid syntax"),
     "null bytes": ("x = 1\0\n", "is no Python"),
     "built in": (ONE.replace('"mine"', '"lora"'), "'lora' is registered in dualcl.methods.lora and in {place}/bad.py"),
     "import error": ("import nowhere\n" + ONE, "cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
     "exits": ("raise SystemExit(3)\n" + ONE, "bad.py cannot be imported: SystemExit: 3"),
     "several lines": ("raise ValueError('one\\ntwo')\n" + ONE, "cannot be imported: ValueError: one"),
-    "no literal": (
-        ONE.replace('"mine"', "NAME"),
-        '@register_method("name", domains=..., summary=..., source=...) wants lit',
-    ),
+    "no literal": (ONE.replace('"mine"', "NAME"), '@register_method("name", key=value, ...) wants literals'),
     "no call": (re.sub("@register_method.*", "@register_method", ONE), "wants literals"),
     "two names": (ONE.replace('"mine"', '"mine", "ours"'), "wants literals"),
-    "bad name": (ONE.replace('"mine"', '"my method"'), "the name is 'my method'; it must be letters"),
-    "unknown keyword": (ONE.replace("summary=", "sumary="), "takes no sumary; did you mean 'summary'"),
-    "missing keyword": (ONE.replace(', source="nowhere"', ""), "source is missing in @register_method"),
-    "wrong type": (
-        ONE.replace('("classification", "customization")', '"classification"'),
-        "domains must be a tuple of texts",
-    ),
+    "bad name": (ONE.replace('"mine"', '"my method"'), "letters, digits, _ and -; got 'my method'"),
+    "unknown keyword": (ONE.replace("summary=", "sumary="), "@register_method got an unexpected keyword argument 'su"),
+    "missing keyword": (ONE.replace(', source="nowhere"', ""), "missing 1 required keyword-only argument: 'source'"),
+    "wrong type": (ONE.replace(BOTH, '"classification"'), "domains must be a tuple of texts"),
     "no method": (ONE.replace("(Method)", "").replace("super().loss(batch)", "0"), "is no dualcl.methods.base.Method"),
     "bare config": (METHOD.replace("@dataclass(frozen=True)\n", ""), "Config must be a MethodConfig decorated with"),
     "old takes_steps": (ONE + "\n    takes_steps = False\n", "bad.py: Mine.takes_steps is a method now"),
     "old capability": (ONE + '\n    requires = ("prefix",)\n', 'bad.py: Mine.requires: "prefix" is "prefixes" now'),
     "old hook": (ONE + "\n    def set_prefix_provider(self): ...\n", "bad.py: Mine.set_prefix_provider is features("),
-    "another domain": (
-        ONE.replace('("classification", "customization")', '("customization",)'),
-        "it serves: customization",
-    ),
+    "another domain": (ONE.replace(BOTH, '("customization",)'), "it serves: customization"),
 }
 
 
@@ -373,7 +359,7 @@ def test_a_bad_file_is_refused_in_one_line(what: str, place: Path, refused: Any)
         ("nowhere.py", "cannot read {place}/nowhere.py: No such file or directory"),
         ("parts", "unknown method 'parts'"),
         ("parts/", "parts/ is no .py file"),
-        ("own.yaml", "own.yaml is no .py file; give the method's file"),
+        ("own.yaml", "own.yaml is no .py file; give the method's, FILE.py:NAME"),
         ("parts/mine.py:mime", "registers no method 'mime'; did you mean 'mine'? (there: mine)"),
         ("parts/mine.py@" + "0" * 64, "mine.py has changed: the run was planned with sha256 000000000000"),
         ("lora@" + "0" * 64, "dualcl.methods.lora is built in"),
