@@ -38,8 +38,6 @@ _FOOTER = struct.Struct("<8sQQI")
 _ENTRY = np.dtype([(name, "<u4") for name in ("height", "width", "full_width", "full_height", "crc")])
 
 
-
-
 class PixelStore:
     """The images of one set, read from an open file of the cache; its shared lock says that it is in use.
 
