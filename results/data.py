@@ -7,19 +7,18 @@ one per logged step; `path` joins them. pandas and pyarrow are imported when the
 from __future__ import annotations
 
 import importlib.util
-import io
-import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from dualcl.benchmark.core.errors import UserError, nearest
-from dualcl.results.files import write_bytes
-from dualcl.results.metrics import METRICS
-from dualcl.results.records import Record, run_row, scan_records
+from dualcl.benchmark.core.errors import UserError
+from dualcl.results.late import late
+from dualcl.results.metrics import KINDS, METRICS
+from dualcl.results.record_type import FIELDS
+from dualcl.results.records import Record, find_records, run_row, scan_records
+from dualcl.results.tables import streams
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,13 +27,10 @@ if TYPE_CHECKING:
 VERSION = 1
 
 #: pandas dtype of every kind of column; a value that is missing, or of another type, is NA
-DTYPES = {
-    "text": "string",
-    "integer": "Int64",
-    "number": "float64",
-    "flag": "boolean",
-    "time": "datetime64[us, UTC]",
-}
+DTYPES = {"text": "string", "integer": "Int64", "number": "float64", "flag": "boolean", "time": "datetime64[us, UTC]"}
+
+
+Kind = Literal["text", "integer", "number", "flag", "time"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +38,7 @@ class Column:
     """A column of a frame."""
 
     name: str
-    kind: Literal["text", "integer", "number", "flag", "time"]
+    kind: Kind
     #: what it holds, with its unit
     what: str
 
@@ -57,25 +53,29 @@ _RUN = (
     Column("seed", "integer", "of initialisation, batch order and augmentation"),
 )
 
+_FIELDS = {field.name: field for field in FIELDS}
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys(("name", "text", "texts", "scalar"), "text"),
+    **dict.fromkeys(("integer", "count", "size"), "integer"),
+    **dict.fromkeys(("number", "seconds"), "number"),
+    "flag": "flag",
+}
+
+
+def _recorded(place: str, names: str) -> list[Column]:
+    """Columns of what is in a record at a place."""
+    fields = [(name, _FIELDS[f"{place}.{name}" if place else name]) for name in names.split()]
+    return [Column(name, _KINDS[field.kind], field.about) for name, field in fields]
+
+
 RUNS = (
     *_RUN,
-    Column("joint", "flag", "saw all tasks at once: an upper bound"),
-    Column("caveats", "text", "what a reader of the numbers must know"),
-    Column("n_tasks", "integer", "tasks (concepts) of the stream"),
-    Column("status", "text", "running, finished, failed or interrupted"),
-    Column("error", "text", "why it failed"),
+    *_recorded("run", "joint caveats n_tasks"),
+    *_recorded("", "status error"),
     *(Column(m.key, "number", f"{m.definition} [{m.unit}]") for m in METRICS.values()),
-    Column("parameters", "integer", "of the adapted network"),
-    Column("data", "text", "the data set"),
-    Column("split_name", "text", "of training and test data"),
-    Column("split_hash", "text", "of the split's file names or indices"),
-    Column("backbone", "text", "the pretrained model"),
-    Column("weights", "text", "where its weights came from"),
-    Column("weights_sha256", "text", "of its weights"),
-    Column("features", "text", "the model whose features measure generated images"),
-    Column("features_sha256", "text", "of that model's weights"),
-    Column("kernel", "text", "of the MMD"),
-    Column("estimator", "text", "of the MMD"),
+    *_recorded("network", "parameters"),
+    *_recorded("identity", "data split_name split_hash backbone weights weights_sha256"),
+    *_recorded("identity", "features features_sha256 kernel estimator"),
     Column("steps", "integer", "optimiser steps per concept"),
     Column("eval_n", "integer", "images generated per concept"),
     Column("eval_steps", "integer", "denoising steps"),
@@ -84,12 +84,8 @@ RUNS = (
     Column("eval_prompt", "text", "template of the prompts"),
     Column("eval_negative_prompt", "text", "negative prompt"),
     Column("eval_prompts_hash", "text", "of all prompts"),
-    Column("config_hash", "text", "of every setting that can change a result"),
-    Column("dualcl", "text", "version"),
-    Column("commit", "text", "of the checkout"),
-    Column("dirty", "flag", "uncommitted changes in it"),
-    Column("torch", "text", "version"),
-    Column("device", "text", "cpu, or the GPU"),
+    *_recorded("", "config_hash"),
+    *_recorded("environment", "dualcl commit dirty torch device"),
     Column("finished", "time", "when the run ended"),
 )
 
@@ -98,29 +94,14 @@ CELLS = (
     Column("after_task", "integer", "the task learnt last, from 0"),
     Column("task", "integer", "the task tested, from 0"),
     Column("value", "number", "accuracy in percent, or MMD to the real images x 10^3"),
-    Column("correct", "integer", "test images predicted correctly"),
-    Column("total", "integer", "test images"),
-    Column("mmd", "number", "squared MMD to the real images, not scaled"),
-    Column("drift", "number", "squared MMD to the images right after learning, not scaled"),
-    Column("image_similarity", "number", "mean cosine to the real images"),
-    Column("text_similarity", "number", "mean cosine to the prompt"),
-    Column("nearest_correct", "integer", "generated images nearest to their own concept"),
-    Column("generated", "integer", "generated images"),
+    *(Column(field.name, _KINDS[field.kind], field.what) for kind in KINDS.values() for field in kind.by_name.values()),
 )
 
 TASKS = (
     *_RUN,
     Column("task", "integer", "from 0; missing where all were learnt at once"),
-    Column("name", "text", "of the task"),
-    Column("n_train", "integer", "training images"),
-    Column("n_test", "integer", "test images"),
-    Column("steps", "integer", "optimiser steps"),
-    Column("final_loss", "number", "mean loss of the last epoch"),
-    Column("parameters_trained", "integer", "trained for this task"),
-    Column("parameters_stored", "integer", "stored after it"),
-    Column("train_seconds", "number", "of training [s]"),
-    Column("eval_seconds", "number", "of evaluating all tasks so far [s]"),
-    Column("peak_mib", "number", "peak memory [MiB]"),
+    *_recorded("tasks[]", "name n_train n_test steps final_loss parameters_trained parameters_stored"),
+    *_recorded("measured.tasks[]", "train_seconds begin_seconds end_seconds eval_seconds peak_mib"),
 )
 
 LOG = (
@@ -132,6 +113,9 @@ LOG = (
     Column("penalty", "number", "in the loss"),
     Column("lr_factor", "number", "on every learning rate"),
 )
+
+
+_COSTS = ("train_seconds", "begin_seconds", "end_seconds", "eval_seconds", "peak_mib")
 
 
 def _key(record: Record) -> dict[str, Any]:
@@ -149,7 +133,7 @@ def _cells(record: Record) -> Iterator[dict[str, Any]]:
         after = row["after_task"]
         shown = values[after] or [None] * (after + 1)
         for task in range(after + 1):
-            fields = {name: row[name][task] for name in record.kind.row_fields}
+            fields = {n: row[n][task] if row.get(n) else None for n in record.kind.row_fields}
             if any(value is not None for value in fields.values()):
                 yield {**key, "after_task": after, "task": task, "value": shown[task], **fields}
 
@@ -158,7 +142,7 @@ def _tasks(record: Record) -> Iterator[dict[str, Any]]:
     costs = record.data["measured"].get("tasks") or []
     for number, task in enumerate(record.data["tasks"]):
         cost = costs[number] if number < len(costs) else {}
-        yield {**_key(record), **task, **{k: cost.get(k) for k in ("train_seconds", "eval_seconds", "peak_mib")}}
+        yield {**_key(record), **task, **{name: cost.get(name) for name in _COSTS}}
 
 
 def _log(record: Record) -> Iterator[dict[str, Any]]:
@@ -180,37 +164,6 @@ FRAMES: dict[str, tuple[tuple[Column, ...], Callable[[Record], Iterator[dict[str
 }
 
 
-def _typed(values: Sequence[Any], kind: str) -> Any:
-    import pandas as pd
-
-    if kind == "number":
-        known = [float(v) if isinstance(v, (int, float)) and not isinstance(v, bool) else None for v in values]
-        return pd.Series(known, dtype="float64")
-    if kind == "integer":
-        return pd.Series([v if type(v) is int else None for v in values], dtype="Int64")
-    if kind == "flag":
-        return pd.Series([v if isinstance(v, bool) else None for v in values], dtype="boolean")
-    text = pd.Series([None if v is None else str(v) for v in values], dtype="string")
-    if kind == "time":
-        return pd.to_datetime(text, utc=True, errors="coerce", format="ISO8601").dt.as_unit("us")
-    return text
-
-
-def frame_of(records: Iterable[Record], what: str = "runs") -> pd.DataFrame:
-    """The frame `what` of these records, rows in their order. UserError for another name."""
-    import pandas as pd
-
-    if what not in FRAMES:
-        raise UserError(f"unknown frame {what!r}; {nearest(what, FRAMES, 'frames')}")
-    columns, rows = FRAMES[what]
-    values: dict[str, list[Any]] = {column.name: [] for column in columns}
-    for record in records:
-        for row in rows(record):
-            for name, column in values.items():
-                column.append(row.get(name))
-    return pd.DataFrame({column.name: _typed(values[column.name], column.kind) for column in columns})
-
-
 def load(
     dirs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]], what: str = "runs", *, strict: bool = True
 ) -> pd.DataFrame:
@@ -219,15 +172,14 @@ def load(
     Columns and their types are those of `FRAMES`, whatever the records hold. Raises UserError for a folder that is not
     there and for a record that cannot be read; with `strict=False` that one is left out, with a warning.
     """
-    from dualcl.results.tables import streams
-
     places = [dirs] if isinstance(dirs, (str, os.PathLike)) else [*dirs]
     records, problems = scan_records(places)
     if problems and strict:
         raise UserError(problems[0])
     for problem in problems:
         warnings.warn(f"left out: {problem}", stacklevel=2)
-    return frame_of([record for stream in streams(records) for record in stream], what)
+    found: pd.DataFrame = late("writers.parquet").frame_of([r for stream in streams(records) for r in stream], what)
+    return found
 
 
 def need_parquet() -> None:
@@ -236,25 +188,7 @@ def need_parquet() -> None:
         raise UserError('Parquet needs pyarrow: pip install "dualcl[parquet]"')
 
 
-def write_parquet(records: Sequence[Record], what: str, path: Path) -> Path:
-    """Writes a frame as Parquet; version and columns are in its metadata under `dualcl`. UserError without pyarrow."""
-    need_parquet()
-    import pyarrow
-    import pyarrow.parquet
-
-    table = pyarrow.Table.from_pandas(frame_of(records, what), preserve_index=False)
-    about = {"frame": what, "version": VERSION, "columns": {c.name: c.what for c in FRAMES[what][0]}}
-    buffer = io.BytesIO()
-    metadata = {**(table.schema.metadata or {}), b"dualcl": json.dumps(about).encode()}
-    pyarrow.parquet.write_table(table.replace_schema_metadata(metadata), buffer)
-    return write_bytes(path, buffer.getvalue())
-
-
-def columns_markdown() -> str:
-    """The columns of all frames, for SCHEMA.md."""
-    lines = []
-    for what, (columns, _) in FRAMES.items():
-        lines += [f"### {what}", "", "| column | dtype | what it holds |", "| --- | --- | --- |"]
-        lines += [f"| `{c.name}` | {DTYPES[c.kind]} | {c.what.replace('|', chr(92) + '|')} |" for c in columns]
-        lines.append("")
-    return "\n".join(lines)
+def frame(dirs: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
+    """One row per run below `dirs` as it is, with every measure; see `load` for columns that are always there."""
+    found: pd.DataFrame = late("writers.parquet").pd.DataFrame([run_row(record) for record in find_records(dirs)])
+    return found

@@ -4,19 +4,20 @@ Accuracy functions take `acc`, made by `accuracies`: `acc[i][j]` is the accuracy
 task i (zero-based, j <= i, all classes seen so far as candidates, no task id); a missing row is None. Functions of
 distances take the recorded rows as `after_task` -> row. What cannot be computed from the rows that exist is None, never
 0.
+
+A new measure is one `Measure` in KINDS; README.md in this folder has an example.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from math import fsum
 from typing import Any
 
+from dualcl.results.record_type import Curve, Field, MatrixKind, Measure, Results, last_mean, optional_field, whole
+
 Cells = list["list[float] | None"]
-#: a matrix to be drawn: row i holds tasks 0..i, None where not evaluated; None for a missing row
-Grid = Sequence["Sequence[float | None] | None"]
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -93,19 +94,6 @@ def plasticity(acc: Cells) -> float | None:
     return _mean([row[-1] for row in rows]) if rows else None
 
 
-def _accuracy_metrics(matrix: Mapping[str, Any], n_tasks: int) -> dict[str, float | None]:
-    acc = accuracies(matrix, n_tasks)
-    return {
-        "A_last": a_last(acc),
-        "A_last_weighted": a_last_weighted(matrix, n_tasks),
-        "A_avg": a_avg(acc),
-        "F_step": f_step(acc),
-        "F_max": f_max(acc),
-        "BWT": bwt(acc),
-        "plasticity": plasticity(acc),
-    }
-
-
 #: distances are recorded raw, and shown times this
 MMD_SCALE = 1e3
 
@@ -116,41 +104,30 @@ def _rows(matrix: Mapping[str, Any]) -> Rows:
     return {row["after_task"]: row for row in matrix["rows"]}
 
 
-def _whole(values: Sequence[float | None]) -> list[float] | None:
-    """The values when there are some and none is missing."""
-    known = [value for value in values if value is not None]
-    return known if known and len(known) == len(values) else None
-
-
-def _last_mean(rows: Rows, n_tasks: int, field: str) -> float | None:
-    values = _whole(rows[n_tasks - 1][field]) if n_tasks - 1 in rows else None
-    return _mean(values) if values else None
-
-
 def a_mmd(rows: Rows, n_tasks: int) -> float | None:
     """A_mmd (C-LoRA, arXiv 2304.06027): mean over j of MMD(phi(X_j), phi(G[N][j])), x 10^3."""
-    mean = _last_mean(rows, n_tasks, "mmd")
+    mean = last_mean(rows, n_tasks, "mmd")
     return None if mean is None else MMD_SCALE * mean
 
 
 def f_mmd(rows: Rows, n_tasks: int) -> float | None:
     """F_mmd (C-LoRA, arXiv 2304.06027): mean over j < N of MMD(phi(G[j][j]), phi(G[N][j])), x 10^3."""
-    values = _whole(rows[n_tasks - 1]["drift"][:-1]) if n_tasks - 1 in rows else None
+    values = whole(rows[n_tasks - 1]["drift"][:-1]) if n_tasks - 1 in rows else None
     return MMD_SCALE * _mean(values) if values else None
 
 
 def image_similarity(rows: Rows, n_tasks: int) -> float | None:
     """Mean cosine between images generated after the last task and real ones, mean over concepts (cf. CLIP-I)."""
-    return _last_mean(rows, n_tasks, "image_similarity")
+    return last_mean(rows, n_tasks, "image_similarity")
 
 
 def text_similarity(rows: Rows, n_tasks: int) -> float | None:
     """Mean cosine between images generated after the last task and their prompt, mean over concepts (cf. CLIP-T)."""
-    return _last_mean(rows, n_tasks, "text_similarity")
+    return last_mean(rows, n_tasks, "text_similarity")
 
 
 def _share(correct: Sequence[int | None], generated: Sequence[int | None]) -> float | None:
-    right, total = _whole(correct), _whole(generated)
+    right, total = whole(correct), whole(generated)
     return 100.0 * sum(right) / sum(total) if right and total and sum(total) else None
 
 
@@ -170,18 +147,6 @@ def concept_accuracy_last(rows: Rows, n_tasks: int) -> float | None:
     if n_tasks < 2 or n_tasks - 1 not in rows:
         return None
     return _share(rows[n_tasks - 1]["nearest_correct"], rows[n_tasks - 1]["generated"])
-
-
-def _mmd_metrics(matrix: Mapping[str, Any], n_tasks: int) -> dict[str, float | None]:
-    rows = _rows(matrix)
-    return {
-        "A_mmd": a_mmd(rows, n_tasks),
-        "F_mmd": f_mmd(rows, n_tasks),
-        "image_similarity": image_similarity(rows, n_tasks),
-        "text_similarity": text_similarity(rows, n_tasks),
-        "concept_accuracy": concept_accuracy(rows, n_tasks),
-        "concept_accuracy_last": concept_accuracy_last(rows, n_tasks),
-    }
 
 
 def _scaled_rows(matrix: Mapping[str, Any], n_tasks: int, field: str) -> list[list[float | None] | None]:
@@ -221,232 +186,51 @@ def _mmd_row_problem(row: Mapping[str, Any], n_tasks: int, joint: bool) -> str |
     return None
 
 
-def cost_metrics(record: Mapping[str, Any]) -> dict[str, float | None]:
-    """What a run cost: N_train and N_store (percent of the adapted network), time_s, peak_mib; None where not recorded.
-
-    N_train is the largest number of parameters trained for any task, N_store what is stored after the last one.
-    """
-    tasks, size = record.get("tasks") or [], (record.get("network") or {}).get("parameters")
-    measured = record.get("measured") or {}
+def _n_train(results: Results) -> float | None:
+    tasks, size = results.record.get("tasks") or [], (results.record.get("network") or {}).get("parameters")
     trained = [t["parameters_trained"] for t in tasks if t.get("parameters_trained") is not None]
+    return 100.0 * max(trained) / size if trained and size else None
+
+
+def _n_store(results: Results) -> float | None:
+    tasks, size = results.record.get("tasks") or [], (results.record.get("network") or {}).get("parameters")
     stored = tasks[-1].get("parameters_stored") if tasks else None
-    peaks = [t["peak_mib"] for t in measured.get("tasks") or [] if t.get("peak_mib") is not None]
-    return {
-        "N_train": 100.0 * max(trained) / size if trained and size else None,
-        "N_store": 100.0 * stored / size if stored is not None and size else None,
-        "time_s": measured.get("wall_seconds"),
-        "peak_mib": max(peaks, default=None),
-    }
+    return 100.0 * stored / size if stored is not None and size else None
 
 
-@dataclass(frozen=True)
-class Metric:
-    """How a metric is shown: direction, unit and the definition that the report prints."""
-
-    key: str
-    title: str
-    latex: str
-    unit: str
-    higher_is_better: bool
-    definition: str
-    decimals: int = 2
-    #: a count, equal in every seed unless something is odd: no "± 0"
-    exact: bool = False
+def _peak(results: Results) -> float | None:
+    tasks = (results.record.get("measured") or {}).get("tasks") or []
+    return max((t["peak_mib"] for t in tasks if t.get("peak_mib") is not None), default=None)
 
 
-METRICS: dict[str, Metric] = {
-    m.key: m
-    for m in (
-        Metric(
-            "A_last",
-            "A_last",
-            r"$A_{\mathrm{last}}$",
-            "%",
-            True,
-            "accuracy after the last task, mean over tasks: mean over j of R[N][j] (A_N in the C-LoRA paper)",
-        ),
-        Metric(
-            "A_last_weighted",
-            "A_last weighted",
-            r"$A_{\mathrm{last}}^{w}$",
-            "%",
-            True,
-            "accuracy after the last task over all test samples together (larger tasks weigh more)",
-        ),
-        Metric(
-            "A_avg",
-            "A_avg",
-            r"$A_{\mathrm{avg}}$",
-            "%",
-            True,
-            "average incremental accuracy: mean over i of the mean over j ≤ i of R[i][j]",
-        ),
-        Metric(
-            "F_step",
-            "F_step",
-            r"$F_{\mathrm{step}}$",
-            "points",
-            False,
-            "mean drop from one task to the next (as in the public CODA-Prompt code): "
-            "1/(N-1) Σ_{i=2..N} 1/(i-1) Σ_{j<i} (R[i-1][j] - R[i][j])",
-        ),
-        Metric(
-            "F_max",
-            "F_max",
-            r"$F_{\max}$",
-            "points",
-            False,
-            "drop from the best earlier accuracy to the last (Chaudhry et al. 2018; PILOT, mammoth): "
-            "mean over j < N of (max_{i<N} R[i][j]) - R[N][j]",
-        ),
-        Metric(
-            "BWT",
-            "BWT",
-            r"BWT",
-            "points",
-            True,
-            "backward transfer (Lopez-Paz and Ranzato 2017): mean over j < N of R[N][j] - R[j][j]",
-        ),
-        Metric(
-            "plasticity",
-            "plasticity",
-            "plasticity",
-            "%",
-            True,
-            "accuracy on each task right after learning it: mean over j of R[j][j]",
-        ),
-        Metric(
-            "A_mmd",
-            "A_mmd",
-            r"$A_{\mathrm{mmd}}$",
-            "×10³",
-            False,
-            "distance to the real images after the last task (C-LoRA paper): "
-            "mean over j of MMD(φ(X_j), φ(G[N][j])) × 10³",
-        ),
-        Metric(
-            "F_mmd",
-            "F_mmd",
-            r"$F_{\mathrm{mmd}}$",
-            "×10³",
-            False,
-            "how far the generated images moved since their concept was learnt (C-LoRA paper): "
-            "mean over j < N of MMD(φ(G[j][j]), φ(G[N][j])) × 10³",
-        ),
-        Metric(
-            "image_similarity",
-            "image sim.",
-            "image sim.",
-            "cosine",
-            True,
-            "similarity of the images generated after the last task to the real ones: mean cosine of φ over all pairs, "
-            "mean over concepts, not scaled (CLIP-I in the literature, where φ is CLIP)",
-            3,
-        ),
-        Metric(
-            "text_similarity",
-            "text sim.",
-            "text sim.",
-            "cosine",
-            True,
-            "similarity of the images generated after the last task to their prompt without the concept's token: mean "
-            "cosine, mean over concepts, not scaled (CLIP-T in the literature); undefined where φ has no text part",
-            3,
-        ),
-        Metric(
-            "concept_accuracy",
-            "concept acc.",
-            "concept acc.",
-            "%",
-            True,
-            "images generated right after learning their concept that are nearer to its real images (cosine of φ to "
-            "their mean) than to those of any other concept of the stream; chance is 100 / N",
-            1,
-        ),
-        Metric(
-            "concept_accuracy_last",
-            "concept acc. last",
-            "concept acc. last",
-            "%",
-            True,
-            "the same after the last task, for all concepts",
-            1,
-        ),
-        Metric(
-            "N_train",
-            "N_train",
-            r"$N_{\mathrm{train}}$",
-            "%",
-            False,
-            "parameters trained for one task (the largest task) in percent of the adapted network",
-            3,
-            True,
-        ),
-        Metric(
-            "N_store",
-            "N_store",
-            r"$N_{\mathrm{store}}$",
-            "%",
-            False,
-            "parameters stored after the last task in percent of the adapted network",
-            3,
-            True,
-        ),
-        Metric("time_s", "time", "time", "s", False, "wall time of the whole run, evaluation included", 1),
-        Metric("peak_mib", "peak memory", "peak memory", "MiB", False, "largest memory use of any task", 0),
-    )
-}
-
-COST = ("N_train", "N_store", "time_s", "peak_mib")
+#: of every kind
+COSTS = (
+    Measure(
+        "N_train", "N_train", "%", "lower",
+        "parameters trained for one task (the largest task) in percent of the adapted network",
+        _n_train, latex=r"$N_{\mathrm{train}}$", decimals=3, exact=True,
+    ),
+    Measure(
+        "N_store", "N_store", "%", "lower",
+        "parameters stored after the last task in percent of the adapted network",
+        _n_store, latex=r"$N_{\mathrm{store}}$", decimals=3, exact=True,
+    ),
+    Measure(
+        "time_s", "time", "s", "lower", "wall time of the whole run, evaluation included",
+        lambda results: (results.record.get("measured") or {}).get("wall_seconds"), decimals=1,
+    ),
+    Measure("peak_mib", "peak memory", "MiB", "lower", "largest memory use of any task", _peak, decimals=0),
+)  # fmt: skip
+COST = tuple(measure.key for measure in COSTS)
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A quantity that is followed over the tasks: the mean of a row of its cells after every task."""
-
-    heading: str
-    #: of the axis
-    title: str
-    cells: Callable[[Mapping[str, Any], int], Grid]
-    #: the metric that the last point is, where joint training has one to draw as a line
-    metric: str
+def _counts(name: str, what: str, nullable: bool = False) -> Field:
+    return Field(name, "integer", what, "images", nullable=nullable)
 
 
-@dataclass(frozen=True)
-class MatrixKind:
-    """What a kind of recorded matrix offers to tables and plots."""
+def _values(name: str, what: str, unit: str) -> Field:
+    return Field(name, "number", what, unit, nullable=True)
 
-    #: heading of its part of the report
-    heading: str
-    #: what a row and a column of the matrix stands for
-    item: str
-    #: the symbols in the definitions of its metrics
-    notation: str
-    #: columns of the table, before the columns of cost
-    columns: tuple[str, ...]
-    #: metrics whose differences between methods are tested
-    compared: tuple[str, ...]
-    #: the two metrics of the trade-off plots
-    quality: str
-    forgetting: str
-    #: what a cell of the matrix is, for axis labels
-    cell_title: str
-    #: None: as far as the values go
-    cell_range: tuple[float, float] | None
-    higher_is_better: bool
-    #: followed over the tasks: the quality, and the forgetting where it is recorded apart
-    curves: tuple[Curve, ...]
-    #: names of the per-task lists of a row, all of one length
-    row_fields: tuple[str, ...]
-    compute: Callable[[Mapping[str, Any], int], dict[str, float | None]]
-    cells: Callable[[Mapping[str, Any], int], Grid]
-    #: those lists whose entries may be null
-    nullable: frozenset[str] = frozenset()
-    #: (row, n_tasks, joint) -> what is wrong with the row, beyond its lengths and numbers
-    problem: Callable[[Mapping[str, Any], int, bool], str | None] = lambda row, n_tasks, joint: None
-
-
-_MMD_FIELDS = ("mmd", "drift", "image_similarity", "text_similarity", "nearest_correct", "generated")
 
 KINDS: dict[str, MatrixKind] = {
     "accuracy": MatrixKind(
@@ -455,16 +239,52 @@ KINDS: dict[str, MatrixKind] = {
         notation="R[i][j] is the accuracy on task j after learning task i, with all classes seen so far as candidates "
         "and no task id given; N is the number of tasks. A dash means undefined (forgetting needs two tasks; joint "
         "training has no tasks to forget).",
-        columns=("A_last", "A_avg", "F_step", "F_max", "plasticity"),
-        compared=("A_last", "A_avg", "F_step", "F_max"),
+        fields=(_counts("correct", "test images predicted correctly"), _counts("total", "test images")),
+        measures=(
+            Measure(
+                "A_last", "A_last", "%", "higher",
+                "accuracy after the last task, mean over tasks: mean over j of R[N][j] (A_N in the C-LoRA paper)",
+                lambda results: a_last(results.cells), latex=r"$A_{\mathrm{last}}$", compared=True,
+            ),
+            Measure(
+                "A_last_weighted", "A_last weighted", "%", "higher",
+                "accuracy after the last task over all test samples together (larger tasks weigh more)",
+                lambda results: a_last_weighted(results.matrix, results.n_tasks),
+                latex=r"$A_{\mathrm{last}}^{w}$", column=False,
+            ),
+            Measure(
+                "A_avg", "A_avg", "%", "higher",
+                "average incremental accuracy: mean over i of the mean over j ≤ i of R[i][j]",
+                lambda results: a_avg(results.cells), latex=r"$A_{\mathrm{avg}}$", compared=True,
+            ),
+            Measure(
+                "F_step", "F_step", "points", "lower",
+                "mean drop from one task to the next (as in the public CODA-Prompt code): "
+                "1/(N-1) Σ_{i=2..N} 1/(i-1) Σ_{j<i} (R[i-1][j] - R[i][j])",
+                lambda results: f_step(results.cells), latex=r"$F_{\mathrm{step}}$", compared=True,
+            ),
+            Measure(
+                "F_max", "F_max", "points", "lower",
+                "drop from the best earlier accuracy to the last (Chaudhry et al. 2018; PILOT, mammoth): "
+                "mean over j < N of (max_{i<N} R[i][j]) - R[N][j]",
+                lambda results: f_max(results.cells), latex=r"$F_{\max}$", compared=True,
+            ),
+            Measure(
+                "BWT", "BWT", "points", "higher",
+                "backward transfer (Lopez-Paz and Ranzato 2017): mean over j < N of R[N][j] - R[j][j]",
+                lambda results: bwt(results.cells), column=False,
+            ),
+            Measure(
+                "plasticity", "plasticity", "%", "higher",
+                "accuracy on each task right after learning it: mean over j of R[j][j]",
+                lambda results: plasticity(results.cells),
+            ),
+        ),
         quality="A_last",
         forgetting="F_max",
         cell_title="accuracy [%]",
         cell_range=(0.0, 100.0),
-        higher_is_better=True,
         curves=(Curve("after every task", "accuracy [%], mean over tasks so far", accuracies, "A_last"),),
-        row_fields=("correct", "total"),
-        compute=_accuracy_metrics,
         cells=accuracies,
     ),
     "mmd": MatrixKind(
@@ -475,20 +295,56 @@ KINDS: dict[str, MatrixKind] = {
         "and MMD is the squared maximum mean discrepancy (Gretton et al., JMLR 2012); features, kernel and estimator "
         "are named with each table, and values under different ones do not compare. A dash means undefined "
         "(forgetting needs two concepts; joint training has none to forget).",
-        columns=(
-            "A_mmd",
-            "F_mmd",
-            "image_similarity",
-            "text_similarity",
-            "concept_accuracy",
-            "concept_accuracy_last",
+        fields=(
+            _values("mmd", "squared MMD to the real images, not scaled", ""),
+            _values("drift", "squared MMD to the images right after learning, not scaled", ""),
+            _values("image_similarity", "mean cosine to the real images", ""),
+            _values("text_similarity", "mean cosine to the prompt", ""),
+            _counts("nearest_correct", "generated images nearest to their own concept", True),
+            _counts("generated", "generated images", True),
         ),
-        compared=("A_mmd", "F_mmd"),
+        measures=(
+            Measure(
+                "A_mmd", "A_mmd", "×10³", "lower",
+                "distance to the real images after the last task (C-LoRA paper): "
+                "mean over j of MMD(φ(X_j), φ(G[N][j])) × 10³",
+                lambda results: a_mmd(results.rows, results.n_tasks), latex=r"$A_{\mathrm{mmd}}$", compared=True,
+            ),
+            Measure(
+                "F_mmd", "F_mmd", "×10³", "lower",
+                "how far the generated images moved since their concept was learnt (C-LoRA paper): "
+                "mean over j < N of MMD(φ(G[j][j]), φ(G[N][j])) × 10³",
+                lambda results: f_mmd(results.rows, results.n_tasks), latex=r"$F_{\mathrm{mmd}}$", compared=True,
+            ),
+            Measure(
+                "image_similarity", "image sim.", "cosine", "higher",
+                "similarity of the images generated after the last task to the real ones: mean cosine of φ over all "
+                "pairs, mean over concepts, not scaled (CLIP-I in the literature, where φ is CLIP)",
+                lambda results: image_similarity(results.rows, results.n_tasks), decimals=3,
+            ),
+            Measure(
+                "text_similarity", "text sim.", "cosine", "higher",
+                "similarity of the images generated after the last task to their prompt without the concept's token: "
+                "mean cosine, mean over concepts, not scaled (CLIP-T in the literature); undefined where φ has no text "
+                "part",
+                lambda results: text_similarity(results.rows, results.n_tasks), decimals=3,
+            ),
+            Measure(
+                "concept_accuracy", "concept acc.", "%", "higher",
+                "images generated right after learning their concept that are nearer to its real images (cosine of φ "
+                "to their mean) than to those of any other concept of the stream; chance is 100 / N",
+                lambda results: concept_accuracy(results.rows, results.n_tasks), decimals=1,
+            ),
+            Measure(
+                "concept_accuracy_last", "concept acc. last", "%", "higher",
+                "the same after the last task, for all concepts",
+                lambda results: concept_accuracy_last(results.rows, results.n_tasks), decimals=1,
+            ),
+        ),
         quality="A_mmd",
         forgetting="F_mmd",
         cell_title="MMD to the real images × 10³",
         cell_range=None,
-        higher_is_better=False,
         curves=(
             Curve(
                 "distance to the real images",
@@ -503,16 +359,52 @@ KINDS: dict[str, MatrixKind] = {
                 "F_mmd",
             ),
         ),
-        row_fields=_MMD_FIELDS,
-        compute=_mmd_metrics,
         cells=distances,
-        nullable=frozenset(_MMD_FIELDS),
         problem=_mmd_row_problem,
     ),
-}
+}  # fmt: skip
+
+#: all measures, those of cost last
+METRICS: dict[str, Measure] = {m.key: m for m in (*(m for kind in KINDS.values() for m in kind.measures), *COSTS)}
+
+
+def cost_metrics(record: Mapping[str, Any]) -> dict[str, float | None]:
+    """What a run cost: N_train and N_store (percent of the adapted network), time_s, peak_mib; None where not recorded.
+
+    N_train is the largest number of parameters trained for any task, N_store what is stored after the last one.
+    """
+    results = Results(record)
+    return {measure.key: measure.value(results) for measure in COSTS}
+
+
+def _mean_as_recorded(name: str) -> Callable[[Results], float | None]:
+    return lambda results: last_mean(_rows(results.matrix), results.n_tasks, name)
+
+
+def declared_measures(matrix: Mapping[str, Any]) -> list[Measure]:
+    """The measures of a plug-in that a record itself declares (`matrix.measures`), without those known here."""
+    kind = KINDS[matrix["kind"]]
+    taken = {*METRICS, *kind.row_fields}
+    return [
+        Measure(
+            f"{name} (plug-in)" if name in taken else name,
+            f"{name} (plug-in)" if name in taken else name,
+            about["unit"], about["better"], str(about.get("definition") or f"{name}, a measure of a plug-in"),
+            _mean_as_recorded(name),
+            optional_field(name), decimals=3,
+        )
+        for name, about in (matrix.get("measures") or {}).items()
+        if not kind.knows(name, about)
+    ]  # fmt: skip
+
+
+def measures_of(record: Mapping[str, Any]) -> list[Measure]:
+    """The measures of one record: those of its matrix, those that it declares, those of cost."""
+    matrix = record["matrix"]
+    return [*KINDS[matrix["kind"]].measures, *declared_measures(matrix), *COSTS]
 
 
 def run_metrics(record: Mapping[str, Any]) -> dict[str, float | None]:
-    """All metrics of one record (the parsed record.json): those of its matrix, then those of cost."""
-    kind = KINDS[record["matrix"]["kind"]]
-    return {**kind.compute(record["matrix"], record["run"]["n_tasks"]), **cost_metrics(record)}
+    """All metrics of one record (the parsed record.json) by key, in the order of `measures_of`."""
+    results = Results(record, KINDS[record["matrix"]["kind"]])
+    return {measure.key: measure.value(results) for measure in measures_of(record)}

@@ -24,7 +24,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
 
 from dualcl.results.files import write_bytes
-from dualcl.results.metrics import METRICS, Curve, MatrixKind, Metric
+from dualcl.results.metrics import METRICS
+from dualcl.results.record_type import Curve, MatrixKind, Measure
 from dualcl.results.records import Record
 from dualcl.results.statistics import Ranking
 
@@ -287,7 +288,7 @@ def heat_maps(records: Sequence[Record]) -> Figure | None:
     return figure
 
 
-def _mark_better(axes: Any, across: Metric, up: Metric) -> None:
+def _mark_better(axes: Any, across: Measure, up: Measure) -> None:
     """A pale wedge in the corner where both metrics are best."""
     x, y = float(across.higher_is_better), float(up.higher_is_better)
     box = axes.get_window_extent()

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import copy
 import hashlib
 import json
+import multiprocessing
 import os
+import shlex
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.machine import usable_cpus
 from dualcl.benchmark.core.reading import read_json
-from dualcl.results import record_type as shape
-from dualcl.results.metrics import KINDS, Grid, MatrixKind, run_metrics
+from dualcl.results import record_type
+from dualcl.results.metrics import KINDS, run_metrics
+from dualcl.results.record_type import FORMAT, MIGRATIONS, STATUSES, VERSION, Grid, MatrixKind
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-FORMAT = "dualcl-record"
-VERSION = 1
 FILE_NAME = "record.json"
-STATUSES = ("running", "finished", "failed", "interrupted")
-
-#: older version -> the function that turns such a record into one of the next version
-MIGRATIONS: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
 
 #: parts of a record that differ when the very same run is repeated
 VOLATILE = ("measured", "environment", "created", "finished", "sha256")
@@ -40,18 +35,16 @@ _PART = 500
 #: parts at the top of a record that are equal in many
 _REPEATED = ("sources", "environment")
 
-_RUN_FIELDS: dict[str, type] = {
-    "preset": str,
-    "domain": str,
-    "method": str,
-    "seed": int,
-    "n_tasks": int,
-    "joint": bool,
-    "label": str,
+_TYPES: dict[str, type] = {"name": str, "count": int, "size": int, "flag": bool}
+_RUN_FIELDS = {
+    field.name.removeprefix("run."): _TYPES[field.kind]
+    for field in record_type.FIELDS
+    if field.required and field.name.startswith("run.")
 }
 
+_IDENTITY = ("data", "split_name", "split_hash", "backbone", "weights", "weights_sha256")
 #: identity of what generated images are measured with (customization)
-_MEASURES = ("features", "features_sha256", "kernel", "estimator", "steps")
+_MEASURING = ("features", "features_sha256", "kernel", "estimator", "steps")
 
 
 @dataclass(frozen=True)
@@ -170,14 +163,16 @@ def _check(path: Path, data: dict[str, Any]) -> None:
     if kind is None:
         raise _broken(path, f"matrix.kind is {matrix.get('kind')!r}, known: {', '.join(KINDS)}")
     try:
-        rows = [int(row["after_task"]) for row in matrix["rows"]]
-        whole = all(len(row[f]) == row["after_task"] + 1 for row in matrix["rows"] for f in kind.row_fields)
-        whole = whole and all(
-            (x is None and f in kind.nullable) or isfinite(x)
+        fields = [*kind.by_name.values(), *map(record_type.optional_field, matrix.get("measures") or ())]
+        lists = [
+            (row["after_task"], field, row[field.name])
             for row in matrix["rows"]
-            for f in kind.row_fields
-            for x in row[f]
-        )
+            for field in fields
+            if field.required or row.get(field.name) is not None
+        ]
+        rows = [int(row["after_task"]) for row in matrix["rows"]]
+        whole = all(len(values) == after + 1 for after, _, values in lists)
+        whole = whole and all((x is None and f.nullable) or isfinite(x) for _, f, values in lists for x in values)
         whole = whole and len(set(rows)) == len(rows) and all(0 <= i < run["n_tasks"] for i in rows)
         problems = [p for row in matrix["rows"] if whole and (p := kind.problem(row, run["n_tasks"], run["joint"]))]
     except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
@@ -186,7 +181,7 @@ def _check(path: Path, data: dict[str, Any]) -> None:
         raise _broken(path, "the rows of the matrix do not fit run.n_tasks")
     if problems:
         raise _broken(path, f"in the matrix, {problems[0]}")
-    if (wrong := shape.problem(data)) is not None:
+    if (wrong := record_type.problem(data)) is not None:
         raise _broken(path, wrong)
 
 
@@ -281,10 +276,7 @@ def _loaded(files: list[Path]) -> Iterator[tuple[list[Record], list[str]]]:
     if len(parts) < 3 or sys.platform != "linux" or (cpus := usable_cpus()) == 1:
         yield from map(_load_part, parts)
         return
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor
-
-    with ProcessPoolExecutor(min(cpus, 8), multiprocessing.get_context("fork")) as pool:
+    with concurrent.futures.ProcessPoolExecutor(min(cpus, 8), multiprocessing.get_context("fork")) as pool:
         yield from pool.map(_load_part, parts)
 
 
@@ -321,16 +313,12 @@ def comparable(record: Record | Mapping[str, Any]) -> dict[str, Any]:
 
 def run_row(record: Record) -> dict[str, Any]:
     """One run as flat values: what it was, how it ended, every metric, and where it comes from."""
-    data = record.data
-    environment, identity = data.get("environment") or {}, data["identity"]
-    measuring = identity["eval"] if isinstance(identity.get("eval"), Mapping) else {}
+    data, run, identity = record.data, record.data["run"], record.data["identity"]
+    environment, measuring = data.get("environment") or {}, identity.get("eval")
     return {
         "preset": record.preset,
         "table": record.table,
-        "domain": data["run"]["domain"],
-        "method": data["run"]["method"],
-        "label": record.label,
-        "joint": record.joint,
+        **{key: run[key] for key in ("domain", "method", "label", "joint")},
         **({"caveats": "; ".join(record.caveats)} if record.caveats else {}),
         "seed": record.seed,
         "n_tasks": record.n_tasks,
@@ -338,27 +326,37 @@ def run_row(record: Record) -> dict[str, Any]:
         "error": data.get("error"),
         **record.metrics,
         "parameters": data["network"].get("parameters"),
-        "data": identity.get("data"),
-        "split_name": identity.get("split_name"),
-        "split_hash": identity.get("split_hash"),
-        "backbone": identity.get("backbone"),
-        "weights": identity.get("weights"),
-        "weights_sha256": identity.get("weights_sha256"),
-        **{key: identity[key] for key in _MEASURES if key in identity},
-        **{f"eval_{key}": value for key, value in measuring.items()},
+        **{key: identity.get(key) for key in _IDENTITY},
+        **{key: identity[key] for key in _MEASURING if key in identity},
+        **({f"eval_{key}": value for key, value in measuring.items()} if isinstance(measuring, Mapping) else {}),
         "config_hash": data.get("config_hash"),
-        "dualcl": environment.get("dualcl"),
-        "commit": environment.get("commit"),
-        "dirty": environment.get("dirty"),
-        "torch": environment.get("torch"),
-        "device": environment.get("device"),
+        **{key: environment.get(key) for key in ("dualcl", "commit", "dirty", "torch", "device")},
         "finished": data.get("finished"),
         "path": str(record.directory),
     }
 
 
-def frame(dirs: Iterable[str | os.PathLike[str]]) -> pd.DataFrame:
-    """A tidy data frame, one row per run below `dirs`, with every metric in the units of `metrics.METRICS`."""
-    import pandas as pd
+def assignments(record: Record) -> dict[str, Any]:
+    """Keys that `--set` gave for a run, with their values."""
+    found = {}
+    for key, source in (record.data.get("sources") or {}).items():
+        if not str(source).startswith("--set"):
+            continue
+        value: Any = record.data["config"]
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        found[key] = value
+    return found
 
-    return pd.DataFrame([run_row(record) for record in find_records(dirs)])
+
+def set_words(values: Mapping[str, Any]) -> list[str]:
+    """`--set key=value` for each, as words of a command."""
+    pairs = (f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items())
+    return [word for pair in pairs for word in ("--set", pair)]
+
+
+def command(record: Record) -> str:
+    """The shell command that repeats a run."""
+    run = record.data["run"]
+    words = ["dualcl", "run", str(run["preset"]), str(run["method"]), "--seed", str(run["seed"])]
+    return shlex.join([*words, *set_words(assignments(record))])

@@ -1,6 +1,6 @@
 """Differences between methods over shared seeds, and ranks over data streams.
 
-scipy is imported when there is something to test. Values of a method come as seed -> value; None and NaN mean that the
+Values of a method come as seed -> value; None and NaN mean that the
 metric is undefined there.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 
 from dualcl.benchmark.core.errors import UserError
+from dualcl.results.late import late
 
 #: of intervals and of the mark of a significant difference
 CONFIDENCE = 0.95
@@ -80,10 +81,8 @@ def paired(label: str, method: Values, baseline: Values) -> Difference:
     std = statistics.stdev(differences)
     if std <= noise:
         return replace(result, std=0.0)
-    from scipy.special import stdtr
-
     n = len(differences)
-    return replace(result, std=std, p=float(2 * stdtr(n - 1, -abs(mean) / (std / sqrt(n)))))
+    return replace(result, std=std, p=late("distributions").two_sided_p(mean / (std / sqrt(n)), n - 1))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -125,10 +124,8 @@ def compare(methods: Mapping[str, Values], baseline: Values, confidence: float =
         one = found[i]
         if one.mean is None or one.std is None or one.p is None:
             continue
-        from scipy.special import stdtrit
-
         n = len(one.seeds)
-        half = -float(stdtrit(n - 1, rate / 2)) * one.std / sqrt(n)
+        half = late("distributions").t_quantile(rate / 2, n - 1) * one.std / sqrt(n)
         found[i] = replace(
             one, p_holm=p, low=one.mean - half, high=one.mean + half, level=1 - rate, significant=p < alpha
         )
@@ -168,10 +165,8 @@ def critical_difference(methods: int, streams: int, confidence: float = CONFIDEN
 
     q is the quantile of the studentized range for k methods and infinitely many degrees of freedom over sqrt(2).
     """
-    from scipy.stats import studentized_range
-
-    q = float(studentized_range.ppf(check_confidence(confidence), methods, float("inf"))) / sqrt(2)
-    return q * sqrt(methods * (methods + 1) / (6 * streams))
+    q = late("distributions").studentized_range(check_confidence(confidence), methods)
+    return q / sqrt(2) * sqrt(methods * (methods + 1) / (6 * streams))
 
 
 def _groups(ranks: Mapping[str, float], width: float) -> tuple[tuple[str, ...], ...]:
@@ -223,15 +218,14 @@ def rank_methods(
             f"the {len(labels)} shared methods have a seed in common in {len(means)} of {len(streams)} streams; ranks "
             f"need {MIN_STREAMS}"
         )
-    from scipy.stats import friedmanchisquare, rankdata
-
     # rounding must not part what is equal
     table = [[round(-v if higher_is_better else v, 9) for v in row] for row in means.values()]
-    ranked = [list(map(float, rankdata(row))) for row in table]
+    distributions = late("distributions")
+    ranked = [distributions.ranks(row) for row in table]
     mean_ranks = {label: statistics.fmean(row[i] for row in ranked) for i, label in enumerate(labels)}
     ordered = dict(sorted(mean_ranks.items(), key=lambda item: (item[1], item[0])))
     all_tied = all(len(set(row)) == 1 for row in ranked)
-    p = 1.0 if all_tied else float(friedmanchisquare(*zip(*table, strict=True)).pvalue)
+    p = 1.0 if all_tied else distributions.friedman_p(table)
     width = critical_difference(len(labels), len(means), confidence)
     groups = _groups(ordered, width) if p < 1 - confidence else (tuple(ordered),)
     return Ranking(

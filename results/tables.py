@@ -1,27 +1,25 @@
-"""Tables over methods and seeds: which runs may share one, mean and standard deviation, and five ways to write it."""
+"""Tables over methods and seeds: which runs may share one, mean and standard deviation, differences between methods.
+
+How one is written is a matter of `writers`; the texts that they share (a cell, a note) are made here.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import gc
-import io
 import os
-import re
 import statistics
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from dualcl.benchmark.core.errors import UserError, nearest
-from dualcl.results.files import csv_cell
-from dualcl.results.metrics import COST, KINDS, METRICS, MatrixKind, Metric
-from dualcl.results.records import Record, comparable, run_row, scan_records
+from dualcl.results.metrics import COST, COSTS, KINDS, METRICS, declared_measures, measures_of
+from dualcl.results.record_type import MatrixKind, Measure
+from dualcl.results.records import Record, comparable, scan_records
 from dualcl.results.statistics import CONFIDENCE, Difference, Ranking, check_confidence, compare, rank_methods
 
-FORMATS = ("text", "md", "csv", "tex")
 DASH = "–"
 #: behind the name of a row with caveats
 DAGGER = "†"
@@ -101,20 +99,27 @@ class Table:
     warnings: list[str]
     #: the finished runs behind the rows
     records: list[Record]
+    #: those of the kind, those that the records declare, those of cost
+    measures: dict[str, Measure]
     #: None for fewer than two rows, and for runs that were mixed on request
     differences: Differences | None = None
     mixed: bool = False
 
     @property
-    def metrics(self) -> list[Metric]:
-        """The metrics shown, in order."""
-        return [METRICS[key] for key in (*self.kind.columns, *COST)]
+    def metrics(self) -> list[Measure]:
+        """The measures shown, in order."""
+        return [measure for measure in self._there if measure.column]
 
     @property
-    def all_metrics(self) -> list[Metric]:
-        """All metrics of the matrix, in order, where the table shows only some of them; else none."""
-        keys = {key for row in self.rows for key in row.stats if key not in COST}
-        return [metric for key, metric in METRICS.items() if key in keys] if keys - {*self.kind.columns} else []
+    def all_metrics(self) -> list[Measure]:
+        """All measures of the matrix, in order, where the table shows only some of them; else none."""
+        found = [measure for measure in self._there if measure.key not in COST]
+        return found if self.rows and not all(measure.column for measure in found) else []
+
+    @property
+    def _there(self) -> list[Measure]:
+        """Without the optional measures that no run has."""
+        return [m for m in self.measures.values() if not m.optional or any(row.stats[m.key] for row in self.rows)]
 
 
 @dataclass(frozen=True)
@@ -208,6 +213,47 @@ def _identity_conflicts(records: Sequence[Record]) -> list[str]:
     return list(conflicts.values())
 
 
+def _measure_conflicts(records: Sequence[Record]) -> list[str]:
+    """One line per measure of a plug-in that records declare differently; they need not all have it."""
+    conflicts: dict[str, str] = {}
+    first: dict[str, tuple[str, Record]] = {}
+    for record in records:
+        for measure in declared_measures(record.data["matrix"]):
+            said = f"in {measure.unit}, {measure.better} is better,"
+            known, other = first.setdefault(measure.key, (said, record))
+            if known != said:
+                conflicts.setdefault(
+                    measure.key, f"{measure.key} is {known} in {_name(other)} and {said} in {_name(record)}"
+                )
+    return list(conflicts.values())
+
+
+def _measured_in(records: Sequence[Record], measures: Iterable[Measure]) -> list[str]:
+    """What only some of the runs have."""
+    lines = []
+    for field, title in [(m.field, m.title) for m in measures if m.field is not None and m.optional]:
+        n = sum(any(row.get(field.name) is not None for row in r.data["matrix"]["rows"]) for r in records)
+        if 0 < n < len(records):
+            lines.append(f"{title}: measured in {n} of {len(records)} runs")
+    return lines
+
+
+def _other_code(records: Sequence[Record]) -> list[str]:
+    """Rows whose runs came from different files of a method or of the data, by the hashes of those files."""
+    lines = []
+    for key, what in {"method_source": "method", "data_source": "data set"}.items():
+        found: dict[str, dict[str, None]] = {}
+        for record in records:
+            source = record.data["run"].get(key) or {}
+            found.setdefault(record.label, {})[str(source.get("sha256") or "built in")[:12]] = None
+        lines += [
+            f"{label}: different code of the {what} under one name ({', '.join(hashes)})"
+            for label, hashes in found.items()
+            if len(hashes) > 1
+        ]
+    return lines
+
+
 def _set(value: Any) -> Any:
     """A setting, None where nothing is set: older records lack later keys, whose defaults are off or empty."""
     return None if value is None or value is False or value in ("", [], {}) else value
@@ -275,7 +321,7 @@ def _stat(values: Sequence[float | None]) -> Stat | None:
     return Stat(statistics.fmean(known), statistics.stdev(known) if len(known) > 1 else None, len(known))
 
 
-def _scale(rows: Sequence[Row], metric: Metric) -> tuple[float, str, int]:
+def _scale(rows: Sequence[Row], metric: Measure) -> tuple[float, str, int]:
     """Divisor, unit and decimals of a column: seconds become minutes or hours when the longest run needs it."""
     if metric.key != "time_s":
         return 1.0, metric.unit, metric.decimals
@@ -285,7 +331,7 @@ def _scale(rows: Sequence[Row], metric: Metric) -> tuple[float, str, int]:
     return (60.0, "min", 1) if longest < 7200 else (3600.0, "h", 2)
 
 
-def _best(rows: Sequence[Row], metric: Metric) -> frozenset[str]:
+def _best(rows: Sequence[Row], metric: Measure) -> frozenset[str]:
     by, _, decimals = _scale(rows, metric)
     shown = {
         row.label: round(stat.mean / by, decimals)
@@ -428,11 +474,7 @@ def _differences(table: Table, wanted: str | None, confidence: float) -> Differe
 
 
 def make_table(
-    records: Sequence[Record],
-    *,
-    allow_mixed: bool = False,
-    baseline: str | None = None,
-    confidence: float = CONFIDENCE,
+    records: Sequence[Record], *, allow_mixed: bool = False, baseline: str | None = None, confidence: float = CONFIDENCE
 ) -> Table:
     """The table of one data stream (records of one preset and its ablations, at least one; see `tell_apart`).
 
@@ -442,7 +484,7 @@ def make_table(
     """
     preset = records[0].table
     finished, warnings = _without_copies([r for r in records if r.finished])
-    conflicts = _identity_conflicts(finished)
+    conflicts = [*_identity_conflicts(finished), *_measure_conflicts(finished)]
     if conflicts and not allow_mixed:
         more = f" (and {len(conflicts) - 1} more)" if len(conflicts) > 1 else ""
         raise UserError(
@@ -453,13 +495,13 @@ def make_table(
     groups: dict[str, list[Record]] = {}
     for record in sorted(finished, key=lambda r: (r.joint, r.label, r.seed)):
         groups.setdefault(record.label, []).append(record)
-    keys = dict.fromkeys(key for record in finished for key in record.metrics)
+    measures = {m.key: m for r in finished for m in measures_of(r.data)} or {m.key: m for m in (*kind.measures, *COSTS)}
     rows = [
         Row(
             label,
             any(r.joint for r in group),
             tuple(r.seed for r in group),
-            {key: _stat([r.metrics.get(key) for r in group]) for key in keys},
+            {key: _stat([r.metrics.get(key) for r in group]) for key in measures},
             tuple(dict.fromkeys(line for r in group for line in r.caveats)),
         )
         for label, group in groups.items()
@@ -476,10 +518,11 @@ def make_table(
         _measured(finished or list(records)),
         kind,
         rows,
-        {key: _best(rows, METRICS[key]) for key in keys},
+        {key: _best(rows, measure) for key, measure in measures.items()},
         unfinished,
-        warnings + _warnings(finished, rows),
+        [*warnings, *_warnings(finished, rows), *_measured_in(finished, measures.values()), *_other_code(finished)],
         finished,
+        measures,
         mixed=bool(conflicts),
     )
     # runs that do not compare make no pairs
@@ -531,12 +574,12 @@ def sections(summary: Summary) -> list[tuple[MatrixKind, list[Table]]]:
     return [(kind, tables) for kind, tables in kinds if tables]
 
 
-def arrow(metric: Metric) -> str:
+def arrow(metric: Measure) -> str:
     """Which way is better."""
     return "↑" if metric.higher_is_better else "↓"
 
 
-def cell(table: Table, row: Row, metric: Metric, plus_minus: str = " ± ") -> str:
+def cell(table: Table, row: Row, metric: Measure, plus_minus: str = " ± ") -> str:
     """A cell as text: mean, with the standard deviation where there is more than one seed; a dash when undefined."""
     stat = row.stats.get(metric.key)
     if stat is None:
@@ -548,7 +591,7 @@ def cell(table: Table, row: Row, metric: Metric, plus_minus: str = " ± ") -> st
     return f"{text}{plus_minus}{stat.std / by:.{decimals}f}"
 
 
-def unit(table: Table, metric: Metric) -> str:
+def unit(table: Table, metric: Measure) -> str:
     """The unit that a column of the table is shown in."""
     return _scale(table.rows, metric)[1]
 
@@ -596,7 +639,7 @@ def shared_seeds(table: Table, row: Row) -> list[int]:
     return sorted({*row.seeds} & {*base.seeds})
 
 
-def difference_unit(metric: Metric) -> str:
+def difference_unit(metric: Measure) -> str:
     """The unit of a difference: percent become points."""
     return "points" if metric.unit == "%" else metric.unit
 
@@ -610,7 +653,7 @@ def _shown_p(p: float | None) -> str:
     return DASH if p is None else "< 0.001" if p < 0.0005 else f"{p:.3f}"
 
 
-def difference_parts(difference: Difference, metric: Metric, plus_minus: str = " ± ") -> tuple[str, str, str]:
+def difference_parts(difference: Difference, metric: Measure, plus_minus: str = " ± ") -> tuple[str, str, str]:
     """Mean ± standard deviation, interval and corrected p as text; a dash for what there is not."""
     if difference.mean is None:
         return DASH, DASH, DASH
@@ -628,7 +671,7 @@ def few_seeds(table: Table, row: Row, difference: Difference) -> str:
     return f" (n = {n})" if 0 < n < len(shared_seeds(table, row)) else ""
 
 
-def difference_cell(table: Table, row: Row, metric: Metric) -> str:
+def difference_cell(table: Table, row: Row, metric: Measure) -> str:
     """A cell of the differences: mean ± standard deviation, interval, p, and * where significant."""
     assert table.differences is not None
     difference = table.differences.by_metric[metric.key][row.label]
@@ -639,7 +682,7 @@ def difference_cell(table: Table, row: Row, metric: Metric) -> str:
     return f"{mean} {interval}{p}{'*' * difference.significant}{few_seeds(table, row, difference)}"
 
 
-def difference_metrics(table: Table) -> list[Metric]:
+def difference_metrics(table: Table) -> list[Measure]:
     """The metrics that are compared."""
     return [METRICS[key] for key in table.differences.by_metric] if table.differences else []
 
@@ -705,365 +748,3 @@ def ranking_lines(summary: Summary, kind: MatrixKind) -> list[str]:
     if ranking.left_out:
         lines.append(f"Left out, for they share too few methods or seeds: {', '.join(ranking.left_out)}.")
     return lines
-
-
-def markdown_text(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
-    out = text.replace("\\", "\\\\")
-    for mark in "|*_<>`[]~&":
-        out = out.replace(mark, "\\" + mark)
-    return " ".join(out.split())
-
-
-def markdown_code(text: str) -> str:
-    """Text that Markdown shows as it is, as code in a cell of a table."""
-    text = " ".join(text.replace("|", "\\|").splitlines())
-    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
-    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
-
-
-def _markdown_grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A GitHub table: the first column to the left, the others to the right."""
-    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
-    return ["| " + " | ".join(cells) + " |" for cells in lines]
-
-
-def _markdown_cells(table: Table, row: Row, metrics: Sequence[Metric]) -> list[str]:
-    cells = [cell(table, row, m) for m in metrics]
-    return [f"**{c}**" if row.label in table.best[m.key] else c for c, m in zip(cells, metrics, strict=True)]
-
-
-def _markdown_differences(table: Table) -> list[str]:
-    if table.differences is None or not table.differences.shown:
-        return []
-    metrics = difference_metrics(table)
-    head = [f"method − {table.differences.baseline}", "seeds"]
-    head += [f"{m.title} {arrow(m)} ({difference_unit(m)})" for m in metrics]
-    rows = [
-        [row_name(row), str(len(shared_seeds(table, row))), *(difference_cell(table, row, m) for m in metrics)]
-        for row in compared_rows(table)
-    ]
-    return [
-        f"#### {markdown_text(difference_title(table))}",
-        "",
-        *_markdown_grid([*map(markdown_text, head)], ([*map(markdown_text, row)] for row in rows)),
-        "",
-        *(f"- {markdown_text(line)}" for line in difference_notes(table)),
-        "",
-    ]
-
-
-def to_markdown(table: Table) -> str:
-    """A GitHub table, best values bold; below it all metrics where it does not show them, and the differences."""
-    lines = [f"### {markdown_text(table.preset)}", "", markdown_text(table.subtitle) + ". " + seeds_note(table), ""]
-    if table.measured:
-        lines += [markdown_text(table.measured) + ".", ""]
-    if table.rows:
-        heads = [f"{markdown_text(m.title)} {arrow(m)} ({unit(table, m)})" for m in table.metrics]
-        lines += _markdown_grid(
-            ["method", "seeds", *heads],
-            (
-                [markdown_text(row_name(row)), str(len(row.seeds)), *_markdown_cells(table, row, table.metrics)]
-                for row in table.rows
-            ),
-        )
-        lines.append("")
-    for line in caveat_lines(table):
-        lines += [markdown_text(line), ""]
-    if table.unfinished:
-        lines += ["Without a result:", "", *(f"- {markdown_text(line)}" for line in table.unfinished), ""]
-    if table.warnings:
-        lines += ["Mind:", "", *(f"- {markdown_text(line)}" for line in table.warnings), ""]
-    if every := table.all_metrics:
-        heads = [f"{markdown_text(m.title)} {arrow(m)} ({unit(table, m)})" for m in every]
-        rows = ([markdown_text(row_name(row)), *_markdown_cells(table, row, every)] for row in table.rows)
-        lines += ["#### All metrics of the matrix", "", *_markdown_grid(["method", *heads], rows), ""]
-    return "\n".join([*lines, *_markdown_differences(table)])
-
-
-_TEX = {
-    "\\": r"\textbackslash{}",
-    "[": "{[}",  # else an option of the \\\\ before it
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "×": r"$\times$",
-    "·": r"$\cdot$",
-    "²": r"\textsuperscript{2}",
-    "³": r"\textsuperscript{3}",
-    "†": r"$^\dagger$",
-    "−": "$-$",
-    "±": r"$\pm$",
-    **{mark: "\\" + mark for mark in "&%$#_{}"},
-}
-
-
-def tex_text(text: str) -> str:
-    """Text that LaTeX shows as it is, on one line."""
-    return "".join(_TEX.get(character, character) for character in " ".join(text.split()))
-
-
-def _tex_way(metric: Metric) -> str:
-    return r"$\uparrow$" if metric.higher_is_better else r"$\downarrow$"
-
-
-def _tex_cells(table: Table, row: Row, metrics: Sequence[Metric]) -> list[str]:
-    cells = []
-    for metric in metrics:
-        text = cell(table, row, metric, r" $\pm$ ").replace(DASH, "--")
-        cells.append(rf"\textbf{{{text}}}" if row.label in table.best[metric.key] else text)
-    return cells
-
-
-def _tex_grid(caption: str, align: str, head: Sequence[str], body: Sequence[str], notes: Sequence[str]) -> list[str]:
-    return [
-        "",
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{caption}}}",
-        rf"\begin{{tabular}}{{{align}}}",
-        r"\toprule",
-        " & ".join(head) + r" \\",
-        r"\midrule",
-        *body,
-        r"\bottomrule",
-        r"\end{tabular}",
-        *(rf"\par\footnotesize {note}" for note in notes),
-        r"\end{table}",
-    ]
-
-
-def _tex_differences(table: Table) -> list[str]:
-    """A row per metric and method: a column per metric would not fit a page."""
-    found = table.differences
-    if found is None or not found.shown:
-        return []
-    body: list[str] = []
-    for metric in difference_metrics(table):
-        body += [r"\midrule"] if body else []
-        for index, row in enumerate(compared_rows(table)):
-            difference = found.by_metric[metric.key][row.label]
-            mean, interval, p = difference_parts(difference, metric)
-            cells = [tex_text(text).replace("-", "$-$").replace(DASH, "--") for text in (mean, interval, p)]
-            first = f"{metric.latex} [{tex_text(difference_unit(metric))}] {_tex_way(metric)}" if index == 0 else ""
-            name, n = tex_text(row_name(row)), str(len(difference.seeds))
-            cells[2] += r"\,*" if difference.significant else ""
-            body.append(" & ".join([first, name, n, *cells]) + r" \\")
-    baseline = tex_text(found.baseline)
-    return _tex_grid(
-        f"{tex_text(table.preset)}: {tex_text(difference_title(table))}.",
-        "llrrrr",
-        ["metric", rf"method $-$ {baseline}", "seeds", "difference", "interval", "$p$ (Holm)"],
-        body,
-        [tex_text(line) for line in difference_notes(table)],
-    )
-
-
-def to_latex(table: Table) -> str:
-    r"""Booktabs tables (\usepackage{booktabs}), best values bold; what has no result follows as a comment.
-
-    All metrics follow in a table of their own where the first does not show them, then the differences.
-    """
-    heads = [f"{m.latex} [{tex_text(unit(table, m))}] {_tex_way(m)}" for m in table.metrics]
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption{{{tex_text(table.preset)}: {tex_text(table.subtitle)}. "
-        + tex_text(seeds_note(table))
-        + (f" {tex_text(table.measured)}." if table.measured else "")
-        + "}",
-        rf"\begin{{tabular}}{{lr{'r' * len(heads)}}}",
-        r"\toprule",
-        " & ".join(["method", "seeds", *heads]) + r" \\",
-        r"\midrule",
-    ]
-    for row in table.rows:
-        cells = _tex_cells(table, row, table.metrics)
-        lines.append(" & ".join([tex_text(row_name(row)), str(len(row.seeds)), *cells]) + r" \\")
-    lines += [r"\bottomrule", r"\end{tabular}"]
-    caveats = [tex_text(line) for line in caveat_lines(table)]
-    lines += [*(rf"\par\footnotesize {line}" for line in caveats), r"\end{table}"]
-    lines += [f"% without a result: {' '.join(line.split())}" for line in table.unfinished]
-    if every := table.all_metrics:
-        lines += _tex_grid(
-            f"{tex_text(table.preset)}: all metrics of the matrix.",
-            "l" + "r" * len(every),
-            ["method", *(f"{m.latex} [{tex_text(unit(table, m))}] {_tex_way(m)}" for m in every)],
-            [" & ".join([tex_text(row_name(row)), *_tex_cells(table, row, every)]) + r" \\" for row in table.rows],
-            caveats,
-        )
-    return "\n".join([*lines, *_tex_differences(table), ""])
-
-
-_ASCII = {"±": "+-", "↑": "^", "↓": "v", "×": "x", "·": ".", "²": "^2", "³": "^3", DASH: "-", "−": "-", DAGGER: "+"}
-
-
-def _blocks(widths: Sequence[int], width: int | None) -> list[list[int]]:
-    """Columns in blocks that fit `width`; every block begins with column 0, and has at least one more."""
-    blocks: list[list[int]] = [[0]]
-    for index in range(1, len(widths)):
-        used = sum(widths[i] + 1 for i in blocks[-1]) + widths[index]
-        if width is not None and used > width and len(blocks[-1]) > 1:
-            blocks.append([0])
-        blocks[-1].append(index)
-    return blocks
-
-
-def _text_grid(grid: Sequence[Sequence[str]], heads: int, width: int | None) -> list[str]:
-    """The aligned lines of a grid whose first `heads` lines are its head, in blocks of columns that fit `width`."""
-    widths = [max(map(len, column)) for column in zip(*grid, strict=True)]
-    lines = []
-    for block in _blocks(widths, width):
-        for row_cells in [*grid[:heads], ["-" * w for w in widths], *grid[heads:]]:
-            cells = [row_cells[i].rjust(widths[i]) if i else row_cells[i].ljust(widths[i]) for i in block]
-            lines.append(" ".join(cells).rstrip())
-        lines.append("")
-    return lines
-
-
-def _wrapped(lines: Iterable[str], width: int | None) -> list[str]:
-    return [part for line in lines for part in (textwrap.wrap(line, max(width, 20)) if width else [line])]
-
-
-def _text_differences(table: Table) -> list[list[str]]:
-    """The grid of mean differences with intervals: p and standard deviation would not fit a terminal."""
-    metrics = difference_metrics(table)
-    assert table.differences is not None
-    grid = [
-        [f"method − {table.differences.baseline}", "seeds", *(f"{m.title} {arrow(m)} " for m in metrics)],
-        ["", "", *(f"{difference_unit(m)} " for m in metrics)],
-    ]
-    for row in compared_rows(table):
-        cells = []
-        for metric in metrics:
-            difference = table.differences.by_metric[metric.key][row.label]
-            mean, interval, _ = difference_parts(replace(difference, std=None), metric)
-            text = mean if difference.mean is None else f"{mean} {interval}{few_seeds(table, row, difference)}"
-            cells.append(text + ("*" if difference.significant else " "))
-        grid.append([row_name(row), str(len(shared_seeds(table, row))), *cells])
-    return grid
-
-
-def to_text(table: Table, *, ascii_only: bool = False, width: int | None = None) -> str:
-    """An aligned table for a terminal, in blocks of columns that fit `width`; the best of a column ends in `*`.
-
-    The differences follow, where there are any to test.
-    """
-    grid = [
-        ["method", "seeds", *(f"{m.title} {arrow(m)} " for m in table.metrics)],
-        ["", "", *(f"{unit(table, m)} " for m in table.metrics)],
-    ]
-    for row in table.rows:
-        # a blank in the place of the star keeps the digits of a column under each other
-        cells = [cell(table, row, m) + ("*" if row.label in table.best[m.key] else " ") for m in table.metrics]
-        grid.append([row_name(row), str(len(row.seeds)), *cells])
-    lines = [f"{table.preset}: {table.subtitle}", *([table.measured] if table.measured else []), ""]
-    lines += _text_grid(_plain_grid(grid, ascii_only), 2, width) if table.rows else []
-    lines.append(seeds_note(table) + (" * marks the best of a column." if any(table.best.values()) else ""))
-    lines += _wrapped(caveat_lines(table), width)
-    lines += [f"no result: {line}" for line in table.unfinished]
-    if table.differences is not None and table.differences.shown:
-        lines += ["", *_wrapped([difference_title(table)], width), ""]
-        lines += _text_grid(_plain_grid(_text_differences(table), ascii_only), 2, width)
-        lines += _wrapped(difference_notes(table, short=True), width)
-    return _plain("\n".join([*lines, ""]), ascii_only)
-
-
-def _plain(text: str, ascii_only: bool) -> str:
-    text = re.sub("[\x00-\x09\x0b-\x1f\x7f-\x9f]", "?", text)  # a terminal would obey them
-    if not ascii_only:
-        return text
-    for mark, ascii_mark in _ASCII.items():
-        text = text.replace(mark, ascii_mark)
-    return text.encode("ascii", "replace").decode()
-
-
-def _plain_grid(grid: Sequence[Sequence[str]], ascii_only: bool) -> list[list[str]]:
-    return [[_plain(text, ascii_only) for text in line] for line in grid]
-
-
-def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A CSV file of these rows, with text that no spreadsheet runs."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    for row in (header, *rows):
-        writer.writerow([round(v, 9) if isinstance(v, float) else csv_cell(v) for v in row])
-    return out.getvalue()
-
-
-def to_csv(tables: Sequence[Table]) -> str:
-    """Plain numbers, one row per stream and method: mean, std, n of every metric; s and MiB; empty where undefined."""
-    keys = list(dict.fromkeys(key for table in tables for row in table.rows for key in row.stats))
-    header = ["preset", "method", "joint", "seeds"]
-    header += [f"{key}_{part}" for key in keys for part in ("mean", "std", "n")]
-    caveats = any(row.caveats for table in tables for row in table.rows)
-    header += ["caveats"] * caveats
-    lines: list[list[Any]] = []
-    for table in tables:
-        for row in table.rows:
-            line: list[Any] = [table.preset, row.label, row.joint, len(row.seeds)]
-            for key in keys:
-                stat = row.stats.get(key)
-                line += [stat.mean, stat.std, stat.n] if stat else [None, None, 0]
-            lines.append(line + ["; ".join(row.caveats)] * caveats)
-    return csv_text(header, lines)
-
-
-def differences_csv(tables: Sequence[Table]) -> str:
-    """Plain numbers of all paired differences, not rounded: one row per stream, metric and method; empty if undefined.
-
-    `low` and `high` bound the interval of the level in `interval_level`, which Holm's procedure decides; `comparisons`
-    counts the family that p_holm is corrected for (see `statistics.compare`).
-    """
-    header = ["preset", "metric", "baseline", "method", "joint", "seeds", "n", "method_mean", "baseline_mean"]
-    header += ["difference", "std", "low", "high", "interval_level", "p", "p_holm", "comparisons", "confidence"]
-    header += ["significant", "caveats"]
-    lines: list[list[Any]] = []
-    for table in tables:
-        rows = {row.label: row for row in table.rows}
-        for metric, found in table.differences.by_metric.items() if table.differences else ():
-            assert table.differences is not None
-            family = sum(len(d.seeds) > 1 for d in found.values())
-            for label, d in found.items():
-                numbers = [d.method_mean, d.baseline_mean, d.mean, d.std, d.low, d.high, d.level, d.p, d.p_holm]
-                exact = [None if number is None else repr(float(number)) for number in numbers]
-                seeds = " ".join(map(str, d.seeds))
-                line = [table.preset, metric, table.differences.baseline, label, rows[label].joint, seeds, len(d.seeds)]
-                line += [*exact, family, repr(table.differences.confidence)]
-                tested = None if d.p_holm is None else d.significant
-                lines.append([*line, tested, "; ".join(rows[label].caveats)])
-    return csv_text(header, lines)
-
-
-def runs_csv(records: Sequence[Record]) -> str:
-    """Plain numbers: one row per run, finished or not, with every metric and where it comes from."""
-    rows = [run_row(record) for record in records]
-    header = list(dict.fromkeys(key for row in rows for key in row))
-    return csv_text(header, ([row.get(key) for key in header] for row in rows))
-
-
-def render(summary: Summary, form: str = "text", *, ascii_only: bool = False, width: int | None = None) -> str:
-    """All tables in one of FORMATS; `ascii_only` and `width` concern text. UserError for another format."""
-    parts = sections(summary)
-    if form == "csv":
-        return to_csv(summary.tables)
-    if form == "text":
-        blocks = [to_text(table, ascii_only=ascii_only, width=width) for table in summary.tables]
-        ranks = [
-            "\n".join([*_wrapped(lines, width), "", ""]) for kind, _ in parts if (lines := ranking_lines(summary, kind))
-        ]
-        return "\n".join([*blocks, *(_plain(text, ascii_only) for text in ranks)])
-    if form in ("md", "tex"):
-        write = to_markdown if form == "md" else to_latex
-        heading = "## {}\n\n" if form == "md" and len(parts) > 1 else ""
-        blocks = []
-        for kind, tables in parts:
-            for index, table in enumerate(tables):
-                blocks.append(heading.format(kind.heading) * (index == 0) + write(table))
-            lines = ranking_lines(summary, kind)
-            if lines and form == "md":
-                blocks.append("\n".join(["### Ranks over streams", "", *(f"- {markdown_text(t)}" for t in lines), ""]))
-            blocks += [f"% {' '.join(line.split())}" for line in lines if form == "tex"]
-        return "\n".join(blocks)
-    raise UserError(f"unknown table format {form!r}; {nearest(form, FORMATS, 'formats')}")

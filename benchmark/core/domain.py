@@ -122,8 +122,8 @@ class Network(Protocol):
 class ReadOut(Protocol):
     """The half of a method that the domain calls for every image (`dualcl.methods.base.Method`)."""
 
-    requires: tuple[str, ...]
-    reads_rows: bool
+    requires: ClassVar[tuple[str, ...]]
+    reads_rows: ClassVar[bool]
 
     def features(self, images: Images, network: Network) -> Tensor:
         """(B, d) or (B, n, d) float32."""

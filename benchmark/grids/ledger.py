@@ -23,9 +23,9 @@ from dualcl.results.files import write_text
 from dualcl.results.metrics import KINDS, METRICS
 from dualcl.results.published import Group, Number, groups, numbers_for, our_metric
 from dualcl.results.published.differences import compare_number, is_of, variant
-from dualcl.results.records import Record, comparable, scan_records
-from dualcl.results.report import assignments, set_words
-from dualcl.results.tables import DASH, PER_SEED, markdown_code, markdown_text, tell_apart
+from dualcl.results.records import Record, assignments, comparable, scan_records, set_words
+from dualcl.results.tables import DASH, PER_SEED, tell_apart
+from dualcl.results.writers.markdown import markdown_code, markdown_text
 
 #: seeds below which a mean is not held against a published one
 MIN_SEEDS = 3

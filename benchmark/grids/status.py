@@ -18,7 +18,7 @@ from dualcl.benchmark.core.bar import redraws
 from dualcl.benchmark.core.text import align, duration, printable
 from dualcl.benchmark.grids.survey import STATES, PlannedRun, RunState, Survey, counts, seconds_left
 from dualcl.results.files import csv_cell
-from dualcl.results.tables import markdown_text
+from dualcl.results.writers.markdown import markdown_text
 
 if TYPE_CHECKING:
     from dualcl.benchmark.grids.plan import Planned

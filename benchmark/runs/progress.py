@@ -31,9 +31,7 @@ class _Steps(Bar):
 
     def facts(self, seconds: float) -> list[str]:
         """Loss, ETA and memory."""
-        memory = peak_mib()
-        shown = [f"{self.n}/{self.total}", f"loss {self.loss:.3f}", *self.eta(seconds)]
-        return shown if memory is None else [*shown, f"{memory:.0f} MiB"]
+        return [f"{self.n}/{self.total}", f"loss {self.loss:.3f}", *self.eta(seconds), f"{peak_mib():.0f} MiB"]
 
 
 class Reporter:

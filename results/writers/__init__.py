@@ -1,1 +1,1 @@
-"""A report in one form each: text, Markdown, LaTeX, CSV, HTML."""
+"""Forms of a report, a file each: the tables with their differences, and published numbers in tables of their own."""

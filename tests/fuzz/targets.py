@@ -55,8 +55,11 @@ from dualcl.datasets.reading.folders import FolderImages
 from dualcl.datasets.reading.unpack import extract_tar, extract_zip
 from dualcl.methods import available_methods, method_info
 from dualcl.results import plots, report
+from dualcl.results.published.render import blocks_for
 from dualcl.results.records import comparable, load_record, run_row
 from dualcl.results.tables import summarise
+from dualcl.results.writers import html
+from dualcl.results.writers.pictures import Pictures, Samples
 
 ROOT = Path(__file__).parents[2]
 METHODS = sorted(available_methods())
@@ -153,9 +156,9 @@ def records(data: bytes) -> None:
         summary = summarise([path.parent])
         for form in ("text", "md", "csv", "tex"):
             report.terminal_table(summary, form, ascii_only=form == "text", width=80)
-        nothing = [report._Samples([], [], [])] * len(summary.tables)
-        page = report._html(summary, {}, nothing, {}, with_published=True)
-        assert "<script" not in page.replace(report._STYLE, ""), "a record gets a script into the page"
+        pictures = Pictures(samples=[Samples()] * len(summary.tables))
+        page = html.page(summary, pictures, summary.records, blocks_for(summary))
+        assert "<script" not in page, "a record gets a script into the page"
         ledger([path.parent], path.parent / "LEDGER.md")
 
 

@@ -15,7 +15,9 @@ from dualcl.benchmark.grids.ledger import ledger
 from dualcl.results.files import csv_cell, slugs, write_text
 from dualcl.results.records import load_record
 from dualcl.results.report import build_report, terminal_table
-from dualcl.results.tables import markdown_code, markdown_text, summarise, tex_text
+from dualcl.results.tables import summarise
+from dualcl.results.writers.latex import tex_text
+from dualcl.results.writers.markdown import markdown_code, markdown_text
 
 WriteRun = Callable[..., Path]
 

@@ -31,7 +31,7 @@ from dualcl.results.published import (
     streams,
 )
 from dualcl.results.published.differences import compare_number, compare_protocol, is_of
-from dualcl.results.published.render import NONE, TITLE, readme
+from dualcl.results.published.render import NONE, TITLE
 from dualcl.results.records import load_record
 from dualcl.results.report import build_report, terminal_table
 
@@ -169,13 +169,9 @@ def test_the_tables_by_task_count_are_complete_and_in_their_columns(heading: str
     assert found >= 42
 
 
-def test_the_readme_is_what_the_code_renders() -> None:
-    """When this fails: write `dualcl.results.published.render.readme()` to that file."""
-    assert (FOLDER / "README.md").read_text(encoding="utf-8") == readme()
-
-
 def test_the_readme_holds_every_number() -> None:
-    text = readme()
+    text = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert all(f"**{mark}** {what}" in text for mark, what in SEEN.items())
     for name, numbers in streams().items():
         part = re.split(rf"\n## {re.escape(name)}[:,]", text)[1].split("\n## ")[0]
         for n in numbers:

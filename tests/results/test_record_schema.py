@@ -11,6 +11,9 @@ import pytest
 
 from dualcl.benchmark.core.errors import UserError
 from dualcl.results import records
+from dualcl.results.documents import documents
+from dualcl.results.metrics import KINDS
+from dualcl.results.record_type import FIELDS
 from dualcl.results.records import VERSION, load_record
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -24,7 +27,7 @@ def errors(data: Any) -> list[str]:
 
 
 def test_all_committed_records_have_the_schema() -> None:
-    files = [*RESULTS.glob("recorded/*/records/*/record.json"), *STORED.glob("*.json")]
+    files = [*RESULTS.glob("recorded/*/records/*/record.json"), *STORED.glob("version-*.json")]
     assert len(files) > 100
     for file in files:
         assert errors(json.loads(file.read_text(encoding="utf-8"))) == [], file
@@ -56,19 +59,42 @@ def test_the_schema_refuses_other_records(path: str, change: Any) -> None:
     assert errors(data) == [path]
 
 
-@pytest.mark.parametrize(
-    ("name", "metrics"),
-    [
-        ("accuracy", {"A_last": 36.9, "A_avg": 53.30353174603174, "F_max": 14.11111111111111, "plasticity": 49.6}),
-        ("mmd", {"A_mmd": 1961.5834425793917, "F_mmd": 0.0, "concept_accuracy": 48.333333333333336}),
-    ],
-)
-def test_a_stored_record_of_the_first_version_loads_for_ever(name: str, metrics: dict[str, float]) -> None:
-    file = STORED / f"version-1-{name}.json"
-    assert json.loads(file.read_text(encoding="utf-8"))["version"] == 1
-    record = load_record(file)
+@pytest.mark.parametrize("version", range(1, VERSION + 1))
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stored_record_of_every_version_and_kind_loads_for_ever(version: int, kind: str) -> None:
+    """stored/metrics.json has all measures that there were when the record was stored; later ones are None."""
+    name = f"version-{version}-{kind}"
+    metrics = json.loads((STORED / "metrics.json").read_text(encoding="utf-8"))[name]
+    assert json.loads((STORED / f"{name}.json").read_text(encoding="utf-8"))["version"] == version
+    record = load_record(STORED / f"{name}.json")
     assert record.data["version"] == VERSION
-    assert {key: record.metrics[key] for key in metrics} == pytest.approx(metrics)
+    assert {key: record.metrics[key] for key in metrics} == metrics
+    assert {value for key, value in record.metrics.items() if key not in metrics} <= {None}
+
+
+#: of every released version, for ever; what comes later is optional
+REQUIRED = {
+    "accuracy": {1: {"correct", "total"}},
+    "mmd": {1: {"mmd", "drift", "image_similarity", "text_similarity", "nearest_correct", "generated"}},
+}
+
+
+def test_required_fields_of_a_released_version_never_grow() -> None:
+    for name, of_version in REQUIRED.items():
+        fields = [field for field in KINDS[name].by_name.values() if field.required]
+        for version, names in of_version.items():
+            assert {field.name for field in fields if field.since <= version} == names
+    top = {field.name for field in FIELDS if field.required and field.since <= 1 and "." not in field.name}
+    assert top == {
+        "status", "error", "run", "config", "config_hash", "sources", "identity", "network", "environment", "tasks",
+        "tasks[]", "matrix", "measured", "created", "finished",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+def test_the_files_that_are_written_from_the_code_are_up_to_date(path: Path) -> None:
+    """When this fails: `python -m dualcl.results.documents`."""
+    assert path.read_text(encoding="utf-8") == documents()[path]
 
 
 def test_a_version_to_come_migrates_stored_records_and_refuses_newer_ones(

@@ -4,7 +4,6 @@ import base64
 import contextlib
 import csv
 import gc
-import html
 import io
 import re
 import subprocess
@@ -13,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
+import markupsafe
 import matplotlib
 import numpy as np
 import pytest
@@ -37,8 +37,8 @@ from dualcl.results.plots import (
     styles,
     update_norms,
 )
-from dualcl.results.records import find_records, load_record
-from dualcl.results.report import build_report, command, terminal_table
+from dualcl.results.records import command, find_records, load_record
+from dualcl.results.report import build_report, terminal_table
 from dualcl.results.statistics import Ranking, rank_methods
 from dualcl.results.tables import rare_collections, summarise
 
@@ -113,7 +113,8 @@ def test_names_cannot_inject_anything(write_run: WriteRun, tmp_path: Path) -> No
     assert files.html is not None
     text = files.html.read_text(encoding="utf-8")
     assert "<script" not in text
-    assert html.escape(evil) in text
+    assert str(markupsafe.escape(evil)) in text
+    assert evil not in text
     assert all(p.resolve().parent == (out / "plots").resolve() for p in files.plots)
     assert files.plots
 

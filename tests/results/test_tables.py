@@ -9,9 +9,10 @@ import pytest
 from scipy import stats
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.results.report import terminal_table
+from dualcl.results.report import render, terminal_table
 from dualcl.results.statistics import Ranking
-from dualcl.results.tables import differences_csv, render, runs_csv, summarise
+from dualcl.results.tables import summarise
+from dualcl.results.writers import csv as csv_writer
 
 WriteRun = Callable[..., Path]
 
@@ -69,7 +70,7 @@ def test_unfinished_runs_are_listed_and_never_averaged(runs: Path) -> None:
         "ewc seed 0: failed, 1 of 3 tasks evaluated (loss is NaN)",
         "l2 seed 0: running, 0 of 3 tasks evaluated",
     ]
-    assert len(parse(runs_csv(summarise([runs]).records))) == 7
+    assert len(parse(csv_writer.runs(summarise([runs]).records))) == 7
 
 
 def test_only_unfinished_runs_still_make_a_table(write_run: WriteRun, tmp_path: Path) -> None:
@@ -287,7 +288,7 @@ def test_ablations_have_rows_under_their_own_labels(write_concept_run: WriteRun,
         ("clora", (0, 1)),
         ("clora, word", (0, 1)),
     ]
-    assert {row["table"] for row in parse(runs_csv(tables["glyph-concepts"].records))} == {"glyph-concepts"}
+    assert {row["table"] for row in parse(csv_writer.runs(tables["glyph-concepts"].records))} == {"glyph-concepts"}
 
 
 @pytest.mark.parametrize(
@@ -344,7 +345,7 @@ def test_differences_are_paired_by_seed(write_run: WriteRun, tmp_path: Path) -> 
     assert (lora.mean, lora.std, lora.seeds) == (-2, 1, (0, 1, 2))  # the seeds' own spread of 10 drops out
     assert lora.p == pytest.approx(stats.ttest_rel([58, 69, 77], [60, 70, 80]).pvalue)
     assert list(table.differences.by_metric) == ["A_last", "A_avg", "F_step", "F_max"]
-    rows = [row for row in parse(differences_csv(summarise([tmp_path]).tables)) if row["metric"] == "A_last"]
+    rows = [row for row in parse(csv_writer.differences(summarise([tmp_path]).tables)) if row["metric"] == "A_last"]
     assert [(row["method"], row["baseline"], row["seeds"], row["comparisons"]) for row in rows] == [
         ("lora", "clora", "0 1 2", "2"),
         ("ncm", "clora", "0 1 2", "2"),
@@ -422,7 +423,7 @@ def test_one_seed_makes_no_table_of_differences(write_run: WriteRun, tmp_path: P
     summary = summarise([tmp_path])
     for form in ("md", "text", "tex"):
         assert "Differences to" not in render(summary, form)
-    (row,) = [row for row in parse(differences_csv(summary.tables)) if row["metric"] == "A_last"]
+    (row,) = [row for row in parse(csv_writer.differences(summary.tables)) if row["metric"] == "A_last"]
     assert (float(row["difference"]), row["std"], row["low"], row["p"], row["significant"]) == (-2, "", "", "", "")
 
 
@@ -438,7 +439,7 @@ def test_mixed_runs_make_no_pairs(write_run: WriteRun, tmp_path: Path) -> None:
     shared(write_run, {"lora": [58, 69]}, edit=lambda d: d["identity"].update(split_hash="9999"))
     summary = summarise([tmp_path], allow_mixed=True)
     assert summary.tables[0].differences is None
-    assert differences_csv(summary.tables).count("\n") == 1
+    assert csv_writer.differences(summary.tables).count("\n") == 1
     assert "Differences to" not in render(summary, "md")
 
 
@@ -462,7 +463,7 @@ def test_caveats_are_marked_and_explained_in_every_format(write_run: WriteRun, t
     assert after[0] == before[0] + ",caveats"
     assert [line for line in after if line.endswith(f",{say}")] == [line for line in after if ",er," in line]
     assert after[1] == before[1] + ","
-    assert {row["caveats"] for row in parse(runs_csv(summary.records)) if row["label"] == "er"} == {say}
+    assert {row["caveats"] for row in parse(csv_writer.runs(summary.records)) if row["label"] == "er"} == {say}
 
 
 def test_all_metrics_of_the_matrix_have_a_table(runs: Path, write_concept_run: WriteRun) -> None:

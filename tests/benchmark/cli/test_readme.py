@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
-import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from dualcl.benchmark.cli.options import build_parser, expand_sets
 from dualcl.benchmark.config.presets import load_preset
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.grids.sweep import plan_sweep
-from dualcl.methods import MethodInfo, available_methods, method_info
+from dualcl.methods import available_methods
 
 ROOT = Path(__file__).parents[3]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -58,7 +56,15 @@ def test_the_metrics_are_those_of_the_tables() -> None:
     assert told == {key: METRICS[key].higher_is_better for key in shown}
 
 
-def test_every_command_is_one_that_the_command_line_takes(tmp_path: Path) -> None:
+def save_example(folder: Path) -> Path:
+    """README's method as a file in `folder`."""
+    (text,) = blocks("python")
+    (folder / "bitfit.py").write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_every_command_is_one_that_the_command_line_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(save_example(tmp_path))
     parser = build_parser()
     used = set()
     for words in commands():
@@ -104,16 +110,11 @@ def test_the_example_of_a_method_runs(tmp_path: Path, monkeypatch: pytest.Monkey
 
     from dualcl.benchmark.runs.runner import run
 
-    (text,) = blocks("python")
-    module = types.ModuleType("dualcl.methods.bitfit")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(compile(text, "README.md", "exec"), vars(module))
-    info = MethodInfo("bitfit", ("classification",), "", "", module.__name__)
-    monkeypatch.setitem(available_methods(), "bitfit", info)
-    assert method_info("bitfit", "classification") == info
+    monkeypatch.chdir(save_example(tmp_path))
     sets = ["train.epochs=2", "data.classes=4", "data.train_per_class=6", "data.test_per_class=4", "stream.tasks=2"]
-    record = run(resolve("glyphs", "bitfit", sets), tmp_path / "run")
+    record = run(resolve("glyphs", "bitfit.py", sets), tmp_path / "run")
     assert record["status"] == "finished"
+    assert record["run"]["method"] == "bitfit"
     assert [len(row["correct"]) for row in record["matrix"]["rows"]] == [1, 2]
     # 6 blocks with 3 x 128 biases each, and 2 classifier rows of 128 + 1
     assert [t["parameters_trained"] for t in record["tasks"]] == [6 * 384 + 2 * 129] * 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -13,11 +14,12 @@ import torch
 from torch import nn
 
 from dualcl.benchmark.config.resolve import resolve
+from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.domains.concept_batches import ConceptBatch, Entries
 from dualcl.benchmark.models.families import load
 from dualcl.benchmark.models.stable_diffusion import StableDiffusion, cross_attention_sites
-from dualcl.benchmark.models.text_to_image import BaseConfig
+from dualcl.benchmark.models.text_to_image import BaseConfig, Text
 from dualcl.benchmark.runs.folder import RunFolder
 from dualcl.benchmark.runs.runner import Run
 from dualcl.benchmark.runs.runner import run as run_whole
@@ -345,3 +347,71 @@ def test_a_sample_is_a_batch_of_one(sd_run: Callable[..., Any]) -> None:
     assert [len(one.prompts) for one in ones] == [1] * len(batch.prompts)
     assert torch.equal(torch.cat([one.noisy for one in ones]), batch.noisy)
     assert [one.weights.tolist() for one in ones] == [[1.0], [1.0], [0.5], [0.5]]
+
+
+# --- families ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, sd_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], str]:
+    """hub(index) -> id of a model in a hub's cache, `sd_folder` with this model_index.json; None: without one."""
+    import huggingface_hub.constants
+
+    def put(index: Any) -> str:
+        folder = tmp_path / "models--some--model"
+        commit = "1234567890" * 4
+        shutil.copytree(sd_folder, folder / "snapshots" / commit)
+        (folder / "refs").mkdir()
+        (folder / "refs" / "main").write_text(commit)
+        file = folder / "snapshots" / commit / "model_index.json"
+        file.unlink() if index is None else file.write_text(json.dumps(index))
+        return "some/model"
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return put
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("StableDiffusionXLPipeline", {"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder_2": ["x", "y"]}),
+        ("StableDiffusion3Pipeline", {"transformer": ["diffusers", "SD3Transformer2DModel"], "text_encoder_3": ["x"]}),
+        ("PixArtAlphaPipeline", {"transformer": ["diffusers", "Transformer2DModel"]}),
+    ],
+)
+def test_other_families_of_the_hub_are_refused_before_a_weight_is_read(
+    hub: Callable[[Any], str], monkeypatch: pytest.MonkeyPatch, name: str, parts: dict[str, Any]
+) -> None:
+    model = hub({"_class_name": name, **parts})
+    monkeypatch.setattr(StableDiffusion, "parts", {})  # nothing could be loaded
+    with pytest.raises(UserError) as error:
+        load(BaseConfig(model=model))
+    assert str(error.value) == f"some/model is a {name}; only Stable Diffusion 1.x and 2.x are supported"
+
+
+@pytest.mark.parametrize("index", [{"_class_name": "StableDiffusionPipeline"}, None], ids=["index", "no index"])
+def test_a_model_of_the_hub_is_that_of_its_folder(hub: Callable[[Any], str], loaded_sd: Any, index: Any) -> None:
+    found = load(BaseConfig(model=hub(index)))
+    assert found.info == dataclasses.replace(loaded_sd.info, name="some/model", weights="hub: some/model")
+
+
+def test_a_broken_index_of_the_hub_is_named(hub: Callable[[Any], str]) -> None:
+    with pytest.raises(UserError, match=r"model_index\.json is not valid JSON; save or download the model again"):
+        load(BaseConfig(model=hub("text")))
+
+
+def test_what_the_contract_says_of_a_text(diffusion: Any) -> None:
+    text = diffusion.encode_text(["a symbol", "", "a house"])
+    assert text.states.shape == (3, 24, 24)
+    more = Text(text.states, pooled=text.states[:, 0])
+    index = torch.tensor([2, 0, 2])
+    assert torch.equal(more[index].states, text.states[index])
+    assert torch.equal(more[index].further["pooled"], text.states[index, 0])
+    assert diffusion.text_only == diffusion.sites().keys()
+    attention = diffusion.unet.get_submodule(next(iter(diffusion.sites())).rpartition(".")[0])
+    attention.is_cross_attention = False  # a second self-attention, as some U-Nets have
+    parts = (diffusion.tokenizer, diffusion.text_encoder, diffusion.unet, diffusion.vae, diffusion.scheduler)
+    again = StableDiffusion(*parts, "x", "y")
+    assert again.text_only < again.sites().keys()
+    assert len(again.sites()) - len(again.text_only) == 2
