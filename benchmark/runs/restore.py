@@ -56,20 +56,20 @@ def recorded_config(
     top = {k: v for k, v in config.items() if k not in (*classes, "preset", "domain", "method_name")}
     given: dict[str, Any] = {**config, "data": data, "general": {**top, **general}}
     sections: dict[str, Any] = {}
-    for name, cls in classes.items():
+    for section, cls in classes.items():
         hints = typing.get_type_hints(cls)
         fields = {f.name for f in dataclasses.fields(cls)}
-        values = given.get(name, {})
+        values = given.get(section, {})
         if not isinstance(values, Mapping):
-            raise UserError(f"the record's config.{name} is no mapping; run it again")
+            raise UserError(f"the record's config.{section} is no mapping; run it again")
         unknown = sorted(values.keys() - fields)
         if unknown:
-            key = unknown[0] if name == "general" else f"{name}.{unknown[0]}"
+            key = unknown[0] if section == "general" else f"{section}.{unknown[0]}"
             raise UserError(
                 f"the record has the key {key}, which dualcl {package_version('dualcl')} does not know; "
                 "use the version that made the run (environment.dualcl in its record.json)"
             )
-        sections[name] = cls(**{k: coerce(v, hints[k], f"{name}.{k}") for k, v in values.items()})
+        sections[section] = cls(**{k: coerce(v, hints[k], f"{section}.{k}") for k, v in values.items()})
     return Resolved(preset, domain, name, sections, sources={}, volatile=frozenset(), plugins=plugins)
 
 

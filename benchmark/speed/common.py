@@ -10,7 +10,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -318,25 +318,39 @@ def render(args: argparse.Namespace, results: Sequence[tuple[str, dict[str, Any]
         **results[0][1]["environment"],
     }
     rows = grow_rows(results) if args.grow else step_rows(results)
-    if args.format == "json":
-        settings = {name: result["settings"] for name, result in results if result["settings"]}
-        value = {"setup": {**setup, "sets": args.sets}, "settings": settings, "rows": rows}
-        return json.dumps(value, indent=1, allow_nan=False) + "\n"
-    if args.format == "csv":
-        out = io.StringIO()
-        writer = csv.DictWriter(out, [*rows[0], *SETUP], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **{key: setup[key] for key in SETUP}} for row in rows)
-        return out.getvalue()
+    settings = {name: result["settings"] for name, result in results if result["settings"]}
+    value = {"setup": {**setup, "sets": args.sets}, "settings": settings, "rows": rows}
     cuda = any(row["peak_cuda_mib"] is not None for row in rows)
     table = _grow_table(rows, cuda) if args.grow else _step_table(rows, cuda)
     notes = _grow_notes(cuda) if args.grow else _step_notes(args, cuda)
     about = ", ".join(f"{key.replace('_', ' ')} {setup[key]}" for key in SETUP)
-    if args.format == "md":
-        rule = ["---", *["---:"] * (len(table[0]) - 1)]
+    right, known = range(1, len(table[0])), {key: setup[key] for key in SETUP}
+    return formatted(args.format, value, rows, known, table, [about, *notes], right)
+
+
+def formatted(
+    kind: str,
+    value: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    setup: Mapping[str, Any],
+    table: Sequence[Sequence[str]],
+    notes: Sequence[str],
+    right: range,
+) -> str:
+    """`value` as JSON, `rows` with `setup` as CSV, or `table` with `notes` as md or text; `right` are its numbers."""
+    if kind == "json":
+        return json.dumps(value, indent=1, allow_nan=False) + "\n"
+    if kind == "csv":
+        out = io.StringIO()
+        writer = csv.DictWriter(out, [*rows[0], *setup], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({**row, **setup} for row in rows)
+        return out.getvalue()
+    if kind == "md":
+        rule = ["---:" if i in right else "---" for i in range(len(table[0]))]
         lines = [f"| {' | '.join(cells)} |" for cells in (table[0], rule, *table[1:])]
-        return "\n".join([*lines, "", *[f"- {note}" for note in (about, *notes)]]) + "\n"
-    return "\n".join([*align(table, range(1, len(table[0]))), "", about, *notes]) + "\n"
+        return "\n".join([*lines, "", *[f"- {note}" for note in notes]]) + "\n"
+    return "\n".join([*align(table, right), "", *notes]) + "\n"
 
 
 def fixed(value: float | None, digits: int) -> str:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import statistics
 from collections.abc import Sequence
@@ -15,11 +13,11 @@ from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.reading import parse_names
 from dualcl.benchmark.core.settings import parse_assignment
-from dualcl.benchmark.core.text import align
 from dualcl.benchmark.speed.common import (
     add_shared,
     ascending_counts,
     fixed,
+    formatted,
     in_process,
     measure_all,
     one_by_one,
@@ -207,25 +205,14 @@ def render(args: argparse.Namespace, results: Sequence[tuple[str, dict[str, Any]
         **first["environment"],
     }
     rows = full_rows(results) if args.full_size else grow_rows(results)
-    if args.format == "json":
-        settings = {name: result["settings"] for name, result in results}
-        value = {"setup": {**setup, "sets": args.sets}, "settings": settings, "rows": rows}
-        return json.dumps(value, indent=1, allow_nan=False) + "\n"
-    if args.format == "csv":
-        out = io.StringIO()
-        writer = csv.DictWriter(out, [*rows[0], *SETUP], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **{key: setup[key] for key in SETUP}} for row in rows)
-        return out.getvalue()
+    settings = {name: result["settings"] for name, result in results}
+    value = {"setup": {**setup, "sets": args.sets}, "settings": settings, "rows": rows}
     cuda = str(setup["device"]).startswith("cuda")
     table = _full_table(rows, cuda) if args.full_size else _grow_table(rows, cuda)
     notes = _full_notes(rows, cuda) if args.full_size else _grow_notes(cuda)
     about = ", ".join(f"{key.replace('_', ' ')} {setup[key]}" for key in SETUP)
-    if args.format == "md":
-        rule = ["---", *["---:"] * (len(table[0]) - 1)]
-        lines = [f"| {' | '.join(cells)} |" for cells in (table[0], rule, *table[1:])]
-        return "\n".join([*lines, "", *[f"- {note}" for note in (about, *notes)]]) + "\n"
-    return "\n".join([*align(table, range(1, len(table[0]))), "", about, *notes]) + "\n"
+    right, known = range(1, len(table[0])), {key: setup[key] for key in SETUP}
+    return formatted(args.format, value, rows, known, table, [about, *notes], right)
 
 
 def _full_table(rows: Sequence[dict[str, Any]], cuda: bool) -> list[list[str]]:

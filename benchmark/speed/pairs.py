@@ -7,8 +7,6 @@ speaks its lines. While one side works, the other waits blocked on its stdin.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
 import os
 import shlex
@@ -27,9 +25,9 @@ from dualcl.benchmark.core.devices import pick_device
 from dualcl.benchmark.core.errors import RunFailed, UserError, nearest
 from dualcl.benchmark.core.machine import checkout_commit, environment
 from dualcl.benchmark.core.reading import parse_names
-from dualcl.benchmark.core.text import align, say
+from dualcl.benchmark.core.text import say
 from dualcl.benchmark.runs.runner import device_name
-from dualcl.benchmark.speed.common import fixed, measure_all, positive_count
+from dualcl.benchmark.speed.common import fixed, formatted, measure_all, positive_count
 
 OURS = "dualcl"
 PEERS = Path(__file__).resolve().parent / "peers"
@@ -528,27 +526,8 @@ def notes_of(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return [f"{', '.join(of)}: {note}" for note, of in names.items()]
 
 
-def md_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The table in Markdown."""
-    rule = ["---", "---:", "---:", "---:", "---", "---"]
-    table = [list(HEADER), rule, *[cells_of(row) for row in rows]]
-    return [f"| {' | '.join(cells)} |" for cells in table]
-
-
 def render(value: Mapping[str, Any], fmt: str) -> str:
     """A result in the wanted format, ending in a line break."""
-    rows = value["rows"]
-    if fmt == "json":
-        return json.dumps(value, indent=1, allow_nan=False) + "\n"
-    if fmt == "csv":
-        out = io.StringIO()
-        setup = {**value["setup"], "device": value["device"], "threads": value["threads"]}
-        writer = csv.DictWriter(out, [*rows[0], *setup], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **setup} for row in rows)
-        return out.getvalue()
-    notes = [*about_lines(value), *notes_of(rows)]
-    if fmt == "md":
-        return "\n".join([*md_table(rows), "", *[f"- {note}" for note in notes]]) + "\n"
-    table = [list(HEADER), *[cells_of(row) for row in rows]]
-    return "\n".join([*align(table, range(1, 4)), "", *notes]) + "\n"
+    rows, setup = value["rows"], {**value["setup"], "device": value["device"], "threads": value["threads"]}
+    table, notes = [list(HEADER), *[cells_of(row) for row in rows]], [*about_lines(value), *notes_of(rows)]
+    return formatted(fmt, value, rows, setup, table, notes, range(1, 4))
