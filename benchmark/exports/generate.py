@@ -135,6 +135,8 @@ def open_model(
     if (path / CARD).is_file():
         if after is not None:
             raise UserError(f"{path} is an exported model with one state; leave out --after")
+        if method is not None or data is not None:
+            raise UserError(f"{path} is an exported model and needs neither --method nor --data; leave them out")
         return _open_export(path, device, base, say)
     if base is not None:
         raise UserError(f"--base is for exported folders; a run has its own base model, and {path} has no {CARD}")

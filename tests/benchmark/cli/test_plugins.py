@@ -284,6 +284,7 @@ def test_export_and_generate_import_a_file_only_when_it_is_named_again(
     assert code == 0, err
     code, _, err = said("generate", "run", "--prompt", "a <c1>", "--steps", "1", "-n", "1", "--method", "parts/mine.py")
     assert code == 0, err
+    assert "needs neither --method nor --data" in refused("generate", "out", "--prompt", "a <c1>", "--data", "x.py")
     (place / "marker.py").write_text(METHOD + "\nopen('executed', 'w').close()\n")
     assert "another method" in refused("export", "run", "--to", "merged", "out2", "--method", "marker.py")
     (place / "other.py").write_text(METHOD.replace('"mine"', '"other"') + "\nopen('executed', 'w').close()\n")
