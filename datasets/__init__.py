@@ -8,39 +8,28 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.core.registry import Entry, Plugin, find, is_file, module_of, registered
+from dualcl.benchmark.core.registry import Registered, find, is_file, registered
 
 
-@dataclass(frozen=True)
-class DatasetInfo:
+@dataclass(frozen=True, kw_only=True)
+class DatasetInfo(Registered):
     """What a data set says of itself, known without importing it."""
 
-    name: str
+    noun: ClassVar[str] = "data set"
+    decorator: ClassVar[str] = "register_dataset"
+
     domain: str
     summary: str
-    module: str
-    class_name: str
     needs_prepare: bool = False
-    #: None: built in
-    plugin: Plugin | None = None
-
-    @property
-    def reference(self) -> str:
-        """What finds it again, in any process."""
-        return self.name if self.plugin is None else self.plugin.reference
-
-
-def _info(entry: Entry) -> DatasetInfo:
-    return DatasetInfo(entry.name, module=entry.module, class_name=entry.class_name, plugin=entry.plugin, **entry.given)
 
 
 @functools.lru_cache(maxsize=1)
 def available_datasets() -> dict[str, DatasetInfo]:
     """All registered data sets by name, those of installed packages too; UserError for a name registered twice."""
-    return registered(Path(__file__).parent, __name__, "register_dataset", _info)
+    return registered(Path(__file__).parent, __name__, DatasetInfo)
 
 
 def dataset_info(reference: str, domain: str | None = None) -> DatasetInfo:
@@ -48,7 +37,7 @@ def dataset_info(reference: str, domain: str | None = None) -> DatasetInfo:
     known = available_datasets()
     if not is_file(reference):
         known = {name: info for name, info in known.items() if domain in (None, info.domain)}
-    info = find(reference, known, "register_dataset", _info, "data.name=")
+    info = find(reference, known, DatasetInfo, "data.name=")
     if domain not in (None, info.domain):
         raise UserError(f"data set {info.name!r} is of the domain {info.domain!r}, not of {domain!r}")
     return info
@@ -56,5 +45,4 @@ def dataset_info(reference: str, domain: str | None = None) -> DatasetInfo:
 
 def dataset_class(reference: str, domain: str | None = None) -> Any:
     """The class that `dataset_info` finds (`.Config`, `.load(config)`, `.prepare(...)`)."""
-    info = dataset_info(reference, domain)
-    return getattr(module_of(info.module, info.plugin), info.class_name)
+    return dataset_info(reference, domain).load()

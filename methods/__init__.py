@@ -8,42 +8,36 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.core.registry import Entry, Plugin, find, module_of, registered
+from dualcl.benchmark.core.registry import Registered, find, registered
 
 if TYPE_CHECKING:
     from dualcl.methods.base import Method
 
 
-@dataclass(frozen=True)
-class MethodInfo:
+@dataclass(frozen=True, kw_only=True)
+class MethodInfo(Registered):
     """What a method says of itself, known without importing it."""
 
-    name: str
+    noun: ClassVar[str] = "method"
+    decorator: ClassVar[str] = "register_method"
+
     domains: tuple[str, ...]
     summary: str
     source: str
-    module: str
     stores_data: bool = False
-    #: None: built in
-    plugin: Plugin | None = None
 
-    @property
-    def reference(self) -> str:
-        """What finds it again, in any process."""
-        return self.name if self.plugin is None else self.plugin.reference
-
-
-def _info(entry: Entry) -> MethodInfo:
-    return MethodInfo(name=entry.name, module=entry.module, plugin=entry.plugin, **entry.given)
+    def __post_init__(self) -> None:
+        if not isinstance(self.domains, tuple):
+            raise UserError(f"{self.place}: domains must be a tuple of texts, got {self.domains!r}")
 
 
 @functools.lru_cache(maxsize=1)
 def available_methods() -> dict[str, MethodInfo]:
     """All registered methods by name, those of installed packages too; UserError for a name registered twice."""
-    return registered(Path(__file__).parent, __name__, "register_method", _info)
+    return registered(Path(__file__).parent, __name__, MethodInfo)
 
 
 def method_info(reference: str, domain: str | None = None) -> MethodInfo:
@@ -51,7 +45,7 @@ def method_info(reference: str, domain: str | None = None) -> MethodInfo:
 
     Raises UserError when it is unknown or does not serve `domain`.
     """
-    info = find(reference, available_methods(), "register_method", _info)
+    info = find(reference, available_methods(), MethodInfo)
     if domain is not None and domain not in info.domains:
         serves = ", ".join(info.domains)
         raise UserError(f"method {info.name!r} does not work in the domain {domain!r}; it serves: {serves}")
@@ -60,9 +54,5 @@ def method_info(reference: str, domain: str | None = None) -> MethodInfo:
 
 def method_class(reference: str) -> type[Method]:
     """Imports and returns the class that `method_info` finds."""
-    info = method_info(reference)
-    module = module_of(info.module, info.plugin)
-    for value in vars(module).values():
-        if isinstance(value, type) and vars(value).get("name") == info.name:
-            return value
-    raise UserError(f"{module.__file__} says that it registers {info.name!r} but does not; use register_method there")
+    cls: type[Method] = method_info(reference).load()
+    return cls

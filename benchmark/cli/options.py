@@ -248,6 +248,11 @@ def _list(command: argparse.ArgumentParser) -> None:
     command.add_argument("stream", nargs="?", metavar="STREAM", help="after `published`: show this stream's numbers")
 
 
+def _check(command: argparse.ArgumentParser) -> None:
+    command.add_argument("method", metavar="METHOD", help="FILE.py, FILE.py:NAME, or a name of `dualcl list methods`")
+    _add_sets(command)
+
+
 def _show(command: argparse.ArgumentParser) -> None:
     command.add_argument("preset", metavar="PRESET", help="a bundled preset or a YAML file")
     command.add_argument("method", nargs="?", metavar="METHOD", help="a name or file; default: what all share")
@@ -282,6 +287,7 @@ COMMANDS: dict[str, tuple[str, Callable[..., None]]] = {
     "export": ("write what a customization run learnt in the format of other tools", _export),
     "list": ("list methods, presets, backbones, data sets and streams with published numbers", _list),
     "show": ("show the resolved configuration and where each value comes from", _show),
+    "check": ("check all that a method must keep to, on tiny streams, in about a minute", _check),
     "prepare": ("download, verify and split the data of a preset", _prepare),
     "pretrain": ("make a bundled model again", _pretrain),
     "bench": ("measure speed and memory", bench.add_arguments),

@@ -51,11 +51,9 @@ class ImageFeatures(ABC):
     @torch.no_grad()
     def images(self, images: Tensor) -> Tensor:
         """Features (N, D) float32 on the CPU, of L2 norm 1, of uint8 images (N, H, W, 3)."""
-        parts = [torch.empty(0, self.dim)]
         with torch.autocast(self.device.type, enabled=False):
-            for part in images.split(BATCH):
-                parts.append(F.normalize(self._images(self._pixels(part)).float(), dim=1).cpu())
-        return torch.cat(parts)
+            rows = [F.normalize(self._images(self._pixels(p)).float(), dim=1).cpu() for p in images.split(BATCH)]
+        return torch.cat([torch.empty(0, self.dim), *rows])
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor | None:

@@ -102,12 +102,6 @@ class StableDiffusion(TextToImage):
         out: Tensor = self.unet(noisy.to(dtype), times, encoder_hidden_states=text.states.to(dtype)).sample
         return out.float()
 
-    def lora_key(self, site: str, form: str) -> str:
-        """What LoRA files of the form call a module of the U-Net."""
-        if form == "kohya":
-            return f"lora_unet_{site.replace('.', '_')}"
-        return f"{'unet' if form == 'diffusers-lora' else 'base_model.model'}.{site}"
-
     def save(self, folder: Path, state: Mapping[str, Tensor], tables: Sequence[Tensor]) -> None:
         """Writes stock parts: a U-Net with the weights `state`, a text encoder with another token table.
 

@@ -105,8 +105,9 @@ class TextToImage(ABC):
     pipeline: ClassVar[str]
     #: folders of a model directory, and the classes that read them
     parts: ClassVar[Mapping[str, Any]]
-    #: what is adapted: a U-Net, a transformer
+    #: what is adapted, and its folder: a U-Net, a transformer
     network: nn.Module
+    part: ClassVar[str] = "unet"
     vae: Any
     scheduler: Any
     info: ModelInfo
@@ -138,15 +139,17 @@ class TextToImage(ABC):
         """The network's prediction (B, C, h, w) float32; times (B,), or one for all; a row of text for each sample."""
 
     @abstractmethod
-    def lora_key(self, site: str, form: str) -> str:
-        """What LoRA files of the form (diffusers-lora, kohya, peft) call a module of the network."""
-
-    @abstractmethod
     def save(self, folder: Path, state: Mapping[str, Tensor], tables: Sequence[Tensor]) -> None:
         """Writes the model in diffusers layout and float32, with the network's weights `state`.
 
         `tables` (n, D) are the token tables of the vocabularies.
         """
+
+    def lora_key(self, site: str, form: str) -> str:
+        """What LoRA files of the form (diffusers-lora, kohya, peft) call a module of the network."""
+        if form == "kohya":
+            return f"lora_unet_{site.replace('.', '_')}"
+        return f"{self.part if form == 'diffusers-lora' else 'base_model.model'}.{site}"
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from dualcl.benchmark.core.devices import pick_device
 from dualcl.benchmark.core.domain import Domain
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.machine import package_version
-from dualcl.benchmark.core.registry import Info, check_plugins, is_file
+from dualcl.benchmark.core.registry import Registered, check_plugins, is_file
 from dualcl.benchmark.core.seeding import derive_seed
 from dualcl.benchmark.core.settings import Resolved, coerce
 from dualcl.benchmark.domains import domain_class
@@ -29,7 +29,7 @@ from dualcl.datasets.base import ImageSet
 from dualcl.datasets.concepts import Concept, ConceptData, Request
 from dualcl.methods import method_class, method_info
 
-Found = TypeVar("Found", bound=Info)
+Found = TypeVar("Found", bound=Registered)
 
 
 def recorded_config(

@@ -307,6 +307,16 @@ def _check_config(record: dict[str, Any], resolved: Resolved, path: Path) -> Non
         raise UserError(f"{path} holds a run with another configuration: {shown}{more}; choose another --out")
 
 
+def check_capabilities(resolved: Resolved) -> None:
+    """UserError for a method that requires what its domain does not offer."""
+    requires = method_class(resolved.method_reference).requires
+    lacking = [c for c in requires if c not in domain_class(resolved.domain).capabilities]
+    if lacking:
+        raise UserError(
+            f"method {resolved.method} needs {', '.join(lacking)}, which the domain {resolved.domain} does not offer"
+        )
+
+
 def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | None = None) -> dict[str, Any]:
     """Runs, or resumes, one method on one stream; returns the record.
 
@@ -317,12 +327,7 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
     given = out if isinstance(out, RunFolder) else RunFolder(Path(out))
     path = given.path
     resolved, trackers = without_trackers(resolved)
-    cls = method_class(resolved.method_reference)
-    lacking = [c for c in cls.requires if c not in domain_class(resolved.domain).capabilities]
-    if lacking:
-        raise UserError(
-            f"method {resolved.method} needs {', '.join(lacking)}, which the domain {resolved.domain} does not offer"
-        )
+    check_capabilities(resolved)
     processes = join(resolved.general.device)
     if processes.count > 1 and resolved.train.on_oom == "split":
         raise UserError("train.on_oom=split is for one process; set train.micro_batch_size instead")

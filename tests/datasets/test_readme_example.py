@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from dualcl.benchmark.core.registry import registered
+from dualcl.datasets import dataset_class, dataset_info
 from dualcl.datasets.base import make_class_stream
 from dualcl.datasets.concepts import make_concept_stream
 from dualcl.datasets.reading.loader import ImageLoader
@@ -25,20 +22,14 @@ EXAMPLES = dict(re.findall(r"^`datasets/(\w+)\.py`[^\n]*\n\n```python\n(.*?)^```
 
 
 @pytest.fixture
-def shown(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    """The class of an example, imported from a file as it would be from datasets/."""
+def shown(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """The class of an example, given by its path."""
     path = tmp_path / f"{request.param}.py"
     path.write_text(EXAMPLES[request.param], encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(f"shown_{request.param}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    ((name, stem, class_name, given),) = registered(tmp_path, "register_dataset")
-    assert name == stem == request.param
-    assert given["summary"]
-    yield getattr(module, class_name)
-    del sys.modules[spec.name]
+    info = dataset_info(str(path))
+    assert info.name == request.param
+    assert info.summary
+    return dataset_class(str(path))
 
 
 def test_there_is_one_of_each_domain() -> None:

@@ -77,7 +77,8 @@ def test_a_ridge_read_out_is_the_same_in_bfloat16(empty_record: Callable[[], dic
     for precision in ("fp32", "bf16"):
         for seed in range(3):
             sets = [f"precision={precision}", f"seed={seed}", "input.workers=0", "device=cpu"]
-            work = Run(resolve("glyphs", str(RANPAC), sets), RunFolder(tmp_path / f"{precision}{seed}"), Reporter(True))
+            folder = RunFolder(tmp_path / f"{precision}{seed}")
+            work = Run(resolve("glyphs", str(RANPAC), sets), folder, Reporter(quiet=True))
             dtypes: set[torch.dtype] = set()
             for block in work.domain.model.blocks:  # type: ignore[union-attr]
                 block.mlp.fc1.register_forward_hook(lambda module, args, out, seen=dtypes: seen.add(out.dtype))  # type: ignore[union-attr, operator]

@@ -11,7 +11,6 @@ import copy
 import dataclasses
 import inspect
 import json
-import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from dualcl.benchmark.core.domain import Domain
 from dualcl.benchmark.domains.classification import Classification
 from dualcl.benchmark.domains.customization import Customization
 from dualcl.benchmark.grids.sweep import plan_sweep
+from dualcl.benchmark.runs import method_check as check
 from dualcl.benchmark.runs.folder import RunFolder
 from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.runner import Run
@@ -120,18 +120,15 @@ def guarded_concepts(data: ConceptData, guard: Guard) -> ConceptData:
     return dataclasses.replace(data, concepts=tuple(concepts))
 
 
-class GuardedRun(Run):
-    """The real run; says to the guard whose turn it is, and notes what an evaluation changes.
+class GuardedRun(check.Watched):
+    """The real run; says to the guard whose turn it is.
 
     Decoded images and features of them are dropped at each turn, so that a second look is a second load.
     """
 
     def __init__(self, resolved: Any, folder: Path, domain: Any, guard: Guard) -> None:
         self.guard = guard
-        self.changed_by_evaluation: list[str] = []
         super().__init__(resolved, RunFolder(folder), Reporter(quiet=True), domain)
-        self.domain_evaluate = domain.evaluate
-        domain.evaluate = self.evaluate
 
     def begin(self, task: int) -> list[nn.Parameter]:
         """Opens the task's training data, of all tasks for joint training: that is its definition."""
@@ -141,21 +138,14 @@ class GuardedRun(Run):
 
     def evaluate(self, seen: Any) -> dict[str, Any]:
         """Opens the test data of the tasks seen; in customization all photographs, which images are compared with."""
-        before = self.state()
         self.forget()
         parts = [("test", t) for t in seen]
         if isinstance(self.domain, Customization):
             parts = [("train", t) for t in range(self.n_tasks)]
         with self.guard.only(*parts):
-            row: dict[str, Any] = self.domain_evaluate(seen)
+            row = super().evaluate(seen)
         self.forget()
-        self.changed_by_evaluation += [n for n, t in self.state().items() if not torch.equal(t, before[n])]
         return row
-
-    def state(self) -> dict[str, torch.Tensor]:
-        """A copy of all that a checkpoint holds and of the whole model."""
-        state = {**self.tensors(), **{f"model.{k}": v for k, v in self.domain.model.state_dict().items()}}
-        return {k: v.detach().clone() for k, v in state.items()}
 
     def forget(self) -> None:
         """Drops what the domain keeps of images."""
@@ -216,7 +206,7 @@ def finished(guarded) -> Callable[[str, str], GuardedRun]:
 
 def whole(work: GuardedRun) -> GuardedRun:
     """Runs the stream to its end."""
-    record = work.execute({"tasks": [], "matrix": {"rows": []}, "measured": {"tasks": []}})
+    record = work.execute(check.empty_record())
     assert record["status"] == "finished"
     return work
 
@@ -245,66 +235,8 @@ def check_test_data(work: GuardedRun, other: GuardedRun, images: torch.Tensor) -
     assert torch.equal(work.domain.predict(images), other.domain.predict(images))
 
 
-def check_task_id(domain: Any, answer: Callable[[], torch.Tensor]) -> None:
-    """Answers do not depend on which task the domain is in."""
-    current, expected = domain._current, answer()
-    try:
-        for hidden in (0, 1, None):
-            domain._current = hidden
-            assert torch.equal(answer(), expected)
-    finally:
-        domain._current = current
-
-
-def check_neighbours(domain: Any, images: torch.Tensor) -> None:
-    """An image's logits do not depend on the other images of its batch, nor on how many there are."""
-    together = domain.predict(images)
-    order = list(range(len(images)))
-    random.Random(0).shuffle(order)
-    torch.testing.assert_close(domain.predict(images[order]), together[order], rtol=0, atol=1e-5)
-    for size in (1, 3):
-        parts = torch.cat([domain.predict(part) for part in images.split(size)])
-        torch.testing.assert_close(parts, together, rtol=0, atol=1e-5)
-
-
-def draw(domain: Any, wanted: list[tuple[str, int]]) -> torch.Tensor:
-    """Images of (prompt, seed) pairs, generated side by side."""
-    generators = [torch.Generator().manual_seed(seed) for _, seed in wanted]
-    return domain.sample([domain.tokens.expand(prompt) for prompt, _ in wanted], generators)
-
-
-def prompts(domain: Any) -> list[tuple[str, int]]:
-    """Prompts of both concepts and of none, with seeds."""
-    words = [domain.fill("a photo of {token}", j) for j in range(len(domain.tasks))]
-    return [(words[0], 5), (words[1], 6), ("a photo of a red star", 7)]
-
-
-def check_drawn_neighbours(domain: Any) -> None:
-    """What the network says of one noisy image, and so a drawn image, does not depend on what is drawn beside it."""
-    wanted = prompts(domain)
-    context = domain.diffusion.encode_text([domain.tokens.expand(p) for p, _ in wanted]).states
-    noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    steps = torch.tensor([900, 500, 100])
-
-    @torch.no_grad()
-    def said(at: list[int]) -> torch.Tensor:
-        return domain.model(noise[at], steps[at], encoder_hidden_states=context[at]).sample
-
-    together = said([0, 1, 2])
-    torch.testing.assert_close(said([2, 1, 0]).flip(0), together, rtol=0, atol=1e-5)
-    torch.testing.assert_close(torch.cat([said([i]) for i in range(3)]), together, rtol=0, atol=1e-5)
-    drawn = draw(domain, wanted).int()
-    alone = torch.cat([draw(domain, [one]) for one in wanted]).int()
-    assert (drawn - alone).abs().max() <= 1  # rounding to a level of 255
-
-
-def check_evaluation_changes_nothing(work: GuardedRun) -> None:
-    """No evaluation of the run changed the state, and another one gives the same row."""
-    assert work.changed_by_evaluation == []
-    seen = range(work.n_tasks)
-    row = work.domain.evaluate(seen)
-    assert work.domain.evaluate(seen) == row
-    assert work.changed_by_evaluation == []
+def no_other(folder: Path, kind: type[Run]) -> Run:
+    raise AssertionError("these properties need one run alone")
 
 
 # --- every method -----------------------------------------------------------------------------------------------------
@@ -324,7 +256,7 @@ def test_test_images_and_labels_change_nothing_that_is_learnt(name, guarded, fin
 def test_hiding_the_task_changes_no_answer(name, finished, images):
     work = finished("classification", name)
     domain: Any = work.domain
-    check_task_id(domain, lambda: domain.predict(images))
+    check.task_id(work, no_other)
     with work.guard.only(*(("test", t) for t in range(3))):
         row, current, scope = work.domain_evaluate([0, 1, 2]), domain._current, domain._scope
         try:
@@ -338,8 +270,7 @@ def test_hiding_the_task_changes_no_answer(name, finished, images):
 
 @pytest.mark.parametrize("name", CUSTOMIZATION)
 def test_hiding_the_task_changes_no_image(name, finished):
-    domain = finished("customization", name).domain
-    check_task_id(domain, lambda: draw(domain, prompts(domain)))
+    check.task_id(finished("customization", name), no_other)
 
 
 def test_evaluation_takes_no_task_id():
@@ -356,24 +287,24 @@ def test_evaluation_takes_no_task_id():
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
 def test_a_prediction_does_not_depend_on_batch_neighbours(name, finished, images):
-    domain = finished("classification", name).domain
-    logits = domain.predict(images)
+    work = finished("classification", name)
+    logits = work.domain.predict(images)
     assert logits.shape == (7, 7)
     assert (logits - logits[0]).abs().max() > 1e-3  # the images do differ
-    check_neighbours(domain, images)
+    check.neighbours(work, no_other, 1e-5)
 
 
 @pytest.mark.parametrize("name", CUSTOMIZATION)
 def test_a_generated_image_does_not_depend_on_batch_neighbours(name, finished):
-    domain = finished("customization", name).domain
-    drawn = draw(domain, prompts(domain)).int()
+    work = finished("customization", name)
+    drawn = check.draw(work.domain, check.prompts(work.domain)).int()
     assert min((drawn[i] - drawn[j]).abs().max() for i, j in ((0, 1), (0, 2), (1, 2))) > 20  # the images do differ
-    check_drawn_neighbours(domain)
+    check.neighbours(work, no_other, 1e-5)
 
 
 @pytest.mark.parametrize(("domain", "name"), CASES)
 def test_an_evaluation_changes_nothing(domain, name, finished):
-    check_evaluation_changes_nothing(finished(domain, name))
+    check.evaluation(finished(domain, name), no_other)
 
 
 # --- sweeps -----------------------------------------------------------------------------------------------------------
@@ -463,7 +394,8 @@ def leaking(monkeypatch, guarded) -> Callable[..., GuardedRun]:
     """leaking(domain, class, other_test=False) -> a run of a method that is registered for this test, not begun."""
 
     def make(domain: str, cls: type[Leaking], other_test: bool = False) -> GuardedRun:
-        info = MethodInfo("leaking", ("classification", "customization"), "", "", __name__)
+        about = {"domains": ("classification", "customization"), "summary": "", "source": ""}
+        info = MethodInfo(name="leaking", module=__name__, class_name="Registered", **about)
         monkeypatch.setitem(available_methods(), "leaking", info)
         cls.name = "leaking"
         monkeypatch.setitem(globals(), "Registered", cls)
@@ -566,25 +498,15 @@ def by_calls(method: Any, out: torch.Tensor, direction: torch.Tensor) -> torch.T
     return out
 
 
-def check_leak(work: GuardedRun, change: Any, images: torch.Tensor) -> None:
-    """The check that is to catch `change`."""
-    domain: Any = work.domain
-    classifies = isinstance(domain, Classification)
-    if change is by_calls:
-        check_evaluation_changes_nothing(work)
-    elif change is by_task:
-        check_task_id(domain, lambda: domain.predict(images) if classifies else draw(domain, prompts(domain)))
-    elif classifies:
-        check_neighbours(domain, images)
-    else:
-        check_drawn_neighbours(domain)
+#: the property that catches each
+CAUGHT = {by_task: check.task_id, by_neighbours: check.neighbours, by_calls: check.evaluation}
 
 
 @pytest.mark.parametrize("domain", METHODS)
 @pytest.mark.parametrize("change", [by_task, by_neighbours, by_calls])
-def test_a_leak_at_evaluation_is_caught(domain, change, leaking, images):
+def test_a_leak_at_evaluation_is_caught(domain, change, leaking):
     work = whole(leaking(domain, type("Registered", (Hooked,), {"change": staticmethod(change)})))
-    with pytest.raises(AssertionError):
-        check_leak(work, change, images)
-    for other in {by_task, by_neighbours, by_calls} - {change}:
-        check_leak(work, other, images)
+    with pytest.raises(check.Broken):
+        CAUGHT[change](work, no_other)
+    for other in CAUGHT.keys() - {change}:
+        CAUGHT[other](work, no_other)
