@@ -12,10 +12,10 @@ from dualcl.benchmark.runs.method_check import check_method
 def main(args: argparse.Namespace) -> int:
     """Does what the command line asks for; returns the exit code."""
     broken = 0
-    for result in check_method(args.method, args.sets):
-        broken += bool(result.problem)
-        said = f"failed: {result.problem}" if result.problem else f"ok{f' ({result.detail})' if result.detail else ''}"
-        print(f"{result.domain}: {result.name}: {said}", flush=True)
+    for domain, name, problem, detail in check_method(args.method, args.sets):
+        broken += bool(problem)
+        said = f"failed: {problem}" if problem else f"ok ({detail})" if detail else "ok"
+        print(f"{domain}: {name}: {said}", flush=True)
     if broken:
         say(f"{args.method} breaks {broken} of its promises (methods/README.md)")
     return EXIT_FAILED if broken else 0

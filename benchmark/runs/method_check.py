@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,12 @@ from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.runner import Run, check_capabilities
 from dualcl.methods import method_info
 
-#: by domain: a bundled preset and what makes it tiny, with tasks of different sizes
+#: by domain: a bundled preset, and what makes it tiny, with tasks of different sizes
 TINY = {
-    "classification": (
-        "glyphs",
-        "data.classes=7 data.train_per_class=5 data.test_per_class=3 stream.tasks=3 train.batch_size=6",
-    ),
-    "customization": (
-        "glyph-concepts-quick",
-        "data.concepts=3 data.per_concept=3 stream.tasks=2 train.steps=2 train.batch_size=2 eval.n=1 eval.steps=1 "
-        "eval.guidance=1.0 prior.n=2 prior.steps=1 prior.guidance=1.0",
-    ),
+    "classification": "glyphs data.classes=7 data.train_per_class=5 data.test_per_class=3 stream.tasks=3 "
+    "train.batch_size=6",
+    "customization": "glyph-concepts-quick data.concepts=3 data.per_concept=3 stream.tasks=2 train.steps=2 "
+    "train.batch_size=2 eval.n=1 eval.steps=1 eval.guidance=1.0 prior.n=2 prior.steps=1 prior.guidance=1.0",
 }
 _ALWAYS = ("train.checkpoint_seconds=0", "train.log_every=1", "device=cpu")
 
@@ -52,13 +47,14 @@ def must(kept: bool, otherwise: str) -> None:
         raise Broken(otherwise)
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def none_of(names: Sequence[str], otherwise: str) -> None:
+    """Raises Broken, which names the first ones, unless there are none."""
+    shown = list(dict.fromkeys(names))
+    must(not shown, f"{otherwise}: {', '.join(shown[:3])}" + (f" and {len(shown) - 3} more" if shown[3:] else ""))
 
 
 def _differing(one: dict[str, Tensor], two: dict[str, Tensor]) -> list[str]:
-    same = one.keys() & two.keys()
-    return sorted((one.keys() ^ two.keys()) | {n for n in same if not torch.equal(one[n], two[n])})
+    return [n for n in sorted({*one, *two}) if n not in one or n not in two or not torch.equal(one[n], two[n])]
 
 
 # --- runs that are watched --------------------------------------------------------------------------------------------
@@ -71,13 +67,8 @@ class Watched(Run):
         if domain is None:
             torch.manual_seed(derive_seed(resolved.general.seed, "build"))
             domain = domain_class(resolved.domain)(resolved, pick_device(resolved.general.device))  # type: ignore[call-arg]
-        self.undeclared: list[str] = []
-        self.needless_gradients: list[str] = []
-        #: how many tensors the steps of each task changed
-        self.moved: list[int] = []
-        self.changed_old_rows: list[str] = []
-        self.changed_by_evaluation: list[str] = []
-        self.wrong_losses: list[str] = []
+        #: undeclared, needless_gradients, moved (a line for each task that steps changed), old_rows, evaluation, losses
+        self.noted: defaultdict[str, list[str]] = defaultdict(list)
         self.record: dict[str, Any] = {}
         #: the network when the method attached to it
         self.attached: tuple[dict[str, Tensor], list[str]] = {}, []
@@ -97,8 +88,8 @@ class Watched(Run):
     def network(self) -> tuple[dict[str, Tensor], list[str]]:
         """Copies of the network's weights and buffers, and its modules with their numbers of hooks."""
         model: nn.Module = self.domain.model
-        hooks = {n: (type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for n, m in model.named_modules()}
-        return {n: t.detach().clone() for n, t in model.state_dict().items()}, list(map(str, hooks.items()))
+        hooks = [f"{n} {type(m)} {len(m._forward_hooks)} {len(m._forward_pre_hooks)}" for n, m in model.named_modules()]
+        return {n: t.detach().clone() for n, t in model.state_dict().items()}, hooks
 
     def parts(self) -> dict[str, nn.Module]:
         """The domain's modules beside the network; the first holds what it adds for each task."""
@@ -116,8 +107,8 @@ class Watched(Run):
 
     def state(self) -> dict[str, Tensor]:
         """A copy of all that a checkpoint holds and of the network."""
-        state = {**self.tensors(), **{f"model.{k}": v for k, v in self.domain.model.state_dict().items()}}
-        return {k: v.detach().clone() for k, v in state.items()}
+        own = {k: v.detach().clone() for k, v in self.tensors().items()}
+        return {**own, **{f"model.{k}": v for k, v in self.network()[0].items()}}
 
     def execute(self, record: dict[str, Any]) -> dict[str, Any]:
         """As a run; its record is kept."""
@@ -128,18 +119,18 @@ class Watched(Run):
         """The domain's, looked at."""
         before = self.state()
         row = self.domain_evaluate(seen)
-        self.changed_by_evaluation += _differing(before, self.state())
+        self.noted["evaluation"] += _differing(before, self.state())
         return row
 
     def _noting(self, part: str, given: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
         def noted(*args: Any) -> Tensor | None:
             value = given(*args)
             if value is not None:
-                wrong = [f"of shape {tuple(value.shape)}"] * bool(value.dim())
-                wrong += [str(value.dtype)] * (value.dtype != torch.float32)
-                wrong += ["not finite"] * (not bool(torch.isfinite(value).all()))
-                wrong += ["without gradient"] * (part == "loss" and not value.requires_grad)
-                self.wrong_losses += [f"{part} is {', '.join(wrong)}"] * bool(wrong)
+                wrong = [f"{part} of shape {tuple(value.shape)}"] * bool(value.dim())
+                wrong += [f"{part} in {value.dtype}"] * (value.dtype != torch.float32)
+                wrong += [f"{part} {value.tolist()}"] * (not bool(torch.isfinite(value).all()))
+                wrong += [f"{part} without gradient"] * (part == "loss" and not value.requires_grad)
+                self.noted["losses"] += wrong
             return value
 
         return noted
@@ -149,18 +140,18 @@ class Watched(Run):
         result = super()._fit(task, groups, steps, partial)
         declared = {id(p) for g in groups for p in g.params}
         changed = [n for n, (t, old) in before.items() if not torch.equal(t, old)]
-        self.undeclared += [n for n in changed if id(before[n][0]) not in declared]
-        self.moved.append(len(changed))
         # a gradient in front of frozen weights is computed for nothing
         held = [n for n, (t, _) in before.items() if t.is_leaf and t.grad is not None]
-        self.needless_gradients += [n for n in held if id(before[n][0]) not in declared]
+        for what, names in (("undeclared", changed), ("needless_gradients", held)):
+            self.noted[what] += [n for n in names if id(before[n][0]) not in declared]
+        self.noted["moved"] += changed[:1]
         return result
 
     def _stage(self, record: dict[str, Any], task: int, stages: int, partial: Any) -> None:
         rows = next(iter(self.parts().values()))
         old = {n: (p, p.detach().clone()) for n, p in rows.named_parameters()}
         super()._stage(record, task, stages, partial)
-        self.changed_old_rows += [n for n, (p, before) in old.items() if not torch.equal(p, before)]
+        self.noted["old_rows"] += [n for n, (p, before) in old.items() if not torch.equal(p, before)]
 
 
 class Killed(Run):
@@ -190,147 +181,128 @@ def empty_record() -> dict[str, Any]:
 # --- what a model answers ---------------------------------------------------------------------------------------------
 
 
-def pixels(domain: Any) -> Tensor:
-    """Seven images of noise, normalised."""
-    size = domain.view.size
-    return torch.randn(7, 3, size, size, generator=torch.Generator().manual_seed(1))
-
-
 def prompts(domain: Any) -> list[tuple[str, int]]:
     """Prompts of both concepts and of none, with seeds."""
-    words = [domain.fill("a photo of {token}", j) for j in range(2)]
+    words = [domain.tokens.expand(domain.fill("a photo of {token}", j)) for j in range(2)]
     return [(words[0], 5), (words[1], 6), ("a photo of a red star", 7)]
 
 
 def draw(domain: Any, wanted: Sequence[tuple[str, int]]) -> Tensor:
     """Images of (prompt, seed) pairs, generated side by side."""
-    generators = [torch.Generator().manual_seed(seed) for _, seed in wanted]
-    drawn: Tensor = domain.sample([domain.tokens.expand(prompt) for prompt, _ in wanted], generators)
+    drawn: Tensor = domain.sample([p for p, _ in wanted], [torch.Generator().manual_seed(seed) for _, seed in wanted])
     return drawn
 
 
-def answers(domain: Any) -> Tensor:
-    """Scores of images of noise, or drawn images."""
-    if domain.name != "classification":
-        return draw(domain, prompts(domain))
-    scores: Tensor = domain.predict(pixels(domain))
-    return scores
+@torch.no_grad()
+def scores(domain: Any, at: Sequence[int]) -> Tensor:
+    """Scores of some of seven images of noise; what the network says of some of three noisy images under a prompt."""
+    noise = torch.Generator().manual_seed(1)
+    said: Tensor
+    if domain.name == "classification":
+        said = domain.predict(torch.randn(7, 3, *[domain.view.size] * 2, generator=noise)[at])
+    else:
+        model = domain.diffusion
+        text, noisy = model.encode_text([p for p, _ in prompts(domain)]), torch.empty(3, *model.info.latent_shape)
+        said = model.predict(noisy.normal_(generator=noise)[at], torch.tensor([900, 500, 100])[at], text[at])
+    return said
 
 
-# --- properties -------------------------------------------------------------------------------------------------------
+# --- properties: the first line of each is what `dualcl check` says ---------------------------------------------------
 
 
 def steps(work: Watched, make: Make) -> None:
-    """Steps change declared parameters and nothing else."""
-    must(not work.undeclared, f"steps change what `trained` does not give: {_few(work.undeclared)}")
-    must(not work.needless_gradients, f"gradients of what is not trained: {_few(work.needless_gradients)}")
-    stages = range(1 if work.joint else work.n_tasks)
-    wanted = sum(work.method.takes_steps(task) for task in stages)
-    must(len(work.moved) == wanted and all(work.moved), f"{sum(map(bool, work.moved))} of {wanted} tasks change it")
+    """steps change what it declares and nothing else"""
+    none_of(work.noted["undeclared"], "steps change what `trained` does not give")
+    none_of(work.noted["needless_gradients"], "gradients of what is not trained")
+    wanted = sum(work.method.takes_steps(task) for task in range(1 if work.joint else work.n_tasks))
+    must(len(work.noted["moved"]) == wanted, f"in {len(work.noted['moved'])} of {wanted} tasks they change something")
 
 
 def losses(work: Watched, make: Make) -> None:
-    """Losses are finite float32 scalars with gradient."""
-    must(not work.wrong_losses, _few(list(dict.fromkeys(work.wrong_losses))))
+    """losses are finite float32 scalars with gradient"""
+    none_of(work.noted["losses"], "there was")
 
 
 def old_rows(work: Watched, make: Make) -> str:
-    """Rows of finished tasks keep their bits."""
+    """rows of finished tasks keep their bits"""
     cls = type(work.method)
     if work.domain.name == "classification" and (cls.rewrites_rows or cls.output_scope == "seen"):
         return "not promised: " + ("rewrites_rows" if cls.rewrites_rows else 'output_scope "seen"')
-    must(not work.changed_old_rows, f"they change: {_few(work.changed_old_rows)}; say `rewrites_rows` if they may")
+    none_of(work.noted["old_rows"], "say `rewrites_rows` if they may change, as these do")
     return ""
 
 
 def network(work: Watched, make: Make) -> str:
-    """The pretrained network keeps its bits, as far as that is promised."""
+    """the pretrained network keeps its bits"""
     domain: Any = work.domain
     if domain.name != "classification":
         domain.check_tokens()
     if type(work.method).frozen:
         weights, modules = work.network()
-        changed = _differing(work.attached[0], weights)
-        must(not changed, f"`frozen` is promised, and these change: {_few(changed)}")
+        none_of(_differing(work.attached[0], weights), "`frozen` is promised, and these change")
         must(modules == work.attached[1], "`frozen` is promised, and modules or hooks of the network change")
         return "frozen"
     if "network" in work.method.requires or domain.name == "classification":
         return "not promised: it may be trained"
     may_move = {id(p) for p in domain.full_parameters().values()}
-    names = {n: t for n, t in domain.network_parameters().items() if id(t) not in may_move}
-    changed = [n for n, t in names.items() if not torch.equal(t, work.attached[0][n])]
-    must(not changed, f"weights that it may not train change: {_few(changed)}")
+    weights = {n: t for n, t in domain.network_parameters().items() if id(t) not in may_move}
+    none_of(_differing({n: work.attached[0][n] for n in weights}, weights), "these it may not train, and they change")
     return "but for the weights that it may train"
 
 
 def evaluation(work: Watched, make: Make) -> None:
-    """An evaluation changes nothing, and another one gives the same."""
+    """an evaluation changes nothing"""
     seen = range(work.n_tasks)
-    must(work.domain.evaluate(seen) == work.domain.evaluate(seen), "a second evaluation gives something else")
-    must(not work.changed_by_evaluation, f"it changes {_few(work.changed_by_evaluation)}")
+    must(work.domain.evaluate(seen) == work.domain.evaluate(seen), "a second one gives something else")
+    none_of(work.noted["evaluation"], "these change")
 
 
 def task_id(work: Watched, make: Make) -> None:
-    """Answers do not depend on which task the domain is in."""
+    """no answer depends on the task that the domain is in"""
     domain: Any = work.domain
-    current, expected = domain._current, answers(domain)
+
+    def answers() -> Tensor:
+        return scores(domain, range(7)) if domain.name == "classification" else draw(domain, prompts(domain))
+
+    current, expected = domain._current, answers()
     try:
         for domain._current in (0, 1, None):
-            must(torch.equal(answers(domain), expected), f"they differ when the domain is in task {domain._current}")
+            must(torch.equal(answers(), expected), f"they differ when it is in task {domain._current}")
     finally:
         domain._current = current
 
 
 def neighbours(work: Watched, make: Make, tolerance: float | None = None) -> None:
-    """An answer depends on its image alone, and on no random numbers.
+    """no answer depends on neighbours in a batch or on random numbers
 
     `tolerance`: of scores; None: rounding in proportion to the largest one.
     """
     domain: Any = work.domain
+    order = [3, 0, 6, 2, 5, 1, 4] if domain.name == "classification" else [2, 1, 0]
     drawn = torch.get_rng_state()
-    together = answers(domain)
+    together = scores(domain, range(len(order)))
     must(torch.equal(torch.get_rng_state(), drawn), "random numbers are drawn")
     if domain.name == "classification":
-        images = pixels(domain)
-        must(together.dtype == torch.float32, f"scores are {together.dtype}, not float32")
-        wanted = (len(images), sum(len(domain.outputs(t)) for t in range(work.n_tasks)))
-        must(tuple(together.shape) == wanted, f"scores have the shape {tuple(together.shape)}, not {wanted}")
-        tolerance = tolerance or 1e-5 * max(1.0, float(together.abs().max()))
-        order = [3, 0, 6, 2, 5, 1, 4]
-        others = [(domain.predict(images[order]), together[order], "in another order")]
-        parts = {n: torch.cat([domain.predict(part) for part in images.split(n)]) for n in (1, 3)}
-        others += [(part, together, f"in batches of {n}") for n, part in parts.items()]
+        wanted = torch.float32, (len(order), sum(len(domain.outputs(t)) for t in range(work.n_tasks)))
+        found = together.dtype, tuple(together.shape)
+        must(found == wanted, f"scores are {found[0]} of shape {found[1]}, not {wanted[0]} of {wanted[1]}")
     else:
-        said = _predictions(domain, [0, 1, 2])
-        others = [(_predictions(domain, [2, 1, 0]).flip(0), said, "in another order")]
-        others += [(torch.cat([_predictions(domain, [i]) for i in range(3)]), said, "one by one")]
-        alone = torch.cat([draw(domain, [one]) for one in prompts(domain)])
-        # rounding to a level of 255
-        must(bool((together.int() - alone.int()).abs().max() <= 1), "an image drawn alone is another one")
-        tolerance = tolerance or 1e-5
-    for got, expected, how in others:
-        away = float((got - expected).abs().max())
-        must(away <= tolerance, f"answers {how} are up to {away:.2g} away")
-
-
-@torch.no_grad()
-def _predictions(domain: Any, at: list[int]) -> Tensor:
-    """What the network says of some of three noisy images under three prompts."""
-    model = domain.diffusion
-    text = model.encode_text([domain.tokens.expand(prompt) for prompt, _ in prompts(domain)])
-    noise = torch.randn(3, *model.info.latent_shape, generator=torch.Generator().manual_seed(2))
-    said: Tensor = model.predict(noise[at], torch.tensor([900, 500, 100])[at], text[at])
-    return said
+        alone = torch.cat([draw(domain, [one]) for one in prompts(domain)]).int()
+        levels = int((draw(domain, prompts(domain)).int() - alone).abs().max())
+        must(levels <= 1, "an image drawn alone is another one")  # rounding to a level of 255
+    tolerance = tolerance or 1e-5 * max(1.0, float(together.abs().max()))
+    for size, rows in ((len(order), order), (1, range(len(order))), (3, range(len(order)))):
+        parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+        away = float((torch.cat([scores(domain, part) for part in parts]) - together[rows]).abs().max())
+        must(away <= tolerance, f"in other batches, of {size}, answers are up to {away:.2g} away")
 
 
 def kept(work: Watched, make: Make) -> str:
-    """Features that were kept under a key are those of the network now, bit for bit."""
+    """what is kept under a key is what the network gives now"""
     domain: Any = work.domain
     if domain.name != "classification":
         return "nothing is kept here"
-    read = domain._scores
-
-    out: list[Tensor] = []
+    read, out = domain._scores, []
 
     def noted(images: Any) -> Tensor:
         out.append(read(images))
@@ -343,16 +315,13 @@ def kept(work: Watched, make: Make) -> str:
         work.domain_evaluate(range(work.n_tasks))
     finally:
         domain._scores = read
-    half = len(out) // 2
-    must(
-        all(map(torch.equal, out[:half], out[half:])),
-        "scores change when the features kept under its keys are computed afresh",
-    )
+    same = all(map(torch.equal, out[: len(out) // 2], out[len(out) // 2 :]))
+    must(same, "scores change when it is computed afresh")
     return ""
 
 
 def stored(work: Watched, make: Make) -> str:
-    """What it says to store is in its checkpoint."""
+    """what it says to store is in its checkpoint"""
     said = work.method.stored_parameters()
     state = work.method.state_dict(keep_vars=True).values()
     held = sum(t.numel() for t in {id(t): t for t in state}.values())
@@ -363,109 +332,80 @@ def stored(work: Watched, make: Make) -> str:
 
 
 def restores(work: Watched, make: Make) -> None:
-    """A checkpoint, read by a fresh run, gives the same answers, which a fresh run alone does not."""
-    stages = 1 if work.joint else work.n_tasks
-
-    def said(domain: Any) -> Tensor:
-        return answers(domain) if domain.name == "classification" else _predictions(domain, [0, 1, 2])
-
+    """a checkpoint gives the same answers"""
+    stages, every = 1 if work.joint else work.n_tasks, range(3)
     with tempfile.TemporaryDirectory() as place:
         again = make(Path(place), Run)
         for task in range(stages):
             again.begin(task)
-        fresh = said(again.domain)
+        fresh, expected = scores(again.domain, every), scores(work.domain, every)
         work.folder.save_checkpoint("copy", work.tensors(), {})
-        tensors, _ = work.folder.load_checkpoint("copy") or ({}, {})
-        again.restore(tensors, stages)
-        expected = said(work.domain)
-        must(torch.equal(said(again.domain), expected), "answers differ: some state is not in `state_dict`")
+        again.restore((work.folder.load_checkpoint("copy") or ({}, {}))[0], stages)
+        must(torch.equal(scores(again.domain, every), expected), "they differ: some state is not in `state_dict`")
         must(not torch.equal(fresh, expected), "nothing was learnt")
         now = again.method.stored_parameters()
         must(now == work.method.stored_parameters(), f"it stores {now} numbers then")
 
 
 def resumes(work: Watched, make: Make) -> None:
-    """A run that is interrupted and goes on ends as an undisturbed one, bit for bit."""
+    """a run that was interrupted ends as an undisturbed one"""
     with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
         with contextlib.suppress(KeyboardInterrupt):
-            make(folder, Killed).execute(empty_record())
-        again = make(folder, Run)
+            make(Path(place), Killed).execute(empty_record())
+        again = make(Path(place), Run)
         record = again.execute(empty_record())
-        changed = _differing(again.tensors(), work.tensors())
-        must(not changed, f"these differ then: {_few(changed)}")
+        none_of(_differing(again.tensors(), work.tensors()), "these differ then")
         for part in ("matrix", "tasks"):
             must(record[part] == work.record[part], f"the record's {part} differ then")
-        pictures = [
-            {p.relative_to(f).as_posix(): p.read_bytes() for p in f.rglob("*.png")} for f in (work.folder.path, folder)
-        ]
-        must(pictures[0] == pictures[1], "its pictures differ then")
-        must(bool(pictures[0]) == (work.domain.name == "customization"), "there are no pictures")
+        folders = work.folder.path, Path(place)
+        one, two = ({p.relative_to(f): p.read_bytes() for p in f.rglob("*.png")} for f in folders)
+        must(one == two and bool(one) == (work.domain.name == "customization"), "its pictures differ then")
 
 
-PROPERTIES: dict[str, Callable[[Watched, Make], str | None]] = {
-    "steps change what it declares and nothing else": steps,
-    "losses are finite float32 scalars with gradient": losses,
-    "rows of finished tasks keep their bits": old_rows,
-    "the pretrained network keeps its bits": network,
-    "an evaluation changes nothing": evaluation,
-    "no task id": task_id,
-    "no neighbour in a batch, no random numbers": neighbours,
-    "what is kept under a key is still right": kept,
-    "what it stores is in its checkpoint": stored,
-    "a checkpoint gives the same answers": restores,
-    "an interrupted run ends as an undisturbed one": resumes,
-}
+PROPERTIES: tuple[Callable[..., str | None], ...]
+PROPERTIES = (steps, losses, old_rows, network, evaluation, task_id, neighbours, kept, stored, restores, resumes)
 
 
 # --- `dualcl check` ---------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Result:
-    """A property of a method in a domain; `problem` "": it holds."""
-
-    domain: str
-    name: str
-    problem: str = ""
-    detail: str = ""
-
-
-def check_method(reference: str, sets: Sequence[str] = ()) -> Iterator[Result]:
+def check_method(reference: str, sets: Sequence[str] = ()) -> Iterator[tuple[str, str, str, str]]:
     """Runs a method, a name or FILE.py, on a tiny stream of every domain that it serves, and checks all properties.
 
-    `sets`: settings of it, as `method.rank=4`. Raises UserError for a method that cannot be had.
+    (domain, property, what is wrong or "", detail) of each. `sets`: its settings, as `method.rank=4`. Raises UserError
+    for a method that cannot be had.
     """
     plan = []
     for domain in method_info(reference).domains:
         domain_class(domain)
-        preset, tiny = TINY[domain]
-        plan.append(resolve(preset, reference, [*tiny.split(), *_ALWAYS, *sets]))
+        preset, *tiny = TINY[domain].split()
+        plan.append(resolve(preset, reference, [*tiny, *_ALWAYS, *sets]))
         check_capabilities(plan[-1])
     for resolved in plan:
         with tempfile.TemporaryDirectory() as place:
-            yield from _checked(resolved, Path(place))
+            yield from ((resolved.domain, *result) for result in _checked(resolved, Path(place)))
 
 
-def _checked(resolved: Resolved, folder: Path) -> Iterator[Result]:
+def _checked(resolved: Resolved, folder: Path) -> Iterator[tuple[str, str, str]]:
     def make(place: Path, kind: type[Run]) -> Run:
         return kind(resolved, RunFolder(place), Reporter(quiet=True))
 
-    def tried(name: str, call: Callable[[], str | None]) -> Result:
+    def tried(holds: Callable[..., str | None], *given: Any) -> tuple[str, str, str]:
+        name, problem, detail = str(holds.__doc__).partition("\n")[0], "", None
         try:
-            return Result(resolved.domain, name, detail=call() or "")
-        except Broken as broken:
-            return Result(resolved.domain, name, str(broken))
+            detail = holds(*given)
         except Exception as error:  # the method's own, whatever it is
-            return Result(resolved.domain, name, printable(f"{type(error).__name__}: {error}"))
+            problem = printable(str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}")
+        return name, problem, detail or ""
 
     runs: list[Any] = []
 
     def whole() -> str:
+        """it runs a stream of tasks"""
         runs.append(make(folder, Watched))
         record = runs[0].execute(empty_record())
         return f"{sum(t['steps'] for t in record['tasks'])} steps in {len(record['tasks'])} tasks"
 
-    yield (first := tried("it runs a stream of tasks", whole))
-    for name, holds in PROPERTIES.items() if not first.problem else ():
-        yield tried(name, lambda holds=holds: holds(runs[0], make))  # type: ignore[misc]
+    yield (first := tried(whole))
+    for holds in PROPERTIES if not first[1] else ():
+        yield tried(holds, runs[0], make)

@@ -67,7 +67,7 @@ def test_runs_a_stream_of_uneven_tasks(name, finished):
 
 
 @pytest.mark.parametrize("name", CLASSIFICATION)
-@pytest.mark.parametrize("holds", check.PROPERTIES.values(), ids=lambda holds: holds.__name__)
+@pytest.mark.parametrize("holds", check.PROPERTIES, ids=lambda holds: holds.__name__)
 def test_a_method_keeps_its_promises(name, holds, finished):
     work, _, make = finished(name)
     strict = {"tolerance": 1e-5} if holds is check.neighbours else {}
@@ -79,12 +79,12 @@ def test_most_methods_promise_that_old_rows_stay(finished):
     assert len(promised) >= 10
     for name in promised:
         assert not method_class(name).rewrites_rows
-        assert finished(name)[0].changed_old_rows == []
+        assert finished(name)[0].noted["old_rows"] == []
 
 
 @pytest.mark.parametrize("name", [n for n in CLASSIFICATION if method_class(n).output_scope == "seen"])
 def test_scope_seen_trains_old_rows_too(name, finished):
-    assert {"0.weight", "0.bias", "1.weight", "1.bias"} <= set(finished(name)[0].changed_old_rows)
+    assert {"0.weight", "0.bias", "1.weight", "1.bias"} <= set(finished(name)[0].noted["old_rows"])
 
 
 # --- the domain customization -----------------------------------------------------------------------------------------
@@ -126,7 +126,7 @@ def test_runs_a_stream_of_concepts(name, taught):
 
 
 @pytest.mark.parametrize("name", CUSTOMIZATION)
-@pytest.mark.parametrize("holds", check.PROPERTIES.values(), ids=lambda holds: holds.__name__)
+@pytest.mark.parametrize("holds", check.PROPERTIES, ids=lambda holds: holds.__name__)
 def test_a_concept_method_keeps_its_promises(name, holds, taught):
     work, _, make = taught(name)
     holds(work, make)
@@ -135,7 +135,7 @@ def test_a_concept_method_keeps_its_promises(name, holds, taught):
 @pytest.mark.parametrize("name", CUSTOMIZATION)
 def test_token_table_old_token_rows_and_frozen_parts_stay_bit_equal(name, taught, small_diffusion):
     work, _, _ = taught(name)
-    assert work.changed_old_rows == []
+    assert work.noted["old_rows"] == []
     work.domain.check_tokens()
     fresh = small_diffusion.text_encoder.get_input_embeddings().weight
     assert torch.equal(work.domain.tokens.base.weight, fresh)
