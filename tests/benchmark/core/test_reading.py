@@ -213,7 +213,7 @@ FORBIDDEN = {
     "os.system": "",
     "os.popen": "",
     "eval": "",
-    "exec": "",
+    "exec": "benchmark/core/registry.py",  # a method or data set whose file the user names, of the hash that is recorded
     "pickle.load": "",
     "pickle.loads": "",
     "torch.load": "",
