@@ -213,7 +213,7 @@ FORBIDDEN = {
     "os.system": "",
     "os.popen": "",
     "eval": "",
-    "exec": "benchmark/core/registry.py",  # a method or data set whose file the user names, of the hash that is recorded
+    "exec": "benchmark/core/registry.py",  # a method or data set whose file the user names, of the recorded hash
     "pickle.load": "",
     "pickle.loads": "",
     "torch.load": "",
