@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch import nn
 
+from dualcl.benchmark.cli import main
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.domain import Images
 from dualcl.benchmark.core.errors import UserError
@@ -21,7 +23,7 @@ from dualcl.benchmark.runs.folder import RunFolder
 from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.runner import Run
 from dualcl.methods import available_methods, method_class
-from dualcl.methods.base import Method, ParamGroup
+from dualcl.methods.base import Method, ParamGroup, register_method
 
 RANPAC = Path(__file__).with_name("ranpac.py")
 SHORT = ("train.epochs=1", "stream.tasks=2")
@@ -200,11 +202,11 @@ def test_the_network_alone_runs_in_reduced_precision(
 class Bottleneck(nn.Module):
     """An adapter of rank 4 that counts the tokens it sees."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, width: int = 32) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.down = nn.Parameter(torch.randn(4, 32, generator=generator) / 6)
-        self.up = nn.Parameter(torch.randn(32, 4, generator=generator) / 2)
+        self.down = nn.Parameter(torch.randn(4, width, generator=generator) / 6)
+        self.up = nn.Parameter(torch.randn(width, 4, generator=generator) / 2)
         self.tokens: list[int] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -277,6 +279,130 @@ def test_blocks_that_order_their_parts_otherwise_take_no_side_modules(build: Cal
     network = KeptNetwork(domain.model, domain, 32)
     with pytest.raises(UserError, match=r"blocks\.2 is a ResPostBlock, which takes no side modules"):
         network.allow(("sides",))
+
+
+# --- what rivals need -------------------------------------------------------------------------------------------------
+
+
+@register_method("branched", domains=("classification",), summary="", source="")
+class Branched(Method):
+    """As EASE: an adapter per task, an image read under all of them, class means for a read-out of its own."""
+
+    requires = ("features", "sides")
+    frozen = True
+    reads_rows = False
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.task, self.finished = 0, 0
+        outputs, width = [self.classifier.outputs(t) for t in range(self.n_tasks)], self.classifier.network.width
+        self.adapters = nn.ModuleList(Bottleneck(seed, width) for seed in range(self.n_tasks))
+        self.adapters.requires_grad_(False)
+        self.head = nn.Parameter(torch.zeros(max(map(len, outputs)), width))
+        self.register_buffer("means", torch.zeros(outputs[-1].stop, self.n_tasks, width))
+
+    @property
+    def classifier(self) -> Any:
+        return self.domain
+
+    def begin_task(self, task: int) -> None:
+        self.task = task
+        self.adapters.requires_grad_(False)
+        self.adapters.zero_grad(set_to_none=True)
+        self.adapters[task].requires_grad_(True)
+        with torch.no_grad():
+            self.head.zero_()
+
+    def trained(self) -> list[ParamGroup]:
+        return [ParamGroup("adapter", [*self.adapters[self.task].parameters(), self.head], 0.05)]
+
+    def features(self, images: Images, network: Any) -> torch.Tensor:
+        own = [self.task] if images.training else range(self.task + 1)
+        sides = [dict.fromkeys(range(network.blocks), self.adapters[i]) for i in own]
+        keys = [("adapter", i) if i < self.finished else None for i in own]
+        return torch.stack([network(images, sides=s, key=k) for s, k in zip(sides, keys, strict=True)], 1)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        found = self.features(self.classifier.images(batch), self.classifier.network)[:, 0]
+        labels = self.classifier.targets(batch) - self.classifier.outputs(self.task).start
+        return nn.functional.cross_entropy(found @ self.head.T, labels)
+
+    def end_task(self, task: int) -> None:
+        self.finished = task + 1
+        pairs = list(self.classifier.training_features(task))
+        found, labels = torch.cat([f for f, _ in pairs]), torch.cat([y for _, y in pairs])
+        assert found.shape[1:] == (task + 1, self.classifier.network.width)
+        for output in self.classifier.outputs(task):
+            self.means[output, : task + 1] = found[labels == output].mean(0)
+
+    def restored(self, finished: int) -> None:
+        self.finished = finished
+
+    def scores(self, features: torch.Tensor) -> torch.Tensor:
+        seen, n = self.classifier.outputs(self.task).stop, features.shape[1]
+        parts = [nn.functional.normalize(x, dim=-1) for x in (features, self.means[:seen, :n])]
+        return torch.einsum("bnd,cnd->bc", *parts)
+
+
+@register_method("aligned", domains=("classification",), summary="", source="")
+class Aligned(Method):
+    """As SLCA: all rows are set anew after each task, and those before alignment come back when the next one begins."""
+
+    requires = ("features",)
+    frozen = True
+    rewrites_rows = True
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        domain: Any = self.domain
+        self.register_buffer("unaligned", torch.zeros(domain.outputs(self.n_tasks - 1).stop, domain.network.width + 1))
+
+    def begin_task(self, task: int) -> None:
+        domain: Any = self.domain
+        for j in range(task):
+            at = domain.outputs(j)
+            domain.set_output_rows(j, self.unaligned[at.start : at.stop, :-1], self.unaligned[at.start : at.stop, -1])
+
+    def end_task(self, task: int) -> None:
+        domain: Any = self.domain
+        at = domain.outputs(task)
+        weight, bias = domain.output_rows(task)
+        self.unaligned[at.start : at.stop] = torch.cat([weight, bias[:, None]], 1)
+        for j in range(task + 1):
+            weight, bias = domain.output_rows(j)
+            domain.set_output_rows(j, weight / weight.norm(dim=1, keepdim=True).clamp_min(1e-6), 0 * bias)
+
+
+@pytest.mark.parametrize("name", ["branched", "aligned"])
+def test_rivals_with_branches_and_with_rows_that_are_set_anew_keep_every_promise(name: str, tmp_path: Path) -> None:
+    """As files from outside, by `dualcl check`."""
+    cls: Any = {"branched": Branched, "aligned": Aligned}[name]
+    text = "from __future__ import annotations\nfrom typing import Any\nimport torch\nfrom torch import nn\n"
+    text += "from dualcl.benchmark.core.domain import Images\n"
+    text += "from dualcl.methods.base import Method, ParamGroup, register_method\n\n"
+    parts = [Bottleneck, cls] if name == "branched" else [cls]
+    file = tmp_path / f"{name}.py"
+    file.write_text(text + "\n\n".join(inspect.getsource(part) for part in parts), encoding="utf-8")
+    assert main(["check", str(file)]) == 0
+
+
+def test_finished_branches_are_computed_once(build: Callable[..., Any]) -> None:
+    domain, other = build("ncm")
+    method = Branched(other.config, domain, 3, 0)
+    passes: list[int] = []
+    domain.model.patch_embed.register_forward_hook(lambda module, args, out: passes.append(len(out)))
+    for task in range(3):
+        domain.begin_task(task)
+        method.begin_task(task)
+        method.loss(next(iter(domain.batches(task, 0)))).backward()
+        method.end_task(task)
+        passes.clear()
+        row = domain.evaluate(range(task + 1))
+    # task 2: nine, six and six images under three adapters; the first two tasks' under the first two were kept
+    kept = 2 * (9 + 6)
+    assert sum(passes) == 3 * (9 + 6 + 6) - kept + 2 * 4  # and a batch of each key that was kept, to compare bits
+    assert row == domain.evaluate(range(3))
+    assert domain.stored_parameters() == 0
 
 
 # --- names that went --------------------------------------------------------------------------------------------------

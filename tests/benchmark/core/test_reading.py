@@ -213,7 +213,7 @@ FORBIDDEN = {
     "os.system": "",
     "os.popen": "",
     "eval": "",
-    "exec": "",
+    "exec": "benchmark/core/registry.py",  # a file that the user names, of the recorded hash
     "pickle.load": "",
     "pickle.loads": "",
     "torch.load": "",
