@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+from typing import Any
 
 from dualcl.benchmark.cli.options import LISTS
 from dualcl.benchmark.config.presets import bundled_presets, load_preset
@@ -13,10 +15,13 @@ from dualcl.benchmark.core.text import align
 from dualcl.benchmark.models.bundled import bundled_backbones
 from dualcl.datasets import available_datasets
 from dualcl.methods import available_methods
-from dualcl.results.published.render import overview
-from dualcl.results.report import terminal_stream
 
 _STORES = "; stores data"
+
+
+def _published(module: str) -> Any:
+    """What reads others' numbers: by name, as `dualcl list` alone has no need of results."""
+    return importlib.import_module(f"dualcl.results.{module}")
 
 
 def _bundled_backbones() -> dict[str, str]:
@@ -46,7 +51,8 @@ def _list_rows(what: str) -> list[list[str]]:
             for d in sorted(available_datasets().values(), key=lambda d: d.name)
         ]
     if what == "published":
-        return overview()
+        rows: list[list[str]] = _published("published.render").overview()
+        return rows
     rows = [[name, "bundled", text] for name, text in _bundled_backbones().items()]
     return [
         *rows,
@@ -57,14 +63,12 @@ def _list_rows(what: str) -> list[list[str]]:
 
 def main(args: argparse.Namespace) -> int:
     """Does what the command line asks for; returns the exit code."""
-
     if args.what is not None and args.what not in LISTS:
         raise UserError(f"cannot list {args.what!r}; {nearest(args.what, LISTS, 'lists')}")
     if args.stream is not None:
         if args.what != "published":
             raise UserError(f"`dualcl list {args.what}` takes no further word, got {args.stream!r}; leave it out")
-
-        print(terminal_stream(args.stream).rstrip("\n"))
+        print(_published("report").terminal_stream(args.stream).rstrip("\n"))
         return 0
     blocks = []
     # published numbers are others' and long: on demand only
