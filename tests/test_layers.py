@@ -29,11 +29,16 @@ LAZY = {
     ("results/writers/parquet.py", "pyarrow.parquet"),
 }
 #: who imports by name: the registry (methods, data sets), domains, commands, kinds of bench, engines, forms of a
-#: report, published numbers; a torch that may be broken; public code from a checkout
+#: report, published numbers, the ledger; a torch that may be broken; public code from a checkout
 BY_NAME = {
     *("benchmark/core/registry.py", "benchmark/domains/__init__.py", "benchmark/cli/__init__.py"),
     *("benchmark/cli/bench.py", "benchmark/grids/execute.py", "results/late.py", "benchmark/cli/doctor.py"),
-    *("benchmark/cli/list.py", "benchmark/speed/peers/coda_prompt.py", "benchmark/speed/peers/pilot.py"),
+    *(
+        "benchmark/cli/list.py",
+        "benchmark/cli/report.py",
+        "benchmark/speed/peers/coda_prompt.py",
+        "benchmark/speed/peers/pilot.py",
+    ),
 }
 #: what starts without torch
 LIGHT = ("results", "benchmark.cli", *(f"benchmark.cli.{name}" for name in ("options", "list", "report", "status")))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from pathlib import Path
 
 from dualcl.benchmark.cli.reports import formats_of, write_report
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.text import say
-from dualcl.benchmark.grids.ledger import write_ledger
 from dualcl.benchmark.runs.mirror import fetched
 from dualcl.results.report import terminal_table
 from dualcl.results.tables import summarise
@@ -16,7 +16,6 @@ from dualcl.results.tables import summarise
 
 def main(args: argparse.Namespace) -> int:
     """Does what the command line asks for; returns the exit code."""
-
     if args.out is None and not isinstance(args.dirs[0], Path) and args.ledger is None and args.format is None:
         raise UserError(f"a report on {args.dirs[0]} needs --out DIR, or --format md, csv or tex for stdout alone")
     args.dirs = fetched(args.dirs)
@@ -44,5 +43,5 @@ def _write_ledger(args: argparse.Namespace) -> int:
             raise UserError(f"--ledger writes the ledger and nothing else; leave out --{name.replace('_', '-')}")
 
     args.place = args.ledger
-    say(f"ledger: {write_ledger(args.dirs, args.ledger)}")
+    say(f"ledger: {importlib.import_module('dualcl.benchmark.grids.ledger').write_ledger(args.dirs, args.ledger)}")
     return 0
