@@ -113,6 +113,7 @@ def load_backbone(config: BackboneConfig) -> tuple[nn.Module, BackboneInfo]:
         raise UserError(f"backbone {timm_name} cannot be built with {kwargs}: {str(error).splitlines()[0]}") from None
     if not hasattr(model, "blocks"):
         raise UserError(f"backbone {timm_name} has no transformer blocks; choose a ViT")
+    model.backbone_name = config.name  # for messages
     source = f"timm:{timm_name}" if pretrained else "random"
     if file is not None:
         _load_into(model, read_safetensors(file), file)

@@ -26,6 +26,7 @@ from dualcl.methods.shared.low_rank import inject
 # isort: split
 import timm
 from timm.layers import apply_rot_embed_cat
+from timm.models.vision_transformer import Attention
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 KINDS = {
@@ -36,6 +37,27 @@ KINDS = {
     "relative positions": ("beit_base_patch16_224", {"img_size": 32, **SMALL}),
 }
 PREFIXED = ("fused", "fused, rope", "split, rope", "fused, bias apart")
+#: one model or more of each attention class, at width 48
+FAMILIES = {
+    "vit_tiny_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},
+    "vit_base_patch14_reg4_dinov2": {},
+    "beit_base_patch16_224": {},
+    "beitv2_base_patch16_224": {"use_shared_rel_pos_bias": True},
+    "vit_relpos_small_patch16_224": {},
+    "vit_relpos_base_patch16_cls_224": {},
+    "vit_relpos_small_patch16_rpn_224": {},
+    "vit_srelpos_small_patch16_224": {},
+    "eva02_tiny_patch14_224": {},
+    "eva_giant_patch14_224": {},
+    "vit_small_patch16_rope_mixed_224": {},
+    "vit_small_patch16_dinov3": {},
+    "vit_dlittle_patch16_reg1_gap_256": {},
+    "vit_dpwee_patch16_reg1_gap_256": {},
+    "vit_pwee_patch16_reg1_gap_256": {},
+    "samvit_base_patch16": {"global_attn_indexes": [1]},
+}
+NO_PREFIXES = {"vit_dpwee_patch16_reg1_gap_256", "vit_pwee_patch16_reg1_gap_256", "samvit_base_patch16"}
 
 
 def backbone(kind, **more):
@@ -179,14 +201,60 @@ def test_wrapping_twice_wraps_once():
     assert not isinstance(model.blocks[0].attn.attn, PrefixAttention)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_empty_prefix_gives_timms_own_features_or_a_refusal(name):
+    torch.manual_seed(0)
+    size = 224 if "samvit" in name else 56 if "14" in name else 64
+    sizes = {"img_size": size, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    model, info = load_backbone(BackboneConfig(name=name, pretrained=False, kwargs={**sizes, **FAMILIES[name]}))
+    with torch.no_grad():  # position terms start at zero
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    x = pictures(info).float()
+    plain = features(model, x)
+    if name in NO_PREFIXES:
+        with pytest.raises(UserError, match=rf"^backbone {name}: blocks\.0.*prompts need another ViT$"):
+            wrap_prefix_attention(model)
+        return
+    for attention in wrap_prefix_attention(model):
+        attention.added = (torch.zeros(2, 0, 48), torch.zeros(2, 0, 48))
+    torch.testing.assert_close(features(model, x), plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_relpos_small_patch16_224", "vit_dlittle_patch16_reg1_gap_256"])
+def test_a_prefix_equal_to_tokens_acts_as_those_tokens(name):
+    torch.manual_seed(0)
+    kwargs = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    attn = load_backbone(BackboneConfig(name=name, pretrained=False, kwargs=kwargs))[0].blocks[0].attn.double()
+    x = torch.randn(2, 16, 48, dtype=torch.float64)
+    more = torch.randn(2, 4, 48, dtype=torch.float64)
+    whole = torch.cat([more, x], dim=1)
+    _, keys, values = attn.qkv(more).chunk(3, dim=-1)
+    keys = attn.k_norm(keys.unflatten(-1, (-1, attn.head_dim))).flatten(2)
+    wrapped = PrefixAttention(attn, 0)
+    wrapped.added = (keys, values)
+    if "relpos" in name:
+        bias = attn.rel_pos.get_bias()
+        found = wrapped(x)
+        attn.rel_pos = None
+        expected = attn(whole, shared_rel_pos=F.pad(bias, (4, 0, 4, 0)))[:, 4:]
+    else:
+        found, expected = wrapped(x), attn(whole)[:, 4:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
 def test_attention_that_takes_no_prefix_is_refused():
-    model, _ = backbone("relative positions")
-    with pytest.raises(
-        UserError, match=r"blocks\.0\.attn is a Attention, which takes no prefixes; prompts need another"
-    ):
+    class Own(Attention):
+        pass
+
+    model, _ = backbone("fused")
+    model.blocks[0].attn.__class__ = Own
+    with pytest.raises(UserError, match=r"vit_tiny_patch16_224: blocks\.0\.attn is a Own, which takes no prefixes"):
         wrap_prefix_attention(model)
     with pytest.raises(UserError, match=r"blocks\.3\.attn is a MultiheadAttention, which takes no prefixes"):
         PrefixAttention(nn.MultiheadAttention(8, 2), 3)
+    with pytest.raises(UserError, match=r"blocks\.3\.attn \(Attention\) has heads narrower or wider"):
+        PrefixAttention(Attention(8, 2, attn_head_dim=8), 3)
     model.blocks[0].attn = None
     with pytest.raises(UserError, match=r"blocks\.0 \(Block\) has no attention that takes prefixes"):
         wrap_prefix_attention(model)
