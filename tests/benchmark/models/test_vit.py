@@ -381,13 +381,30 @@ def test_a_classifier_in_the_file_is_left_out(weights, tmp_path):
     assert tiny(file)[1].weights_sha256 == tiny(weights)[1].weights_sha256
 
 
+@pytest.mark.parametrize("more", [{}, {"reg_tokens": 2, "no_embed_class": True}], ids=["class token", "registers"])
+def test_a_position_table_of_another_size_is_resampled_as_timm_does(tmp_path, more):
+    name, kwargs = "vit_small_patch14_dinov2", {"patch_size": 14, **SMALL, **more}
+    torch.manual_seed(4)
+    file = tmp_path / "large.safetensors"
+    large = timm.create_model(name, num_classes=0, img_size=140, **kwargs)
+    save_file(large.state_dict(), file)
+    small = {**kwargs, "img_size": 84}
+    model, info = load_backbone(BackboneConfig(name=name, weights=str(file), kwargs=small))
+    overlay = {"file": str(file), "num_classes": 0}
+    theirs = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **small).eval()
+    x = pictures(info).float()
+    assert info.input_size == 84
+    assert torch.equal(model.pos_embed, theirs.pos_embed)
+    assert torch.equal(features(model, x), features(theirs, x))
+
+
 def change(state, kind):
     if kind == "missing":
         del state["norm.weight"]
     elif kind == "extra":
         state["blocks.7.norm1.weight"] = torch.ones(32)
     else:
-        state["pos_embed"] = torch.ones(1, 17, 32)
+        state["pos_embed"] = torch.ones(1, 17, 31)
     return state
 
 
@@ -396,7 +413,7 @@ def change(state, kind):
     [
         ("missing", r"odd\.safetensors lacks norm\.weight .*check backbone\.name and backbone\.kwargs"),
         ("extra", r"odd\.safetensors has blocks\.7\.norm1\.weight .*which the model lacks"),
-        ("shape", r"pos_embed of shape \(1, 17, 32\), the model wants \(1, 5, 32\); check backbone\.kwargs"),
+        ("shape", r"pos_embed of shape \(1, \d+, 31\), the model wants \(1, 5, 32\); check backbone\.kwargs"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(weights, tmp_path, kind, message):
