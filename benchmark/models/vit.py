@@ -122,6 +122,10 @@ def load_backbone(config: BackboneConfig) -> tuple[nn.Module, BackboneInfo]:
         raise UserError(f"backbone {timm_name} cannot be built with {kwargs}: {str(error).splitlines()[0]}") from None
     if not hasattr(model, "blocks"):
         raise UserError(f"backbone {timm_name} has no transformer blocks; choose a ViT")
+    if not hasattr(model, "patch_embed"):
+        raise UserError(f"backbone {timm_name} has blocks but no patch_embed; choose a ViT")
+    if kwargs.get("in_chans", 3) != 3:
+        raise UserError(f"backbone.kwargs.in_chans={kwargs['in_chans']}: images have 3 channels; leave it out")
     model.backbone_name = config.name  # for messages
     source = f"timm:{timm_name}" if pretrained else "random"
     if file is not None:

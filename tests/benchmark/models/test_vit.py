@@ -486,6 +486,14 @@ def test_a_bundled_backbone_has_the_weights_its_description_names(name):
         (BackboneConfig(name="vit_tiny_patch16_225"), r"did you mean .*'vit_tiny_patch16_224'"),
         (BackboneConfig(name="resnet18", pretrained=False), r"resnet18 has no transformer blocks; choose a ViT"),
         (
+            BackboneConfig(name="naflexvit_base_patch16_gap", pretrained=False),
+            r"naflexvit_base\w+ has .* no patch_embed",
+        ),
+        (
+            BackboneConfig(name="test_vit", pretrained=False, kwargs={"in_chans": 1}),
+            r"backbone\.kwargs\.in_chans=1: images have 3 channels",
+        ),
+        (
             BackboneConfig(name="test_vit", kwargs={"num_classes": 3}),
             r"backbone\.kwargs\.num_classes is set by the suite",
         ),
