@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,8 +63,15 @@ class BackboneInfo:
 
 
 def _load_into(model: nn.Module, state: dict[str, Tensor], file: str) -> None:
-    """Loads weights strictly, classifier aside."""
+    """Loads weights strictly, classifier aside; a position table of another size is resampled as timm does it."""
     own = model.state_dict()
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    table = state.get("pos_embed")
+    if convert is not None and table is not None and "pos_embed" in own and table.shape != own["pos_embed"].shape:
+        # the table alone, with the patches that tell its grid: what else does not fit is named below
+        part = {k: state[k] for k in ("patch_embed.proj.weight", "pos_embed") if k in state}
+        with contextlib.suppress(AssertionError, LookupError, RuntimeError, ValueError):
+            state = {**state, "pos_embed": convert(part, model)["pos_embed"]}
     extra = sorted(k for k in state if k not in own and not k.startswith(("head.", "head_dist.", "fc.")))
     missing = sorted(k for k in own if k not in state)
     if extra or missing:
@@ -113,6 +122,11 @@ def load_backbone(config: BackboneConfig) -> tuple[nn.Module, BackboneInfo]:
         raise UserError(f"backbone {timm_name} cannot be built with {kwargs}: {str(error).splitlines()[0]}") from None
     if not hasattr(model, "blocks"):
         raise UserError(f"backbone {timm_name} has no transformer blocks; choose a ViT")
+    if not hasattr(model, "patch_embed"):
+        raise UserError(f"backbone {timm_name} has blocks but no patch_embed; choose a ViT")
+    if kwargs.get("in_chans", 3) != 3:
+        raise UserError(f"backbone.kwargs.in_chans={kwargs['in_chans']}: images have 3 channels; leave it out")
+    model.backbone_name = config.name  # for messages
     source = f"timm:{timm_name}" if pretrained else "random"
     if file is not None:
         _load_into(model, read_safetensors(file), file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,11 +16,26 @@ from torch.utils.checkpoint import checkpoint
 import dualcl.benchmark.core.compat  # noqa: F401 - before timm
 
 # isort: split
+import timm.layers
 from timm.layers import apply_rot_embed_cat
-from timm.models.eva import EvaBlock
+from timm.models import beit
+from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from timm.models.vision_transformer_relpos import RelPosAttention
 
 from dualcl.benchmark.core.errors import UserError
+
+#: not in older versions of timm
+_DIFFERENTIAL: Any = getattr(timm.layers, "DiffAttention", None)
+#: the classes, exactly, whose forward `attend` equals
+_SERVED = {
+    Attention,
+    EvaAttention,
+    beit.Attention,
+    RelPosAttention,
+    _DIFFERENTIAL,
+    getattr(timm.layers, "AttentionRope", None),
+}
 
 
 def checkpoint_blocks(model: Any) -> None:
@@ -56,31 +72,49 @@ def _checkpointed(block: Any, forward: Callable[..., Tensor], *args: Any, **kwar
 class PrefixAttention(nn.Module):
     """A timm attention module that also attends to extra keys and values (prefix tuning).
 
-    With no prefix set it calls the wrapped module as it is. Serves timm's Attention and EvaAttention / AttentionRope.
+    With no prefix set it calls the wrapped module as it is. Any class but those that `attend` equals is refused.
     """
 
-    def __init__(self, attn: nn.Module, block: int) -> None:
+    def __init__(self, attn: nn.Module, block: int, backbone: str = "the backbone") -> None:
         super().__init__()
         self.attn = attn
         #: keys and values (B, L, D) of the pass that is on
         self.added: tuple[Tensor, Tensor] | None = None
-        split = isinstance(getattr(attn, "q_proj", None), nn.Linear)
-        fused = isinstance(getattr(attn, "qkv", None), nn.Linear)
-        known = all(hasattr(attn, n) for n in ("num_heads", "head_dim", "q_norm", "k_norm", "proj", "proj_drop"))
-        if not known or split == fused:
+        kind = type(attn).__name__
+        if type(attn) not in _SERVED:
             raise UserError(
-                f"blocks.{block}.attn is a {type(attn).__name__}, which takes no prefixes; prompts need another ViT"
+                f"{backbone}: blocks.{block}.attn is a {kind}, which takes no prefixes; prompts need another ViT"
             )
+        parts: Any = attn
+        keys = parts.qkv.out_features // 3 if parts.qkv is not None else parts.k_proj.out_features
+        if not keys == parts.proj.in_features == (parts.qkv or parts.q_proj).in_features:
+            raise UserError(
+                f"{backbone}: blocks.{block}.attn ({kind}) has heads narrower or wider than its tokens, or shared keys,"
+                " which take no prefixes; prompts need another ViT"
+            )
+        self._names = list(inspect.signature(type(attn).forward).parameters)[2:]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (B, N, D) -> (B, N, D)."""
         attn: Any = self.attn
         if self.added is None:
             return attn(x, *args, **kwargs)
-        rope = kwargs.pop("rope", args[0] if args else None) if hasattr(attn, "num_prefix_tokens") else None
-        if any(v is not None and v is not False for v in kwargs.values()):
-            raise UserError(f"attention arguments {sorted(kwargs)} cannot be combined with prefixes")
-        return attend(attn, x, prefix=self.added, rope=rope)
+        given = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        rope = given.pop("rope", None)
+        shared = given.pop("shared_rel_pos_bias" if "shared_rel_pos_bias" in given else "shared_rel_pos", None)
+        if any(v is not None and v is not False for v in given.values()):
+            raise UserError(f"attention arguments {sorted(given)} cannot be combined with prefixes")
+        return attend(attn, x, prefix=self.added, rope=rope, shared=shared)
+
+
+def _position_bias(attn: Any, shared: Tensor | None) -> Tensor | None:
+    """What is added to the scores of all tokens, (1, heads, N, N), as timm's forward adds it."""
+    if hasattr(attn, "rel_pos"):
+        return shared if attn.rel_pos is None else attn.rel_pos.get_bias()
+    if getattr(attn, "relative_position_bias_table", None) is None:
+        return shared
+    own: Tensor = attn._get_rel_pos_bias()
+    return own if shared is None else own + shared
 
 
 def attend(
@@ -89,26 +123,35 @@ def attend(
     *,
     prefix: tuple[Tensor, Tensor] | None = None,
     rope: Tensor | None = None,
+    shared: Tensor | None = None,
     queries: int | None = None,
 ) -> Tensor:
     """What a timm attention module gives for the first `queries` tokens (default: all), shape (B, queries, D).
 
-    x (B, N, D) is attended to in full, and so are the keys and values of `prefix`, each (B, L, D).
+    x (B, N, D) is attended to in full, and so are the keys and values of `prefix`, each (B, L, D), at no position.
+    `shared` is the position bias that the model gives to all its blocks.
     """
+    differential = type(attn) is _DIFFERENTIAL
 
-    def heads(t: Tensor) -> Tensor:
+    def heads(t: Tensor, width: int = int(attn.proj.in_features // attn.num_heads)) -> Tensor:
         # unflatten, as reshape cannot infer the number of heads of an empty prefix
-        return t.unflatten(-1, (-1, int(attn.head_dim))).transpose(1, 2)
+        return t.unflatten(-1, (-1, width)).transpose(1, 2)
+
+    def maps(t: Tensor) -> Tensor:
+        # queries and keys: differential attention has two of half the width to each head of values
+        return heads(t, int(attn.head_dim)) if differential else heads(t)
 
     gate = attn.gate(x[:, :queries]).sigmoid() if getattr(attn, "gate", None) is not None else None
     if attn.qkv is not None:
         qkv = attn.qkv(x)
         if getattr(attn, "q_bias", None) is not None:
             qkv = qkv + torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-        q, k, v = (heads(part) for part in qkv.chunk(3, dim=-1))
+        q, k, v = qkv.chunk(3, dim=-1)
     else:
-        q, k, v = (heads(proj(x)) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
-    q, k = attn.q_norm(q), attn.k_norm(k)
+        q, k, v = (proj(x) for proj in (attn.q_proj, attn.k_proj, attn.v_proj))
+    q, k, v = maps(q), maps(k), heads(v)
+    if hasattr(attn, "q_norm"):
+        q, k = attn.q_norm(q), attn.k_norm(k)
     if rope is not None:
         skip, half = attn.num_prefix_tokens, getattr(attn, "rotate_half", False)
         q, k = (
@@ -116,11 +159,22 @@ def attend(
             for t in (q, k)
         )
     q = q[:, :, :queries]
+    bias = _position_bias(attn, shared)
+    if bias is not None:
+        bias = bias[..., :queries, :]
     if prefix is not None:
         keys, values = prefix
-        k = torch.cat([heads(keys.to(k.dtype)), k], dim=2)
+        k = torch.cat([maps(keys.to(k.dtype)), k], dim=2)
         v = torch.cat([heads(values.to(v.dtype)), v], dim=2)
-    x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        if bias is not None:
+            bias = F.pad(bias, (keys.shape[1], 0))
+    if differential:
+        first, second = (F.scaled_dot_product_attention(q[:, i::2], k[:, i::2], v) for i in (0, 1))
+        x = first - attn._compute_lambda().type_as(q) * second
+        x = attn.sub_norm(x) * (1 - attn.lambda_init)
+    else:
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    x = x.transpose(1, 2).flatten(2)
     if getattr(attn, "norm", None) is not None:
         x = attn.norm(x)
     if gate is not None:
@@ -161,13 +215,15 @@ def read_class_token_only(model: Any) -> None:
 def wrap_prefix_attention(model: nn.Module) -> list[PrefixAttention]:
     """Wraps the attention of every block (once) and returns the wrappers in block order."""
     wrapped = []
+    backbone = f"backbone {getattr(model, 'backbone_name', type(model).__name__)}"
     for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
         if not isinstance(getattr(block, "attn", None), (PrefixAttention, nn.Module)):
             raise UserError(
-                f"blocks.{i} ({type(block).__name__}) has no attention that takes prefixes; prompts need another ViT"
+                f"{backbone}: blocks.{i} ({type(block).__name__}) has no attention that takes prefixes; prompts need "
+                "another ViT"
             )
         if not isinstance(block.attn, PrefixAttention):
-            block.attn = PrefixAttention(block.attn, i)
+            block.attn = PrefixAttention(block.attn, i, backbone)
         wrapped.append(block.attn)
     return wrapped
 

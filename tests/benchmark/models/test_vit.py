@@ -26,6 +26,7 @@ from dualcl.methods.shared.low_rank import inject
 # isort: split
 import timm
 from timm.layers import apply_rot_embed_cat
+from timm.models.vision_transformer import Attention
 
 SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
 KINDS = {
@@ -36,6 +37,27 @@ KINDS = {
     "relative positions": ("beit_base_patch16_224", {"img_size": 32, **SMALL}),
 }
 PREFIXED = ("fused", "fused, rope", "split, rope", "fused, bias apart")
+#: one model or more of each attention class, at width 48
+FAMILIES = {
+    "vit_tiny_patch16_224": {},
+    "deit_tiny_distilled_patch16_224": {},
+    "vit_base_patch14_reg4_dinov2": {},
+    "beit_base_patch16_224": {},
+    "beitv2_base_patch16_224": {"use_shared_rel_pos_bias": True},
+    "vit_relpos_small_patch16_224": {},
+    "vit_relpos_base_patch16_cls_224": {},
+    "vit_relpos_small_patch16_rpn_224": {},
+    "vit_srelpos_small_patch16_224": {},
+    "eva02_tiny_patch14_224": {},
+    "eva_giant_patch14_224": {},
+    "vit_small_patch16_rope_mixed_224": {},
+    "vit_small_patch16_dinov3": {},
+    "vit_dlittle_patch16_reg1_gap_256": {},
+    "vit_dpwee_patch16_reg1_gap_256": {},
+    "vit_pwee_patch16_reg1_gap_256": {},
+    "samvit_base_patch16": {"global_attn_indexes": [1]},
+}
+NO_PREFIXES = {"vit_dpwee_patch16_reg1_gap_256", "vit_pwee_patch16_reg1_gap_256", "samvit_base_patch16"}
 
 
 def backbone(kind, **more):
@@ -179,14 +201,60 @@ def test_wrapping_twice_wraps_once():
     assert not isinstance(model.blocks[0].attn.attn, PrefixAttention)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_empty_prefix_gives_timms_own_features_or_a_refusal(name):
+    torch.manual_seed(0)
+    size = 224 if "samvit" in name else 56 if "14" in name else 64
+    sizes = {"img_size": size, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    model, info = load_backbone(BackboneConfig(name=name, pretrained=False, kwargs={**sizes, **FAMILIES[name]}))
+    with torch.no_grad():  # position terms start at zero
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    x = pictures(info).float()
+    plain = features(model, x)
+    if name in NO_PREFIXES:
+        with pytest.raises(UserError, match=rf"^backbone {name}: blocks\.0.*prompts need another ViT$"):
+            wrap_prefix_attention(model)
+        return
+    for attention in wrap_prefix_attention(model):
+        attention.added = (torch.zeros(2, 0, 48), torch.zeros(2, 0, 48))
+    torch.testing.assert_close(features(model, x), plain, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["vit_relpos_small_patch16_224", "vit_dlittle_patch16_reg1_gap_256"])
+def test_a_prefix_equal_to_tokens_acts_as_those_tokens(name):
+    torch.manual_seed(0)
+    kwargs = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    attn = load_backbone(BackboneConfig(name=name, pretrained=False, kwargs=kwargs))[0].blocks[0].attn.double()
+    x = torch.randn(2, 16, 48, dtype=torch.float64)
+    more = torch.randn(2, 4, 48, dtype=torch.float64)
+    whole = torch.cat([more, x], dim=1)
+    _, keys, values = attn.qkv(more).chunk(3, dim=-1)
+    keys = attn.k_norm(keys.unflatten(-1, (-1, attn.head_dim))).flatten(2)
+    wrapped = PrefixAttention(attn, 0)
+    wrapped.added = (keys, values)
+    if "relpos" in name:
+        bias = attn.rel_pos.get_bias()
+        found = wrapped(x)
+        attn.rel_pos = None
+        expected = attn(whole, shared_rel_pos=F.pad(bias, (4, 0, 4, 0)))[:, 4:]
+    else:
+        found, expected = wrapped(x), attn(whole)[:, 4:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
 def test_attention_that_takes_no_prefix_is_refused():
-    model, _ = backbone("relative positions")
-    with pytest.raises(
-        UserError, match=r"blocks\.0\.attn is a Attention, which takes no prefixes; prompts need another"
-    ):
+    class Own(Attention):
+        pass
+
+    model, _ = backbone("fused")
+    model.blocks[0].attn.__class__ = Own
+    with pytest.raises(UserError, match=r"vit_tiny_patch16_224: blocks\.0\.attn is a Own, which takes no prefixes"):
         wrap_prefix_attention(model)
     with pytest.raises(UserError, match=r"blocks\.3\.attn is a MultiheadAttention, which takes no prefixes"):
         PrefixAttention(nn.MultiheadAttention(8, 2), 3)
+    with pytest.raises(UserError, match=r"blocks\.3\.attn \(Attention\) has heads narrower or wider"):
+        PrefixAttention(Attention(8, 2, attn_head_dim=8), 3)
     model.blocks[0].attn = None
     with pytest.raises(UserError, match=r"blocks\.0 \(Block\) has no attention that takes prefixes"):
         wrap_prefix_attention(model)
@@ -313,13 +381,30 @@ def test_a_classifier_in_the_file_is_left_out(weights, tmp_path):
     assert tiny(file)[1].weights_sha256 == tiny(weights)[1].weights_sha256
 
 
+@pytest.mark.parametrize("more", [{}, {"reg_tokens": 2, "no_embed_class": True}], ids=["class token", "registers"])
+def test_a_position_table_of_another_size_is_resampled_as_timm_does(tmp_path, more):
+    name, kwargs = "vit_small_patch14_dinov2", {"patch_size": 14, **SMALL, **more}
+    torch.manual_seed(4)
+    file = tmp_path / "large.safetensors"
+    large = timm.create_model(name, num_classes=0, img_size=140, **kwargs)
+    save_file(large.state_dict(), file)
+    small = {**kwargs, "img_size": 84}
+    model, info = load_backbone(BackboneConfig(name=name, weights=str(file), kwargs=small))
+    overlay = {"file": str(file), "num_classes": 0}
+    theirs = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0, **small).eval()
+    x = pictures(info).float()
+    assert info.input_size == 84
+    assert torch.equal(model.pos_embed, theirs.pos_embed)
+    assert torch.equal(features(model, x), features(theirs, x))
+
+
 def change(state, kind):
     if kind == "missing":
         del state["norm.weight"]
     elif kind == "extra":
         state["blocks.7.norm1.weight"] = torch.ones(32)
     else:
-        state["pos_embed"] = torch.ones(1, 17, 32)
+        state["pos_embed"] = torch.ones(1, 17, 31)
     return state
 
 
@@ -328,7 +413,7 @@ def change(state, kind):
     [
         ("missing", r"odd\.safetensors lacks norm\.weight .*check backbone\.name and backbone\.kwargs"),
         ("extra", r"odd\.safetensors has blocks\.7\.norm1\.weight .*which the model lacks"),
-        ("shape", r"pos_embed of shape \(1, 17, 32\), the model wants \(1, 5, 32\); check backbone\.kwargs"),
+        ("shape", r"pos_embed of shape \(1, \d+, 31\), the model wants \(1, 5, 32\); check backbone\.kwargs"),
     ],
 )
 def test_weights_that_do_not_fit_are_named(weights, tmp_path, kind, message):
@@ -400,6 +485,14 @@ def test_a_bundled_backbone_has_the_weights_its_description_names(name):
         (BackboneConfig(name="glyph_vit"), r"unknown backbone\.name 'glyph_vit'; did you mean 'glyph-vit'"),
         (BackboneConfig(name="vit_tiny_patch16_225"), r"did you mean .*'vit_tiny_patch16_224'"),
         (BackboneConfig(name="resnet18", pretrained=False), r"resnet18 has no transformer blocks; choose a ViT"),
+        (
+            BackboneConfig(name="naflexvit_base_patch16_gap", pretrained=False),
+            r"naflexvit_base\w+ has .* no patch_embed",
+        ),
+        (
+            BackboneConfig(name="test_vit", pretrained=False, kwargs={"in_chans": 1}),
+            r"backbone\.kwargs\.in_chans=1: images have 3 channels",
+        ),
         (
             BackboneConfig(name="test_vit", kwargs={"num_classes": 3}),
             r"backbone\.kwargs\.num_classes is set by the suite",
