@@ -14,10 +14,16 @@ from dualcl.benchmark.core.reading import DEEPEST, HALVES, TOO_LARGE
 MOST_VALUES = 1_000_000
 
 
+class MissingValueError(UserError):
+    """A mapping with a key that has no value."""
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-3 as a float, as YAML 1.2 does, and refuses duplicate keys and what has no end."""
 
     depth = 0
+    #: whether keys outside braces want a value too
+    strict = False
 
     def __init__(self, stream: Any) -> None:
         super().__init__(stream)
@@ -45,7 +51,13 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """As SafeLoader's, but a key given twice is an error."""
+        """As SafeLoader's, but a key given twice, or without a value in braces, is an error."""
+        for key, value in node.value if self.strict or node.flow_style else ():
+            if isinstance(value, yaml.ScalarNode) and value.value == "" and value.style is None:
+                name = str(key.value) if isinstance(key, yaml.ScalarNode) else "a key"
+                first, _, rest = name.partition(":")
+                mend = f"{first}: {rest.strip() or 'VALUE'}"
+                raise MissingValueError(f"{name!r} has no value: write {mend!r}, with a blank after the colon")
         own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         mapping = super().construct_mapping(node, deep)  # which says what is wrong with a key
         keys = [self.construct_object(key, deep=True) for key in own]
@@ -77,11 +89,17 @@ _Loader.add_implicit_resolver(
 )
 
 
-def read_yaml(text: str, where: str) -> Any:
-    """Parses YAML safely; UserError that names `where` when it is not valid, nested too deep, or grows too large."""
+class _StrictLoader(_Loader):
+    strict = True
+
+
+def read_yaml(text: str, where: str, *, strict: bool = False) -> Any:
+    """Parses YAML safely; UserError that names `where` when it is not valid, too deep or large, or lacks a value."""
     line = ""
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=_StrictLoader if strict else _Loader)
+    except MissingValueError as error:
+        raise MissingValueError(f"{where}: {error}") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except yaml.YAMLError as error:

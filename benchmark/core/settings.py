@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.reading import TOO_LARGE, check_name, check_text
 from dualcl.benchmark.core.registry import Plugin
-from dualcl.benchmark.core.safe_yaml import read_yaml
+from dualcl.benchmark.core.safe_yaml import MissingValueError, read_yaml
 
 VOLATILE = {"volatile": True}  #: metadata of keys that cannot change a result and may differ on resume
 
@@ -221,7 +221,9 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         raise UserError(f"--set wants key=value, got {text!r}")
     check_text(text, f"--set {key!r}")
     try:
-        return key, read_yaml(value, f"--set {key}")
+        return key, read_yaml(value, f"--set {key}", strict=True)
+    except MissingValueError:
+        raise
     except UserError:
         return key, value.strip()  # text that is no YAML (a Windows path, a prompt); the declared type decides
 

@@ -288,3 +288,19 @@ def test_presets_are_read_without_torch():
         "available_methods(); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("backbone.kwargs={img_size:64,patch_size:8}", "img_size"),
+        ("backbone.kwargs={img_size: 64, patch_size:8}", "patch_size"),
+        ("backbone.kwargs={a: [{img_size:64}]}", "img_size"),
+        ("backbone={kwargs: {img_size: }}", "img_size"),
+        ("backbone.kwargs=img_size:", "img_size"),
+    ],
+)
+def test_a_mapping_without_a_value_is_refused(text: str, key: str) -> None:
+    with pytest.raises(UserError, match=rf"--set backbone.*'{key}.*has no value: .*blank after the colon"):
+        parse_assignment(text)
+    assert parse_assignment("backbone.kwargs={a: null, b: '', c: ~}")[1] == {"a": None, "b": "", "c": None}
