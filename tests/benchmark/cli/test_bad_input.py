@@ -323,7 +323,8 @@ def test_wrong_weights(
         words = [file.name]
     elif case == "shape":
         file.write_bytes(place.weights.read_bytes())
-        sets, words = ["backbone.kwargs.img_size=64"], [*words, "pos_embed", "img_size"]
+        # another number of positions would be resampled
+        sets, words = ["backbone.kwargs.embed_dim=64"], [*words, "cls_token of shape (1, 1, 32)", "img_size"]
     elif case == "lacks":
         del state["blocks.1.attn.qkv.weight"]
         save_file(state, file)
