@@ -145,6 +145,7 @@ FIELDS = (
     Field("run.table", "name", "the preset in whose table it appears; missing in the first records", required=False),
     Field("run.caveats", "texts", "what a reader of the numbers must know", required=False),
     Field("run.tuning", "text", "who tuned the method's values", required=False),
+    Field("run.tuned_on", "name", "the preset on which a sweep chose them, if it is another", required=False),
     *_source("run.method_source", "method"),
     *_source("run.data_source", "data set"),
     Field("config", "mapping", "the resolved configuration, as `dualcl show` prints it"),

@@ -63,6 +63,8 @@ class Row:
     stats: dict[str, Stat | None]
     #: what a reader must know of its runs
     caveats: tuple[str, ...] = ()
+    #: on what, and how, sweeps on other streams chose its settings
+    tuned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -503,6 +505,7 @@ def make_table(
             tuple(r.seed for r in group),
             {key: _stat([r.metrics.get(key) for r in group]) for key in measures},
             tuple(dict.fromkeys(line for r in group for line in r.caveats)),
+            tuple(dict.fromkeys(str(r.data["run"]["tuning"]) for r in group if r.data["run"].get("tuned_on"))),
         )
         for label, group in groups.items()
     ]
@@ -603,8 +606,14 @@ def row_name(row: Row) -> str:
 
 
 def caveat_lines(table: Table) -> list[str]:
-    """What † stands for, one line per row that has one."""
-    return [f"{row_name(row)}: {'; '.join(row.caveats)}" for row in table.rows if row.caveats]
+    """What † stands for, one line per row that has one; then which rows were tuned on another stream."""
+    tuned: dict[str, list[str]] = {}
+    for row in table.rows:
+        tuned.setdefault(" / ".join(row.tuned), []).append(row.label)
+    others = tuned.pop("", [])
+    lines = [f"tuned on {li.removeprefix('dualcl sweep on ')}: {', '.join(found)}" for li, found in tuned.items()]
+    lines += [f"not tuned on another stream: {', '.join(others)}"] if tuned and others else []
+    return [*(f"{row_name(row)}: {'; '.join(row.caveats)}" for row in table.rows if row.caveats), *lines]
 
 
 def seeds_note(table: Table) -> str:

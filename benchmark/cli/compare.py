@@ -11,6 +11,7 @@ from dualcl.benchmark.cli.reports import formats_of, write_report
 from dualcl.benchmark.config.presets import load_preset
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.reading import parse_names
+from dualcl.benchmark.core.text import say
 from dualcl.benchmark.grids.execute import conclude, execute, slurm_script
 from dualcl.benchmark.grids.plan import Planned, default_methods, parse_seeds, plan_comparison
 from dualcl.benchmark.grids.survey import write_plan
@@ -27,7 +28,9 @@ def main(args: argparse.Namespace) -> int:
     formats = formats_of(args.format)
     args.place = args.out or RUNS / load_preset(args.preset).name
     out, url = local_and_url(args.place)
-    plan = plan_comparison(args.preset, methods, seeds, args.sets, out, url)
+    plan = plan_comparison(args.preset, methods, seeds, args.sets, out, url, args.tuned_on, args.allow_same_stream)
+    if args.tuned_on and (untuned := list(dict.fromkeys(p.resolved.method for p in plan if not p.options))):
+        say(f"no sweep of {', '.join(untuned)} in {args.tuned_on}: values of the preset")
     runs = [p.resolved for p in plan]
     rows = dict.fromkeys([*(r.method for r in runs), *(r.general.label or r.method for r in runs)])
     if args.baseline is not None and args.baseline not in rows:  # said now, not after hours

@@ -97,6 +97,20 @@ def _add_many(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quiet", action="store_true", help="no progress; tables and errors still appear")
 
 
+def _add_tuned(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--tuned-on",
+        type=_local_place,
+        metavar="SWEEP",
+        help="--out of sweeps on another stream, whose best settings are used (--set goes before them)",
+    )
+    command.add_argument(
+        "--allow-same-stream",
+        action="store_true",
+        help="even where the sweep was on what is reported; the table says so",
+    )
+
+
 def _add_engine(command: argparse.ArgumentParser) -> None:
     command.add_argument("--engine", default="local", metavar="local|ray", help="ray: on a cluster (default local)")
     command.add_argument("--address", metavar="auto|HOST:PORT|local", help="of the Ray cluster (default auto)")
@@ -131,6 +145,7 @@ def _compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("--methods", metavar="A,B,C", help="default: the preset's own list")
     command.add_argument("--seeds", metavar="0,1,2", help="default: the preset's seed")
     _add_sets(command)
+    _add_tuned(command)
     command.add_argument("--out", type=_place, metavar="DIR|URL", help="default runs/PRESET")
     _add_many(command)
     _add_engine(command)
@@ -153,6 +168,7 @@ def _run(command: argparse.ArgumentParser) -> None:
     command.add_argument("method", metavar="METHOD", help="see `dualcl list methods`, or FILE.py, FILE.py:NAME")
     command.add_argument("--seed", type=_natural, metavar="N", help="default: the preset's seed")
     _add_sets(command)
+    _add_tuned(command)
     command.add_argument("--out", type=_place, metavar="DIR|URL", help="default runs/PRESET/METHOD-seedN")
     command.add_argument(
         "--wait", action="store_true", help="wait while another process has the folder, instead of refusing"

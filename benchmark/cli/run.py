@@ -6,12 +6,15 @@ import argparse
 
 from dualcl.benchmark.cli.options import RUNS
 from dualcl.benchmark.config.resolve import resolve
+from dualcl.benchmark.config.tuned import read_tuned
+from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.machine import follower
 from dualcl.benchmark.core.text import say
 from dualcl.benchmark.grids.plan import check_seed_given_once
 from dualcl.benchmark.runs import runner
 from dualcl.benchmark.runs.folder import discard, run_folder
 from dualcl.benchmark.runs.progress import Reporter
+from dualcl.methods import method_info
 from dualcl.results.report import terminal_table
 
 
@@ -20,7 +23,13 @@ def main(args: argparse.Namespace) -> int:
 
     if args.seed is not None:
         check_seed_given_once(args.sets, "--seed")
-    resolved = resolve(args.preset, args.method, args.sets, seed=args.seed)
+    tuned = None
+    if args.tuned_on:
+        name = method_info(args.method).name
+        tuned = read_tuned(args.tuned_on, name, same_stream=args.allow_same_stream)
+        if tuned is None:
+            raise UserError(f"--tuned-on {args.tuned_on} has no sweep of {name}")
+    resolved = resolve(args.preset, args.method, args.sets, seed=args.seed, tuned=tuned)
     out = args.out or RUNS / resolved.preset / f"{resolved.method}-seed{resolved.general.seed}"
     args.place = out
 

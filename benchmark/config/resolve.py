@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from dualcl.benchmark.config.presets import load_preset
+from dualcl.benchmark.config.tuned import Tuned
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.settings import (
     GeneralConfig,
@@ -46,9 +47,11 @@ def resolve(
     *,
     seed: int | None = None,
     method_config: type | None = None,
+    tuned: Tuned | None = None,
 ) -> Resolved:
     """The configuration of `method`, a name or FILE.py, on `preset` with `--set` assignments on top.
 
+    `tuned`: what a sweep found for the method, above the preset and below `--set`.
     All mistakes in keys and values are reported together, one UserError with one line.
     """
     loaded = load_preset(preset, method)
@@ -57,6 +60,7 @@ def resolve(
     plugins = {} if info.plugin is None else {"method": info.plugin}
     given = dict(loaded.values)
     method_sources: list[tuple[str, Any, str]] = []
+    found = {} if tuned is None else tuned.values
     assignments = [parse_assignment(text) for text in sets]
     for key, value in assignments:
         for path, leaf in (flatten({key: value}) if isinstance(value, Mapping) else {key: value}).items():
@@ -103,6 +107,9 @@ def resolve(
     for key, value, source in method_sources:
         if given.get(key, (None, ""))[1] != "--set":
             given[key] = (value, source)
+    for key, value in found.items():
+        if not given.get(key, (None, ""))[1].startswith("--set"):
+            given[key] = (value, f"sweep on {tuned.preset}" if tuned else "")
 
     values: dict[str, dict[str, Any]] = {name: {} for name in classes}
     sources: dict[str, str] = {}
@@ -140,7 +147,9 @@ def resolve(
         sections=sections,
         sources={},
         table=loaded.table,
-        tuning=_tuning_line(loaded.tuning.get(method), sources),
+        tuning=_tuning_line(tuned.tuning if tuned else loaded.tuning.get(method), sources),
+        tuned_on=tuned.preset if tuned else "",
+        check_stream=tuned.check if tuned else None,
         plugins=plugins,
         volatile=frozenset(k for k, (_, f) in known_keys.items() if f.metadata.get("volatile")),
     )

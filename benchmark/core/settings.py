@@ -12,7 +12,7 @@ import json
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, Union
 
@@ -254,6 +254,9 @@ class Resolved:
     table: str = ""
     #: who tuned the method's values, and on what
     tuning: str = ""
+    #: the preset on which a sweep chose them, and what says whether a stream (data set, names of its items) is another
+    tuned_on: str = ""
+    check_stream: Callable[[str, Iterable[str]], bool] | None = None
     #: "method" and "data", where they are not built in
     plugins: Mapping[str, Plugin] = field(default_factory=dict)
 

@@ -11,6 +11,7 @@ from typing import Protocol
 
 from dualcl.benchmark.config.presets import bundled_presets, load_preset
 from dualcl.benchmark.config.resolve import resolve
+from dualcl.benchmark.config.tuned import read_tuned
 from dualcl.benchmark.core.errors import EXIT_FAILED, EXIT_USER, UserError
 from dualcl.benchmark.core.reading import parse_names
 from dualcl.benchmark.core.registry import check_plugins, is_file
@@ -31,6 +32,8 @@ class Planned:
     label: str
     #: where the run's files go in the end, a URL; `out` is then their copy on this machine
     remote: str = ""
+    #: more options of `dualcl run`
+    options: tuple[str, ...] = ()
 
     @property
     def seed(self) -> int:
@@ -45,7 +48,7 @@ class Planned:
         own = [text for text in (*self.sets, *sets) if parse_assignment(text)[0] != "seed"]
         if "data" in self.resolved.plugins:  # its file as from here, with the hash
             own.append(f"data.name={json.dumps(self.resolved.data_reference)}")
-        return command + (["--set", *own] if own else [])
+        return [*command, *self.options, *(["--set", *own] if own else [])]
 
 
 @dataclass(frozen=True)
@@ -82,28 +85,37 @@ def plan_comparison(
     sets: Sequence[str],
     out: Path,
     url: str | None = None,
+    tuned_on: Path | None = None,
+    same_stream: bool = False,
 ) -> list[Planned]:
     """Checks every method with every seed and says where each run goes: `<out>/<method>-seed<seed>`, or below a URL.
 
     No seeds: the preset's own. `methods.NAME.key` for a file's method is left out for the others, which do not know it.
+    `tuned_on`: the --out of sweeps; each method takes the best settings of its own, if it was in one.
     Raises UserError for the first thing that is wrong, before anything runs.
     """
     if seeds is not None:
         check_seed_given_once(sets, "--seeds")
     of_files = {method: method_info(method).name for method in methods if is_file(method)}
+    names = {method: of_files.get(method) or method_info(method).name for method in methods}
+    tuned = {m: read_tuned(tuned_on, n, same_stream=same_stream) if tuned_on else None for m, n in names.items()}
+    if tuned_on and not any(tuned.values()):
+        raise UserError(f"--tuned-on {tuned_on} has no sweep of {', '.join(names.values())}")
+    options = ("--tuned-on", os.path.abspath(tuned_on), *(["--allow-same-stream"] * same_stream)) if tuned_on else ()
     plan: list[Planned] = []
     for seed in [None] if seeds is None else seeds:
         for method in methods:
             others = tuple(f"methods.{name}." for given, name in of_files.items() if given != method)
             own = tuple(text for text in sets if not text.startswith(others))
-            resolved = resolve(preset, method, own, seed=seed)
+            resolved = resolve(preset, method, own, seed=seed, tuned=tuned[method])
             name = f"{resolved.method}-seed{resolved.general.seed}"
             if any(planned.out.name == name for planned in plan):
                 raise UserError(f"--methods names {resolved.method!r} twice; give it once")
             label = f"{resolved.method} seed {resolved.general.seed}"
             folder = out / name
             remote = "" if url is None else f"{url.rstrip('/')}/{folder.name}"
-            plan.append(Planned(resolved, preset, own, folder, label, remote))
+            more = options if tuned[method] else ()
+            plan.append(Planned(resolved, preset, own, folder, label, remote, more))
     return plan
 
 

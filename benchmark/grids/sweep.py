@@ -17,6 +17,7 @@ from typing import Any
 
 from dualcl.benchmark.config.presets import Preset, load_preset
 from dualcl.benchmark.config.resolve import resolve
+from dualcl.benchmark.config.tuned import FORMAT, stream_of
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.files import atomic_write, write_json
 from dualcl.benchmark.core.settings import Resolved, parse_assignment
@@ -374,7 +375,7 @@ def write_sweep(sweep: Sweep, scores: Sequence[Score], out: Path) -> list[Path]:
         for score in scores
     ]
     tree = {
-        "format": "dualcl-sweep",
+        "format": FORMAT,
         "version": 1,
         "preset": sweep.preset,
         "method": sweep.method,
@@ -382,6 +383,7 @@ def write_sweep(sweep: Sweep, scores: Sequence[Score], out: Path) -> list[Path]:
         "measured_on": sweep.measured_on,
         "space": sweep.space,
         "tuning": sweep.tuning,
+        "stream": stream_of(load_record(best.point.runs[0].out).data) if best else None,
         "best": {"settings": dict(best.point.settings), "use": set_line(best)} if best else None,
         "points": points,
     }

@@ -317,6 +317,16 @@ def check_capabilities(resolved: Resolved) -> None:
         )
 
 
+def _chosen_on_itself(resolved: Resolved, domain: Domain) -> list[str]:
+    """The caveat of settings that a sweep chose on what the run reports; UserError unless that is allowed."""
+    facts = [task.facts for task in domain.tasks]
+    items = [str(name) for fact in facts for name in fact.get("classes") or [fact.get("concept")]]
+    check = resolved.check_stream
+    return ["its settings were chosen on this very stream"] * (
+        check is not None and check(domain.identity()["data"], items)
+    )
+
+
 def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | None = None) -> dict[str, Any]:
     """Runs, or resumes, one method on one stream; returns the record.
 
@@ -353,6 +363,7 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
             if work.method.takes_steps(task):  # a task that is too small is found now, not after the tasks before it
                 work.domain.steps_per_epoch(None if work.joint else task)
         general = resolved.general
+        caveats = [*work.method.caveats(), *_chosen_on_itself(resolved, work.domain)]
         record = new_record(
             {
                 "preset": resolved.preset,
@@ -363,8 +374,9 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
                 "seed": general.seed,
                 "n_tasks": work.n_tasks,
                 "joint": work.joint,
-                "caveats": work.method.caveats(),
+                "caveats": caveats,
                 "tuning": resolved.tuning,
+                **({"tuned_on": resolved.tuned_on} if resolved.tuned_on else {}),
                 **resolved.plugin_sources(),
             },
             resolved.tree(),

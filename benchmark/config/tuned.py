@@ -1,0 +1,82 @@
+"""The two-phase protocol: settings that a sweep found on one stream, used once on another (arXiv 2403.09066)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.reading import read_json
+from dualcl.benchmark.core.settings import parse_assignment
+
+FORMAT = "dualcl-sweep"
+AGAIN = "give the same `dualcl sweep` command again (its finished runs are kept)"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What a finished sweep found for one method, and what it was measured on."""
+
+    preset: str
+    #: as `--set` takes them
+    settings: tuple[str, ...]
+    #: in a word, for records and tables
+    tuning: str
+    #: the data set, and the names of the classes or concepts of the stream
+    data: str
+    items: frozenset[str]
+    #: whether it may be used on what it was measured on
+    same_stream: bool = False
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """Keys and parsed values."""
+        return dict(parse_assignment(text) for text in self.settings)
+
+    def check(self, data: str, items: Iterable[str]) -> bool:
+        """Whether the stream shares classes or concepts with the sweep's; UserError then, unless that is allowed."""
+        shared = sorted(self.items.intersection(items)) if data == self.data else []
+        if shared and not self.same_stream:
+            raise UserError(
+                f"the settings were chosen on {shared[0]} of {data}, which this stream is measured on too "
+                f"({len(shared)} shared): such numbers overstate a method; give --tuned-on a sweep on another stream, "
+                "or add --allow-same-stream"
+            )
+        return bool(shared)
+
+
+def read_tuned(place: Path, method: str, *, same_stream: bool = False) -> Tuned | None:
+    """What the sweeps at `place`, the --out of `dualcl sweep` or a method's folder in it, found for a method.
+
+    None where only other methods were swept. Raises UserError when there is no sweep, a damaged one, or one whose best
+    point is not known.
+    """
+    found = [f for f in (place / method / "sweep.json", place / "sweep.json") if f.is_file()]
+    if not found:
+        if any(place.glob("*/sweep.json")):
+            return None
+        raise UserError(f"--tuned-on {place} holds no sweep.json; give the --out of a finished `dualcl sweep`")
+    try:
+        tree = read_json(found[0])
+        if tree["format"] != FORMAT:
+            raise ValueError
+        if tree["method"] != method:
+            return None
+        best, stream = tree["best"], tree.get("stream")
+        if best is not None and stream is not None:
+            settings = tuple(f"{key}={value}" for key, value in best["settings"].items())
+            items = frozenset(map(str, stream["items"]))
+            return Tuned(tree["preset"], settings, tree["tuning"], str(stream["data"]), items, same_stream)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{found[0]} is no whole sweep.json; {AGAIN}") from None
+    lacks = "names no best point" if best is None else "does not say what it was measured on"
+    raise UserError(f"{found[0]} {lacks}; {AGAIN}")
+
+
+def stream_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recorded run was measured on: the data set, and the names of its classes or concepts."""
+    names = [n for task in record["tasks"] for n in task.get("classes") or [task.get("concept")] if n is not None]
+    network = record["network"]
+    return {"data": record["identity"]["data"], "items": names or network.get("class_names") or network["concepts"]}

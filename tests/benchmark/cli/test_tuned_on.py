@@ -1,0 +1,124 @@
+"""The two-phase protocol by hand: `sweep` on one stream, `compare --tuned-on` on another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import dualcl.benchmark.core.compat  # noqa: F401 - before timm
+
+# isort: split
+import timm
+from PIL import Image
+from safetensors.torch import save_file
+
+from dualcl.benchmark.cli import main
+
+KWARGS = {"img_size": 32, "patch_size": 16, "depth": 1, "embed_dim": 16, "num_heads": 2}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two streams of a tiny ViT, reported.yaml (glyphs) and tune.yaml (coloured noise), swept already."""
+    folder = tmp_path_factory.mktemp("tuned")
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", pretrained=False, num_classes=0, **KWARGS)
+    save_file(model.state_dict(), folder / "tiny.safetensors")
+    draw = np.random.default_rng(0)
+    for part, n in (("train", 5), ("test", 2)):
+        for name in ("red", "green", "blue", "grey"):
+            (folder / "noise" / part / name).mkdir(parents=True)
+            for i in range(n):
+                pixels = draw.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / "noise" / part / name / f"{i}.png")
+    common = f"""
+domain: classification
+stream: {{tasks: 2}}
+backbone:
+  name: vit_tiny_patch16_224.augreg_in21k
+  weights: {folder / "tiny.safetensors"}
+  kwargs: {json.dumps(KWARGS)}
+train: {{epochs: 1, batch_size: 4}}
+search: {{points: 2, methods: {{lora: {{lr: [1e-3, 1e-2]}}, linear_probe: {{lr: [1e-3, 1e-2]}}}}}}
+"""
+    data = "data: {name: glyphs, train_per_class: 5, test_per_class: 3, classes: 4}"
+    (folder / "reported.yaml").write_text(common + data)
+    (folder / "tune.yaml").write_text(common + f"data: {{name: image-folder, root: {folder / 'noise'}}}")
+    sets = ["--set", "data.holdout=0.2", "--quiet"]
+    assert main(["sweep", str(folder / "tune.yaml"), "lora", "--out", str(folder / "swept"), *sets]) == 0
+    return folder
+
+
+def run_of(folder: Path) -> dict:
+    return json.loads((folder / "record.json").read_text())
+
+
+def test_settings_of_another_stream_are_used_and_said(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", str(place / "reported.yaml"), "--methods", "lora,ncm", "--out", str(tmp_path), "--quiet"]
+    assert main([*command, "--tuned-on", str(place / "swept"), "--format", "md,csv,tex,html"]) == 0
+    captured = capsys.readouterr()
+    best = json.loads((place / "swept" / "lora" / "sweep.json").read_text())["best"]["settings"]
+    made = run_of(tmp_path / "lora-seed0")
+    assert made["config"]["method"]["lr"] == float(best["method.lr"])
+    assert made["sources"]["method.lr"] == "sweep on tune"
+    assert made["run"]["tuned_on"] == "tune"
+    assert made["run"]["tuning"].startswith("dualcl sweep on tune: 2 points, 1 seed, by A_last on validation images")
+    assert "tuned_on" not in run_of(tmp_path / "ncm-seed0")["run"]
+    assert "no sweep of ncm" in captured.err
+    line = f"tuned on {made['run']['tuning'].removeprefix('dualcl sweep on ')}: lora"
+    assert line in " ".join(captured.out.split())
+    assert "not tuned on another stream: ncm" in captured.out
+    for name in ("table.md", "report.html", "table.tex"):
+        text = (tmp_path / "report" / name).read_text()
+        assert "tuned on tune: 2 points" in text, name
+
+
+def test_by_hand_goes_before_the_sweep(place: Path, tmp_path: Path) -> None:
+    command = ["run", str(place / "reported.yaml"), "lora", "--out", str(tmp_path / "run"), "--quiet"]
+    assert main([*command, "--tuned-on", str(place / "swept"), "--set", "method.lr=0.5"]) == 0
+    made = run_of(tmp_path / "run")
+    assert made["config"]["method"]["lr"] == 0.5
+    assert made["run"]["tuning"].startswith("--set method.lr; the rest: dualcl sweep on tune")
+
+
+def test_settings_of_the_reported_stream_are_refused_unless_allowed(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["run", str(place / "tune.yaml"), "lora", "--out", str(tmp_path / "run"), "--quiet"]
+    tuned = ["--tuned-on", str(place / "swept" / "lora")]
+    assert main([*command, *tuned]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert "were chosen on blue of image-folder" in captured.err
+    assert not (tmp_path / "run" / "record.json").exists()
+    assert main([*command, *tuned, "--allow-same-stream"]) == 0
+    assert run_of(tmp_path / "run")["run"]["caveats"] == ["its settings were chosen on this very stream"]
+    assert "chosen on this very stream" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("tree", "says"),
+    [
+        (None, "holds no sweep.json"),
+        ("{", "is no whole sweep.json"),
+        ('{"format": "dualcl-sweep", "method": "lora", "best": null}', "names no best point"),
+        ('{"format": "dualcl-sweep", "method": "lora", "best": {"settings": {}}}', "does not say what it was measured"),
+        ('{"format": "dualcl-sweep", "method": "ncm"}', "has no sweep of lora"),
+    ],
+)
+def test_what_is_no_sweep_is_refused(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], tree: str | None, says: str
+) -> None:
+    if tree is not None:
+        (tmp_path / "sweep.json").write_text(tree)
+    command = ["run", str(place / "reported.yaml"), "lora", "--out", str(tmp_path / "run"), "--quiet"]
+    assert main([*command, "--tuned-on", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert says in captured.err
