@@ -364,6 +364,32 @@ def quality_storage(records: Sequence[Record]) -> Figure | None:
     return _scatter(records, "N_store", log=True)
 
 
+def prediction(
+    preset: str, name: str, readings: Sequence[tuple[str, Mapping[str, tuple[float, float]]]]
+) -> Figure | None:
+    """Methods by published A_last on the left and by ours on the right, joined: a panel per reading of the weights."""
+    readings = [(reading, points) for reading, points in readings if len(points) > 1]
+    if not readings:
+        return None
+    most = max(len(points) for _, points in readings)
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(4.4 * len(readings), 1.0 + 0.28 * most), layout="constrained")
+        for axes, (reading, points) in zip(figure.subplots(1, len(readings), squeeze=False)[0], readings, strict=True):
+            places = [{x: i for i, x in enumerate(sorted(points, key=lambda x: -points[x][side]))} for side in (0, 1)]
+            for label, values in points.items():
+                heights = [place[label] for place in places]
+                axes.plot((0, 1), heights, color=COLOURS[heights[0] != heights[1]], marker="o", markersize=4)
+                for x, sign in ((0, -1), (1, 1)):
+                    text = f"{_shown(label)}  {values[x]:.1f}"
+                    axes.text(x + 0.06 * sign, heights[x], text, ha=("right", "left")[x], va="center", fontsize=8)
+            axes.set(xlim=(-1.1, 2.1), ylim=(most - 0.5, -0.5), xticks=(0, 1), yticks=())
+            axes.set_xticklabels([f"published\n{_shown(name)}", f"ours\n{_shown(preset)}"])
+            axes.set_title(_shown(reading, 40))
+            axes.grid(visible=False)
+            axes.spines[["left", "bottom"]].set_visible(False)
+    return figure
+
+
 def _loss_series(record: Record) -> tuple[list[int], list[float], list[int]]:
     """(steps counted over all tasks, losses, first step of every task but the first) from log.jsonl."""
     steps = {t.get("task"): int(t.get("steps") or 0) for t in record.data["tasks"]}

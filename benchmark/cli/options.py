@@ -192,6 +192,11 @@ def _report(command: argparse.ArgumentParser) -> None:
         "--with-published", action="store_true", help="published numbers too, apart from ours, with what differs"
     )
     command.add_argument(
+        "--predicts",
+        metavar="STREAM",
+        help="does it rank methods as published for imagenet-r-10 or the like? Kendall's tau, prediction.md and a plot",
+    )
+    command.add_argument(
         "--all-plots", action="store_true", help="each stream's plots, however many streams and runs there are"
     )
     command.add_argument(

@@ -10,6 +10,7 @@ from dualcl.benchmark.cli.reports import formats_of, write_report
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.text import say
 from dualcl.benchmark.runs.mirror import fetched
+from dualcl.results.prediction import write_predictions
 from dualcl.results.report import terminal_table
 from dualcl.results.tables import summarise
 
@@ -34,6 +35,9 @@ def main(args: argparse.Namespace) -> int:
     print(terminal_table(summary, alone or "text", with_published=args.with_published).rstrip("\n"), flush=True)
     if args.out is not None or not alone:
         write_report(summary, args.out or args.dirs[0] / "report", formats, args.with_published, args.all_plots)
+    if args.predicts is not None:
+        for line in write_predictions(summary, args.predicts, args.out or args.dirs[0] / "report"):
+            print(line)
     return 0
 
 
