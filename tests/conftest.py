@@ -62,6 +62,7 @@ backbone:
   kwargs: {{img_size: 32, patch_size: 16, embed_dim: 32, depth: 5, num_heads: 2}}
 methods:
   coda_prompt: {{pool: 8}} # at most the backbone's width
+  ranpac: {{width: 100}}
 """
     )
     return str(file)

@@ -25,7 +25,7 @@ from dualcl.benchmark.runs.runner import Run
 from dualcl.methods import available_methods, method_class
 from dualcl.methods.base import Method, ParamGroup, register_method
 
-RANPAC = Path(__file__).with_name("ranpac.py")
+RANDOM_RIDGE = Path(__file__).with_name("random_ridge.py")
 SHORT = ("train.epochs=1", "stream.tasks=2")
 HOOKS = ("begin_task", "prepare", "loss", "penalty", "end_task", "features", "scores", "diagnostics")
 
@@ -74,13 +74,13 @@ def test_features_under_a_hook_are_those_of_the_hook_and_its_parameter_learns(bu
 
 
 def test_a_ridge_read_out_is_the_same_in_bfloat16(empty_record: Callable[[], dict[str, Any]], tmp_path: Path) -> None:
-    """RanPAC from a file: means of three seeds within 0.5 points, at most 2 % of the predictions differ."""
+    """A method from a file: means of three seeds within 0.5 points, at most 2 % of the predictions differ."""
     accuracy, predicted, passes = {}, {}, {}
     for precision in ("fp32", "bf16"):
         for seed in range(3):
             sets = [f"precision={precision}", f"seed={seed}", "input.workers=0", "device=cpu"]
             folder = RunFolder(tmp_path / f"{precision}{seed}")
-            work = Run(resolve("glyphs", str(RANPAC), sets), folder, Reporter(quiet=True))
+            work = Run(resolve("glyphs", str(RANDOM_RIDGE), sets), folder, Reporter(quiet=True))
             dtypes: set[torch.dtype] = set()
             for block in work.domain.model.blocks:  # type: ignore[union-attr]
                 block.mlp.fc1.register_forward_hook(lambda module, args, out, seen=dtypes: seen.add(out.dtype))  # type: ignore[union-attr, operator]
@@ -92,7 +92,7 @@ def test_a_ridge_read_out_is_the_same_in_bfloat16(empty_record: Callable[[], dic
             assert domain.stored_parameters() == 0
     assert all(passes["fp32", s] == {torch.float32} and passes["bf16", s] == {torch.bfloat16} for s in range(3))
     mean = {p: sum(accuracy[p, s] for s in range(3)) / 3 for p in ("fp32", "bf16")}
-    print(f"RanPAC, A_last of seeds 0, 1, 2: {accuracy}")
+    print(f"random_ridge, A_last of seeds 0, 1, 2: {accuracy}")
     assert mean["fp32"] > 40
     assert abs(mean["fp32"] - mean["bf16"]) <= 0.5
     differ = [float((predicted["fp32", s] != predicted["bf16", s]).float().mean()) for s in range(3)]

@@ -1,4 +1,4 @@
-"""RanPAC with lambda given and without adaptation: a method in one file, as a stranger would write it."""
+"""Ridge regression on random features: a method in one file, as a stranger would write it. `ranpac` does more."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dualcl.methods.shared.ridge import Ridge
 
 
 @dataclass(frozen=True)
-class RanPACConfig(MethodConfig):
-    """Options of RanPAC."""
+class RandomRidgeConfig(MethodConfig):
+    """Options of the ridge."""
 
     width: int = field(default=2000, metadata={"help": "random features (M in the paper: 10000)"})
     lambda_: float = field(default=1000.0, metadata={"help": "lambda, the ridge; the paper chooses it anew each task"})
@@ -27,24 +27,24 @@ class RanPACConfig(MethodConfig):
 
 
 @register_method(
-    "ranpac",
+    "random_ridge",
     domains=("classification",),
     summary="ridge regression on random features of the frozen network",
     source="arXiv 2307.02251 (without first-task adaptation, lambda given)",
 )
-class RanPAC(Method):
+class RandomRidge(Method):
     """h = ReLU(f W) with a fixed random W (d, M); after each task the rows are (G + lambda I)^-1 Q.
 
     Differs from the paper: lambda is given, not chosen on a fifth of each task; nothing is adapted in the first one.
     """
 
-    Config = RanPACConfig
+    Config = RandomRidgeConfig
     requires = ("features",)
     frozen = True
     reads_rows = False
     solved: Tensor
 
-    def __init__(self, config: RanPACConfig, domain: Domain, n_tasks: int, seed: int) -> None:
+    def __init__(self, config: RandomRidgeConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
         self.classifier = cast(FeatureDomain, domain)
         classes = sum(len(self.classifier.outputs(task)) for task in range(n_tasks))
