@@ -88,5 +88,5 @@ def choose_strength(features: Tensor, labels: Tensor, outputs: range, held: Tens
     if not bool(held.any()) or bool(held.all()):
         raise UserError("too few training images to choose a ridge with; give method.lambda_")
     wanted = F.one_hot(labels - outputs.start, len(outputs))
-    parts = [(features[rows], wanted[rows]) for rows in (~held, held)]
-    return STRENGTHS[int(ridge_errors(*parts).argmin())]
+    fitted, rest = ((features[rows], wanted[rows]) for rows in (~held, held))
+    return STRENGTHS[int(ridge_errors(fitted, rest).argmin())]

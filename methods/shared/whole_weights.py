@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from torch import nn
 
@@ -24,9 +25,9 @@ class WholeWeights(Method):
     Custom Diffusion (arXiv 2212.04488) in sequence without prior images.
     """
 
-    Config = FinetuneConfig
+    Config: ClassVar[type[MethodConfig]] = FinetuneConfig
 
-    def __init__(self, config: FinetuneConfig, domain: Domain, n_tasks: int, seed: int) -> None:
+    def __init__(self, config: MethodConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
         # the same Parameter objects as the model's: saving and restoring the method restores the model
         self.weights = nn.ParameterList(domain.full_parameters().values())
