@@ -5,22 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from dualcl.benchmark.core.domain import Domain
+from dualcl.benchmark.core.domain import Domain, Site
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.generators import torch_generator
-from dualcl.methods.base import Method, MethodConfig, ParamGroup, check, register_method
+from dualcl.methods.base import Method, ParamGroup, check, register_method
+from dualcl.methods.shared.alignment import AlignConfig, Aligner, caveat
 from dualcl.methods.shared.low_rank import inject
 
 
 @dataclass(frozen=True)
-class LoRAConfig(MethodConfig):
+class LoRAConfig(AlignConfig):
     """Hyper-parameters of LoRA."""
 
     rank: int = field(default=16, metadata={"help": "r, rank of each task's update"})
     one_adapter: bool = field(
         default=False, metadata={"help": "one pair of factors, trained on through all tasks (an ablation of C-LoRA)"}
+    )
+    align: bool = field(
+        default=False,
+        metadata={"help": "classification: rows are aligned with Gaussians of all classes after each task, as SLCA's"},
     )
 
     def __post_init__(self) -> None:
@@ -44,14 +49,19 @@ class LoRA(Method):
 
     def __init__(self, config: LoRAConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
-        sites = domain.sites()
+        sites = self.adapted(domain.sites())
         widest = min(min(s.d_out, s.d_in) for s in sites.values())
         if config.rank > widest:
             raise UserError(f"method.rank={config.rank} is more than the smallest side of a site, {widest}; lower it")
         self.updates = inject(domain.model, sites, config.rank)
         self.stored = nn.ModuleList(self.updates.values())
+        self.aligner = Aligner(domain, n_tasks) if config.align else None
         self.finished = 0
         self.norms: list[float] = []
+
+    def adapted(self, sites: dict[str, Site]) -> dict[str, Site]:
+        """Those of the domain's sites that are adapted."""
+        return sites
 
     def begin_task(self, task: int) -> None:
         """Starts fresh factors at every site."""
@@ -78,23 +88,36 @@ class LoRA(Method):
             else:
                 update.fold()
         self.finished = task + 1
+        if self.aligner is not None:
+            self.aligner.end_task(task, self.config, torch_generator(self.seed, "lora", "align", task))
 
     def restored(self, finished: int) -> None:
         """Brings the folded weights in line with the restored sums."""
         self.finished = finished
+        if self.aligner is not None:
+            self.aligner.finished = finished
         for update in self.updates.values():
             if self.config.one_adapter:
                 # between tasks the sum holds A B; in the middle of one it is zero
                 update.active = not bool(update.summed.any())
             update.refold()
 
+    def scores(self, features: Tensor) -> Tensor:
+        """By the classifier's rows, or by the aligned ones."""
+        return super().scores(features) if self.aligner is None else self.aligner.scores(features)
+
     def stored_parameters(self) -> int:
-        """One delta per site or the factors of all finished tasks, whichever is smaller."""
+        """One delta per site or the factors of all finished tasks, whichever is smaller; with `align` Gaussians."""
         pairs = 1 if self.config.one_adapter else max(self.finished, 1)
-        return sum(
+        gaussians = 0 if self.aligner is None else self.aligner.numbers()
+        return gaussians + sum(
             min(u.site.d_out * u.site.d_in, u.rank * pairs * (u.site.d_out + u.site.d_in))
             for u in self.updates.values()
         )
+
+    def caveats(self) -> list[str]:
+        """What alignment keeps and does."""
+        return [*([] if self.aligner is None else [caveat(self.config)]), *super().caveats()]
 
     def diagnostics(self) -> dict[str, Any]:
         """Frobenius norm of the last update and of the sum of all updates."""

@@ -90,6 +90,7 @@ class Aligner(nn.Module):
 
     def __init__(self, domain: Domain, n_tasks: int) -> None:
         super().__init__()
+        check("features" in domain.capabilities, f"alignment needs features of classes, and {domain.name} has none")
         # not a part of this module, nor of its state
         self._domain = [cast(FeatureDomain, domain)]
         (classifier,) = self._domain

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.domains.classification import Classification
+from dualcl.benchmark.runs.method_check import PROPERTIES, check_method
 from dualcl.methods import method_class
 from dualcl.methods.shared.alignment import AlignConfig, aligned, alignment_loss, scales
 from dualcl.methods.shared.class_statistics import ClassGaussians, Moments, class_moments, draws
@@ -90,7 +92,9 @@ def test_settings_are_checked() -> None:
 STEPS = ("train.epochs=2", "method.lr=1e-4", "method.head_lr=1e-2")
 
 
-def test_without_alignment_it_is_finetune_pp(tiny: Callable[..., Any], executed: Callable[..., Any], tmp_path) -> None:
+def test_without_alignment_it_is_finetune_pp(
+    tiny: Callable[..., Any], executed: Callable[..., Any], tmp_path: Path
+) -> None:
     one = executed(tiny("slca", *STEPS, "method.align_epochs=0"), tmp_path / "slca")
     two = executed(tiny("finetune_pp", *STEPS), tmp_path / "finetune_pp")
     assert one.tensors().keys() == two.tensors().keys()
@@ -156,3 +160,34 @@ def test_quirks_change_rows_and_nothing_else_of_the_state(build: Callable[..., A
 
 def test_an_interrupted_run_ends_the_same(tiny: Callable[..., Any], resumed: Callable[..., Any]) -> None:
     resumed(tiny("slca", "train.checkpoint_seconds=0"), "task 2, step 1")
+
+
+# --- alignment as an option -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["lora", "clora"])
+def test_alignment_changes_no_step_of_another_method(
+    name: str, tiny: Callable[..., Any], executed: Callable[..., Any], tmp_path: Path
+) -> None:
+    plain = executed(tiny(name), tmp_path / "plain")
+    own = executed(tiny(name, "method.align=true"), tmp_path / "aligned")
+    tensors = own.tensors()
+    assert all(torch.equal(t, tensors[n]) for n, t in plain.tensors().items())
+    extra = {n.removeprefix("method.aligner.") for n in tensors.keys() - plain.tensors().keys()}
+    assert extra == {"rows", "gaussians.means", "gaussians.covariances"}
+    rows = torch.cat([torch.cat([h.weight, h.bias[:, None]], 1) for h in own.domain.heads])
+    assert not torch.equal(own.method.aligner.rows, rows)
+    assert own.method.stored_parameters() == plain.method.stored_parameters() + 7 * (32 + 32 * 33 // 2)
+    assert (plain.method.caveats(), len(own.method.caveats())) == ([], 1)
+
+
+@pytest.mark.parametrize("name", ["lora", "clora"])
+def test_a_method_that_aligns_keeps_every_promise(name: str) -> None:
+    found = [said for said in check_method(name, ["method.align=true"]) if said[0] == "classification"]
+    assert len(found) == 1 + len(PROPERTIES)
+    assert [(what, problem) for _, what, problem, _ in found if problem] == []
+
+
+def test_without_classes_there_is_no_alignment(concepts: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="alignment needs features of classes, and customization has none"):
+        concepts("lora", tmp_path, "method.align=true")
