@@ -65,24 +65,26 @@ def class_moments(features: Iterable[tuple[Tensor, Tensor]], outputs: range) -> 
 class ClassGaussians(nn.Module):
     """Mean and covariance of every class, float32, as they were when their task ended.
 
-    Buffers of full size from the start: means (C, d), and the covariances' upper triangles, packed.
+    Buffers of full size from the start: means (C, d), and the covariances' upper triangles, packed, unless they are not
+    wanted.
     """
 
     means: Tensor
     covariances: Tensor
 
-    def __init__(self, classes: int, width: int) -> None:
+    def __init__(self, classes: int, width: int, *, covariances: bool = True) -> None:
         super().__init__()
         self.width = width
         self.register_buffer("means", torch.zeros(classes, width))
-        self.register_buffer("covariances", torch.zeros(classes, packed_size(width)))
+        self.register_buffer("covariances", torch.zeros(classes if covariances else 0, packed_size(width)))
 
     def add(self, features: Iterable[tuple[Tensor, Tensor]], outputs: range) -> list[Moments]:
         """Keeps the statistics of a task's classes; gives what they were made of."""
         moments = class_moments(features, outputs)
         for output, part in zip(outputs, moments, strict=True):
             self.means[output].copy_(part.mean)
-            self.covariances[output].copy_(pack(part.covariance()))
+            if len(self.covariances):
+                self.covariances[output].copy_(pack(part.covariance()))
         return moments
 
     def covariance(self, output: int) -> Tensor:

@@ -5,13 +5,37 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualcl.benchmark.core.domain import Site
+
+
+def fresh_factor(rank: int, d_in: int, generator: torch.Generator) -> Tensor:
+    """B (rank, d_in), Kaiming-uniform; drawn on the CPU, so that a seed means the same numbers on every device."""
+    bound = 1 / math.sqrt(d_in)
+    return torch.empty(rank, d_in).uniform_(-bound, bound, generator=generator)
+
+
+class Update(Protocol):
+    """What `AdaptedLinear` reads of an update: the factors of site.weight + A B."""
+
+    site: Site
+
+    @property
+    def active(self) -> bool:
+        """False: it is left out."""
+
+    @property
+    def A(self) -> Tensor:
+        """(d_out, r)."""
+
+    @property
+    def B(self) -> Tensor:
+        """(r, d_in)."""
 
 
 class LowRankUpdate(nn.Module):
@@ -42,10 +66,8 @@ class LowRankUpdate(nn.Module):
     @torch.no_grad()
     def start(self, generator: torch.Generator) -> None:
         """Starts a fresh A, B for a new task."""
-        bound = 1 / math.sqrt(self.site.d_in)
         self.A.zero_()
-        # drawn on the CPU, so that a seed means the same numbers on every device
-        self.B.copy_(torch.empty(self.B.shape).uniform_(-bound, bound, generator=generator))
+        self.B.copy_(fresh_factor(self.rank, self.site.d_in, generator))
         self.A.requires_grad_(True)
         self.B.requires_grad_(True)
         self.active = True
@@ -140,11 +162,11 @@ class AdaptedLinear(nn.Module):
     a merge would cost more than it saves, and in 16 bits round the update away.
     """
 
-    def __init__(self, base: nn.Linear, updates: Iterable[LowRankUpdate]) -> None:
+    def __init__(self, base: nn.Linear, updates: Iterable[Update]) -> None:
         super().__init__()
         self.base = base
         ordered = sorted(updates, key=lambda u: u.site.start)
-        self.updates = nn.ModuleList(ordered)
+        self.updates = nn.ModuleList(ordered)  # type: ignore[arg-type]
         self.in_features, self.out_features = base.in_features, base.out_features
         self.train(base.training)
 
@@ -161,21 +183,21 @@ class AdaptedLinear(nn.Module):
             return y.unflatten(0, x.shape[:-1])
         return self.side_paths(x, active)
 
-    def side_paths(self, x: Tensor, active: list[LowRankUpdate]) -> Tensor:
+    def side_paths(self, x: Tensor, active: list[Update]) -> Tensor:
         """The frozen Linear plus the low-rank products, x (..., d_in) -> (..., d_out)."""
         y: Tensor = self.base(x)
         hidden = F.linear(x, torch.cat([u.B for u in active]))
         return y + F.linear(hidden, self._blocks(active))
 
-    def _merges(self, x: Tensor, active: list[LowRankUpdate]) -> bool:
+    def _merges(self, x: Tensor, active: list[Update]) -> bool:
         many = len(active) > 1 and x.dim() > 1 and x.numel() > self.in_features**2
         exact = {x.dtype, self.base.weight.dtype, *(u.A.dtype for u in active)} == {x.dtype}
         return many and exact and not torch.is_autocast_enabled(x.device.type) and not self.base.weight.requires_grad
 
-    def _updates(self) -> list[LowRankUpdate]:
+    def _updates(self) -> list[Update]:
         return list(self.updates)  # type: ignore[arg-type]
 
-    def _blocks(self, active: list[LowRankUpdate]) -> Tensor:
+    def _blocks(self, active: list[Update]) -> Tensor:
         """The factors A as one (d_out, sum of ranks) matrix, zero outside each update's rows and columns."""
         blocks = torch.block_diag(*[u.A for u in active])
         if blocks.shape[0] == self.out_features:
@@ -187,13 +209,18 @@ class AdaptedLinear(nn.Module):
 def inject(model: nn.Module, sites: dict[str, Site], rank: int) -> dict[str, LowRankUpdate]:
     """Replaces every Linear that has sites by an `AdaptedLinear`; returns the updates by site name."""
     updates = {name: LowRankUpdate(site, rank) for name, site in sites.items()}
-    by_module: dict[str, list[LowRankUpdate]] = {}
+    adapt(model, updates)
+    return updates
+
+
+def adapt(model: nn.Module, updates: Mapping[str, Update]) -> None:
+    """Replaces every Linear that has updates by an `AdaptedLinear`."""
+    by_module: dict[str, list[Update]] = {}
     for update in updates.values():
         by_module.setdefault(update.site.module_name, []).append(update)
     for module_name, group in by_module.items():
         parent, _, leaf = module_name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, AdaptedLinear(group[0].site.module, group))
-    return updates
 
 
 @contextlib.contextmanager
