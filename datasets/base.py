@@ -164,6 +164,15 @@ def make_class_order(n_classes: int, order: str | Sequence[int], seed: int, *, i
     return tuple(given)
 
 
+def _parts(images: ImageSet, position: np.ndarray, sizes: Sequence[int]) -> list[ImageSet]:
+    """The images of each task, in their own order, labelled by the position of their class in the stream."""
+    labels = position[images.labels]
+    of_task = np.repeat(np.arange(len(sizes)), sizes)[labels]
+    ends = np.cumsum(np.bincount(of_task, minlength=len(sizes)))
+    chosen = np.split(np.argsort(of_task, kind="stable"), ends[:-1])
+    return [images.subset(indices, labels[indices]) for indices in chosen]
+
+
 def make_class_stream(
     data: ClassData, tasks: int, order: str | Sequence[int] = "shuffle", seed: int = 0
 ) -> ClassStream:
@@ -178,12 +187,10 @@ def make_class_stream(
     class_order = make_class_order(n_classes, order, seed)
     position = np.empty(n_classes, dtype=np.int64)
     position[list(class_order)] = np.arange(n_classes)
+    chunks = np.array_split(np.asarray(class_order), tasks)
+    parts = [_parts(images, position, [len(chunk) for chunk in chunks]) for images in (data.train, data.test)]
     out, first = [], 0
-    for index, chunk in enumerate(np.array_split(np.asarray(class_order), tasks)):
-        sets = []
-        for images in (data.train, data.test):
-            chosen = np.flatnonzero(np.isin(images.labels, chunk))
-            sets.append(images.subset(chosen, position[images.labels[chosen]]))
+    for index, (chunk, *sets) in enumerate(zip(chunks, *parts, strict=True)):
         out.append(
             ClassTask(
                 index=index,

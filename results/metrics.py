@@ -58,6 +58,12 @@ def a_avg(acc: Cells) -> float | None:
     return _mean([_mean(row) for row in rows]) if rows else None
 
 
+def a_avg_weighted(matrix: Mapping[str, Any], n_tasks: int) -> float | None:
+    """A_avg_weighted (PILOT): mean over i of correct over all test samples seen after task i, percent."""
+    shares = {r["after_task"]: 100.0 * sum(r["correct"]) / sum(r["total"]) for r in matrix["rows"] if sum(r["total"])}
+    return _mean([*shares.values()]) if len(shares) == n_tasks else None
+
+
 def f_step(acc: Cells) -> float | None:
     """F_step (CODA-Prompt's public code): 1/(N-1) sum_{i=2..N} 1/(i-1) sum_{j<i} (R[i-1][j] - R[i][j]); points."""
     rows = _complete(acc)
@@ -247,15 +253,22 @@ KINDS: dict[str, MatrixKind] = {
                 lambda results: a_last(results.cells), latex=r"$A_{\mathrm{last}}$", compared=True,
             ),
             Measure(
-                "A_last_weighted", "A_last weighted", "%", "higher",
+                "A_last_weighted", "A_last over images", "%", "higher",
                 "accuracy after the last task over all test samples together (larger tasks weigh more)",
                 lambda results: a_last_weighted(results.matrix, results.n_tasks),
-                latex=r"$A_{\mathrm{last}}^{w}$", column=False,
+                latex=r"$A_{\mathrm{last}}^{\mathrm{images}}$", beside="A_last",
             ),
             Measure(
                 "A_avg", "A_avg", "%", "higher",
-                "average incremental accuracy: mean over i of the mean over j ≤ i of R[i][j]",
+                "average incremental accuracy, mean over tasks: mean over i of the mean over j ≤ i of R[i][j]",
                 lambda results: a_avg(results.cells), latex=r"$A_{\mathrm{avg}}$", compared=True,
+            ),
+            Measure(
+                "A_avg_weighted", "A_avg over images", "%", "higher",
+                "average incremental accuracy over images, as in PILOT: mean over i of the accuracy after task i over "
+                "all test samples seen so far together (larger tasks weigh more)",
+                lambda results: a_avg_weighted(results.matrix, results.n_tasks),
+                latex=r"$A_{\mathrm{avg}}^{\mathrm{images}}$", beside="A_avg",
             ),
             Measure(
                 "F_step", "F_step", "points", "lower",

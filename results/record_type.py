@@ -331,6 +331,8 @@ class Measure:
     exact: bool = False
     #: in the table, not only below it
     column: bool = True
+    #: a measure that it often equals: a column of its own only in tables where it does not
+    beside: str = ""
     #: differences between methods are tested
     compared: bool = False
 
@@ -405,8 +407,8 @@ class MatrixKind:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Measures in the table, before those of cost."""
-        return tuple(measure.key for measure in self.measures if measure.column)
+        """Measures in every table, before those of cost."""
+        return tuple(measure.key for measure in self.measures if measure.column and not measure.beside)
 
     @property
     def compared(self) -> tuple[str, ...]:

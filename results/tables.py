@@ -110,13 +110,18 @@ class Table:
     @property
     def metrics(self) -> list[Measure]:
         """The measures shown, in order."""
-        return [measure for measure in self._there if measure.column]
+        return [m for m in self._there if m.column and (not m.beside or self._differ(m.key, m.beside))]
 
     @property
     def all_metrics(self) -> list[Measure]:
         """All measures of the matrix, in order, where the table shows only some of them; else none."""
         found = [measure for measure in self._there if measure.key not in COST]
-        return found if self.rows and not all(measure.column for measure in found) else []
+        return found if self.rows and not all(measure in self.metrics for measure in found) else []
+
+    def _differ(self, *keys: str) -> bool:
+        """Whether two measures differ in some run, by more than the order of a sum."""
+        pairs = ([record.metrics.get(key) for key in keys] for record in self.records)
+        return any(a != b and (None in (a, b) or abs(a - b) > 1e-9) for a, b in pairs)
 
     @property
     def _there(self) -> list[Measure]:

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -160,6 +160,10 @@ class Classification(Domain):
             for t in self.stream.tasks
         ]
         self.heads = nn.ModuleList()
+        #: those of the begun task, or all
+        self._learning: list[nn.Module] = []
+        #: weight and bias of all heads, while an evaluation reads them
+        self._joined: tuple[Tensor, Tensor] | None = None
         self._current: int | None = None
         self._scope: Literal["task", "seen"] = "task"
         self._train_loader: tuple[int | None, ImageLoader] | None = None
@@ -202,11 +206,10 @@ class Classification(Domain):
             self.heads.append(head.to(self.device))
         self._current, self._scope = task, scope
         self.network.begin_task()
-        every = task is None or scope == "seen"
-        for index, rows in enumerate(self.heads):
-            rows.requires_grad_(every or index == task)
-        self.heads.zero_grad(set_to_none=True)  # finished rows would keep their last gradients for good
-        return [p for p in self.heads.parameters() if p.requires_grad]
+        for rows in self._learning:  # finished rows would keep their last gradients for good
+            rows.requires_grad_(False).zero_grad(set_to_none=True)
+        self._learning = [*self.heads] if task is None or scope == "seen" else [self.heads[task]]
+        return [p for rows in self._learning for p in rows.requires_grad_(True).parameters()]
 
     def attach(self, method: ReadOut) -> None:
         """The method reads images from now on."""
@@ -317,12 +320,7 @@ class Classification(Domain):
 
     def rows(self, features: Tensor) -> Tensor:
         """(B, C) = features W' + b over all classes begun, float32."""
-        return self._rows(features, self.heads)
-
-    def _rows(self, features: Tensor, heads: nn.ModuleList) -> Tensor:
-        weight = torch.cat([h.weight for h in heads])  # type: ignore[misc]
-        bias = torch.cat([h.bias for h in heads])  # type: ignore[misc]
-        return F.linear(features, weight, bias)
+        return F.linear(features, *(self._joined or _joined(self.heads)))
 
     def ways(self) -> int:
         """Ways in which a training image is seen, as it is and mirrored, if fewer than it is seen; else 0."""
@@ -365,7 +363,7 @@ class Classification(Domain):
     def evaluate(self, seen: Sequence[int]) -> dict[str, Any]:
         """Correct and total test images per seen task; all classes seen so far are candidates."""
         correct, total = [], []
-        with self.network.evaluation(), self._counted():
+        with self.network.evaluation(), self._counted(), self._rows_at_rest():
             for task in seen:
                 predictions = torch.cat(self._predictions(task))
                 labels = torch.from_numpy(self.stream.tasks[task].test.labels)
@@ -385,6 +383,15 @@ class Classification(Domain):
 
         with share.apart():
             return share.together(self._scores(images(*pair)).argmax(1) for pair in enumerate(chunks))
+
+    @contextlib.contextmanager
+    def _rows_at_rest(self) -> Iterator[None]:
+        """Joins the rows once: the cost of a task's images does not grow with the number of tasks."""
+        self._joined = _joined(self.heads)
+        try:
+            yield
+        finally:
+            self._joined = None
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -457,7 +464,7 @@ class Classification(Domain):
 
         @torch.no_grad()
         def logits(batch: Batch) -> Tensor:
-            return self._rows(self.network.run(batch.images.to(self.device), model=model), heads)
+            return F.linear(self.network.run(batch.images.to(self.device), model=model), *_joined(heads))
 
         return logits
 
@@ -535,6 +542,12 @@ class Classification(Domain):
             augment=config.augment,
             cache_size=config.cache_size,
         )
+
+
+def _joined(heads: Iterable[nn.Module]) -> tuple[Tensor, Tensor]:
+    """Weight (C, D) and bias (C,) of all rows."""
+    weights, biases = zip(*((head.weight, head.bias) for head in heads), strict=True)
+    return torch.cat(weights), torch.cat(biases)
 
 
 class InTurn:

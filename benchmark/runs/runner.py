@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dualcl.benchmark.core.devices import is_out_of_memory, peak_mib, pick_device, reset_peak
 from dualcl.benchmark.core.domain import Domain
 from dualcl.benchmark.core.errors import RunFailed, UserError
-from dualcl.benchmark.core.files import as_json, now
+from dualcl.benchmark.core.files import Growing, as_json, now
 from dualcl.benchmark.core.machine import Stopwatch, environment
 from dualcl.benchmark.core.processes import ALONE, Processes, join
 from dualcl.benchmark.core.registry import check_plugins
@@ -131,8 +131,10 @@ class Run(Steps):
         """Restores the newest checkpoint; returns the task to go on with and a mid-task checkpoint if there is one."""
         first, boundary, partial = self.processes.from_main(self._newest)
         if boundary is not None:
-            for key in ("tasks", "matrix", "measured"):
-                record[key] = boundary[1][key]
+            tasks, matrix, measured = (boundary[1][key] for key in ("tasks", "matrix", "measured"))
+            record["tasks"] = Growing(tasks)
+            record["matrix"] = {**matrix, "rows": Growing(matrix["rows"])}
+            record["measured"] = {**measured, "tasks": Growing(measured["tasks"])}
             for task in range(first):
                 self.begin(task)
             self.restore(boundary[0], first)

@@ -12,6 +12,7 @@ from dualcl.results.metrics import (
     KINDS,
     METRICS,
     a_avg,
+    a_avg_weighted,
     a_last,
     a_last_weighted,
     a_mmd,
@@ -41,7 +42,7 @@ CONCEPTS = (
 )
 #: a busy machine is no failure
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-ALL = ("A_last", "A_last_weighted", "A_avg", "F_step", "F_max", "BWT", "plasticity")
+ALL = ("A_last", "A_last_weighted", "A_avg", "A_avg_weighted", "F_step", "F_max", "BWT", "plasticity")
 # after 1: 90; after 2: 70 80; after 3: 60 50 100
 HAND = [[90.0], [70.0, 80.0], [60.0, 50.0, 100.0]]
 
@@ -85,6 +86,8 @@ def test_weighted_and_plain_last_accuracy_differ_on_unequal_tasks() -> None:
     recorded = matrix({0: [(9, 10)], 1: [(9, 10), (10, 100)]})
     assert a_last(accuracies(recorded, 2)) == pytest.approx((90 + 10) / 2)
     assert a_last_weighted(recorded, 2) == pytest.approx(100 * 19 / 110)
+    assert a_avg_weighted(recorded, 2) == pytest.approx((90 + 100 * 19 / 110) / 2)
+    assert a_avg_weighted(matrix({1: [(9, 10), (10, 100)]}), 2) is None
 
 
 def test_one_task_has_no_forgetting() -> None:
