@@ -13,17 +13,21 @@ import pytest
 import torch
 from torch import nn
 
+from dualcl.benchmark.cli import main
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.machine import environment
 from dualcl.benchmark.core.settings import TrainConfig
+from dualcl.benchmark.domains.classification import StreamConfig
 from dualcl.benchmark.runs.folder import RunFolder
 from dualcl.benchmark.runs.progress import Reporter
+from dualcl.benchmark.runs.restore import recorded_config
 from dualcl.benchmark.runs.runner import Run, run
 from dualcl.benchmark.runs.step import load_optimizer, lr_factor, make_optimizer, optimizer_tensors
 from dualcl.methods.base import ParamGroup
 from dualcl.results.metrics import run_metrics
 from dualcl.results.records import comparable, load_record
+from dualcl.results.tables import summarise
 
 CPU = torch.device("cpu")
 
@@ -313,3 +317,36 @@ def test_bf16_is_another_run_that_also_ends(made: Callable[..., Any]) -> None:
     assert record["status"] == "finished"
     assert record["identity"]["precision"] == "bf16"
     assert record["tasks"][0]["final_loss"] == pytest.approx(made("clora")[0]["tasks"][0]["final_loss"], rel=0.1)
+
+
+# --- order and sizes of tasks -----------------------------------------------------------------------------------------
+
+
+def test_tasks_of_other_sizes_and_orders_by_name(preset: str, made: Any, capsys: Any, tmp_path: Path) -> None:
+    (plain, equal), (sized, folder) = made("ncm"), made("ncm", "stream.sizes=[3,1]")
+    assert "task_sizes" not in plain["identity"]
+    assert sized["identity"]["task_sizes"] == [3, 1]
+    assert [len(t["classes"]) for t in sized["tasks"]] == [3, 1]
+    names = [name for task in sized["tasks"] for name in task["classes"]]
+    (tmp_path / "names.txt").write_text("\n".join(names[::-1]))
+    order, sets = f"stream.class_order={tmp_path / 'names.txt'}", ["--set", "stream.sizes=[3,1]", "stream.first=null"]
+    assert main(["show", preset, "ncm", *sets, order]) == 0
+    shown = capsys.readouterr().out
+    assert f"  task 1 (3): {', '.join(names[:0:-1])}\n  task 2 (1): {names[0]}\n" in shown
+    with pytest.raises(UserError, match=r"task_sizes is None .* \[3, 1\]|task_sizes is \[3, 1\] .* None"):
+        summarise([equal, folder])
+    resolved = resolve(preset, "ncm", [order])
+    (tmp_path / "names.txt").unlink()
+    again = run(resolved, tmp_path / "named")  # the names are the configuration, not the file
+    assert again["config"]["stream"]["class_order"] == names[::-1]
+    assert recorded_config(again).section("stream", StreamConfig).class_order == names[::-1]
+    with pytest.raises(UserError, match=r"stream\.tasks=3, but other keys of stream make 2 tasks"):
+        run(resolve(preset, "ncm", ["stream.tasks=3", "stream.sizes=[3,1]"]), tmp_path / "both")
+
+
+def test_defaults_of_later_keys_leave_the_hash_of_a_configuration_as_it_was(preset: str) -> None:
+    resolved = resolve(preset, "ncm")
+    assert {"stream.sizes", "stream.first", "stream.increment"} <= resolved.flat().keys()
+    assert {k for k in resolved.flat(volatile=False) if k.startswith("stream.")} == {
+        "stream.tasks", "stream.class_order", "stream.order_seed",
+    }  # fmt: skip
