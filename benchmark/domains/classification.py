@@ -326,12 +326,29 @@ class Classification(Domain):
             self._latest = batch
             yield batch
 
+    def check_loss(self, task: int | None, scope: Literal["task", "seen"]) -> None:
+        """UserError where the cross entropy is over one class: it is 0, and nothing is learnt."""
+        if task is None or scope == "seen":
+            if len(self.stream.class_order) == 1:
+                raise UserError(
+                    f"the stream has one class ({self.stream.tasks[0].names[0]}): cross entropy over it is 0, and "
+                    "nothing would be learnt; give it two or more"
+                )
+        elif len(names := self.stream.tasks[task].names) == 1:
+            raise UserError(
+                f"task {task + 1} has one class ({names[0]}), and the method's loss is over the task's classes: "
+                "cross entropy over one class is 0, and nothing would be learnt; give each task two classes or more "
+                "(stream.tasks, stream.sizes), or take a method whose loss is over all classes seen, such as replay, "
+                "or that takes no steps, such as class means"
+            )
+
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy over the current task's classes, or over all seen ones under scope "seen"."""
         features = self._read(self.images(batch))
         labels = self.targets(batch)
         if self._current is None or self._scope == "seen":
             return F.cross_entropy(self.rows(features), labels)
+        self.check_loss(self._current, "task")
         outputs = self.stream.tasks[self._current].outputs
         return F.cross_entropy(self.heads[self._current](features), labels - outputs.start)
 

@@ -24,6 +24,7 @@ from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.restore import recorded_config
 from dualcl.benchmark.runs.runner import Run, run
 from dualcl.benchmark.runs.step import load_optimizer, lr_factor, make_optimizer, optimizer_tensors
+from dualcl.methods import available_methods, method_class
 from dualcl.methods.base import ParamGroup
 from dualcl.results.metrics import run_metrics
 from dualcl.results.records import comparable, load_record
@@ -350,3 +351,64 @@ def test_defaults_of_later_keys_leave_the_hash_of_a_configuration_as_it_was(pres
     assert {k for k in resolved.flat(volatile=False) if k.startswith("stream.")} == {
         "stream.tasks", "stream.class_order", "stream.order_seed",
     }  # fmt: skip
+
+
+# --- tasks of one class -----------------------------------------------------------------------------------------------
+
+ONE = """
+from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
+from dualcl.methods.base import Method, register_method
+
+@register_method("own", domains=("classification",), summary="x", source="x")
+class Own(Method):
+    requires = ("logits",)
+
+    def loss(self, batch):
+        {loss}
+
+    def other(self, batch):
+        return self.domain.loss(batch)
+
+    def sigmoids(self, batch):
+        logits = self.domain.logits(batch)
+        return binary_cross_entropy_with_logits(logits, one_hot(self.domain.targets(batch), logits.shape[1]).float())
+"""
+
+
+@pytest.mark.parametrize("method", [m.name for m in available_methods().values() if "classification" in m.domains])
+def test_a_task_of_one_class_is_learnt_or_refused_before_anything_is(method: str, preset: str, tmp_path: Path) -> None:
+    cls, blocks = method_class(method), {"dualprompt": ["method.general_blocks=[0]", "method.expert_blocks=[1]"]}
+    blocks |= {"coda_prompt": ["method.blocks=[0]", "method.pool=4"], "coda_prompt_small": ["method.blocks=[0]"]}
+    for sets in ("stream.sizes=[3,1]", "stream.tasks=4", "data.classes=1 stream.tasks=1"):
+        out = tmp_path / sets.replace("/", "")
+        resolved = resolve(preset, method, [*sets.split(), "train.epochs=1", *blocks.get(method, [])])
+        alone = "data.classes=1" in sets and method != "lwf_mc"  # a sigmoid needs no rival
+        if method != "ncm" and (alone or (cls.output_scope == "task" and not cls.joint)):
+            with pytest.raises(UserError, match=r"^(task \d|the stream) has one class \([\w ]+\)[^\n]*$"):
+                run(resolved, out)
+            assert not (out / "record.json").exists()
+        elif sets != "stream.tasks=4" or method == "er":
+            record = run(resolved, out)
+            assert all(t["final_loss"] > 0 for t in record["tasks"][1:] if method != "ncm")
+
+
+@pytest.mark.parametrize(
+    ("loss", "how"),
+    [
+        ("return 2 * super().loss(batch)", "before"),
+        ("return self.other(batch)", "when it is asked for"),
+        ("return self.sigmoids(batch)", "never"),
+    ],
+)
+def test_a_method_of_ones_own_is_refused_where_it_asks_for_that_loss(
+    loss: str, how: str, preset: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(ONE.format(loss=loss))
+    resolved = resolve(preset, str(file), ["stream.sizes=[3,1]", "train.epochs=1"])
+    if how == "never":
+        assert [t["final_loss"] > 0 for t in run(resolved, tmp_path / "run")["tasks"]] == [True, True]
+        return
+    with pytest.raises(UserError, match="task 2 has one class"):
+        run(resolved, tmp_path / "run")
+    assert (tmp_path / "run" / "record.json").exists() == (how != "before")
