@@ -16,6 +16,7 @@ from dualcl.datasets.reading.photos import (
     Words,
     chosen_folders,
     folder_files,
+    names_or_file,
     photo_concepts,
     read_classes,
     read_words,
@@ -40,7 +41,7 @@ class ConceptFolder:
 
         root: str = field(default="", metadata={"help": "the folder with the concepts' folders"})
         concepts: list[str] | None = field(
-            default=None, metadata={"help": "only these folders, in this order; default: all, by name"}
+            default=None, metadata={"help": "only these folders, in this order, or a file of names; default: all"}
         )
         noun: str = field(default="", metadata={"help": "class noun of concepts for which no file names one"})
         prompts: str = field(
@@ -49,6 +50,10 @@ class ConceptFolder:
         scenes: bool = field(
             default=False, metadata={"help": "evaluate on the scenes of prompts_and_classes.txt, not on eval.prompt"}
         )
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            object.__setattr__(self, "concepts", names_or_file("data.concepts", self.concepts, self.root))
 
     @classmethod
     def load(cls, config: Config) -> ConceptData:

@@ -127,7 +127,7 @@ def concepts_hash(concepts: Iterable[Concept]) -> str:
 
 
 def make_concept_stream(
-    data: ConceptData, tasks: int | None, order: str | Sequence[int] = "shuffle", seed: int = 0
+    data: ConceptData, tasks: int | None, order: str | Sequence[int] | Sequence[str] = "shuffle", seed: int = 0
 ) -> ConceptStream:
     """The first `tasks` concepts (None: all) in the asked order; see `make_class_order` for `order` and `seed`."""
     n_concepts = len(data.concepts)
@@ -137,5 +137,5 @@ def make_concept_stream(
         raise UserError(
             f"stream.tasks is {tasks} but {data.name} has only {n_concepts} concepts; give at most {n_concepts}"
         )
-    chosen = make_class_order(n_concepts, order, seed, item="concept")[:tasks]
+    chosen = make_class_order(n_concepts, order, seed, [c.name for c in data.concepts], "concept")[:tasks]
     return ConceptStream(data, chosen, tuple(data.concepts[i] for i in chosen))

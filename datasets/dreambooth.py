@@ -18,6 +18,7 @@ from dualcl.datasets.reading.photos import (
     Words,
     chosen_folders,
     folder_files,
+    names_or_file,
     photo_concepts,
     read_classes,
 )
@@ -51,11 +52,15 @@ class DreamBoothSubjects:
             default="data/dreambooth", metadata={"help": "the folder with the subjects' folders", "volatile": True}
         )
         subjects: list[str] | None = field(
-            default=None, metadata={"help": "only these subjects, in this order; default: all, by name"}
+            default=None, metadata={"help": "only these subjects, in this order, or a file of names; default: all"}
         )
         scenes: bool = field(
             default=False, metadata={"help": "evaluate on the set's 25 scenes per subject, not on eval.prompt"}
         )
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            object.__setattr__(self, "subjects", names_or_file("data.subjects", self.subjects, self.root))
 
     @classmethod
     def load(cls, config: Config) -> ConceptData:

@@ -160,6 +160,7 @@ FIELDS = (
     *_optional("identity", "scalar", features_sha256="of that model's weights"),
     *_optional("identity", "scalar", kernel="of the MMD", estimator="of the MMD"),
     *_optional("identity", "list", class_order="classes or concepts in the order learnt"),
+    *_optional("identity", "list", task_sizes="classes of each task, where they are not as equal as can be"),
     *_optional("identity", "scalars", eval="how images are generated that are measured"),
     Field("network", "mapping", "the adapted network"),
     Field("network.parameters", "size", "of the adapted network"),

@@ -121,7 +121,7 @@ class Table:
     def _differ(self, *keys: str) -> bool:
         """Whether two measures differ in some run, by more than the order of a sum."""
         pairs = ([record.metrics.get(key) for key in keys] for record in self.records)
-        return any(a != b and (None in (a, b) or abs(a - b) > 1e-9) for a, b in pairs)
+        return any(a != b and (a is None or b is None or abs(a - b) > 1e-9) for a, b in pairs)
 
     @property
     def _there(self) -> list[Measure]:

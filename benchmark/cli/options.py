@@ -277,6 +277,9 @@ def _check(command: argparse.ArgumentParser) -> None:
 def _show(command: argparse.ArgumentParser) -> None:
     command.add_argument("preset", metavar="PRESET", help="a bundled preset or a YAML file")
     command.add_argument("method", nargs="?", metavar="METHOD", help="a name or file; default: what all share")
+    command.add_argument(
+        "--order", action="store_true", help="all classes of all tasks, in the order in which they run"
+    )
     _add_sets(command)
 
 

@@ -194,6 +194,9 @@ class Domain(ABC):
     def loss(self, batch: Any) -> Tensor:
         """The task loss of a batch, a scalar."""
 
+    def check_loss(self, task: int | None, scope: Literal["task", "seen"]) -> None:  # noqa: B027 - few domains refuse
+        """UserError for a task whose loss can teach nothing; called before anything is trained."""
+
     @abstractmethod
     def samples(self, batch: Any) -> Iterator[Any]:
         """The samples of a batch, each a batch of one whose `loss` is its own; for gradients of single samples."""

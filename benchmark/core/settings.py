@@ -33,7 +33,12 @@ def positive(name: str, value: float | None, minimum: float = 1) -> None:
 
 
 #: keys that came when runs had been recorded, with their defaults: left unsaid, so that older runs go on
-LATER: Mapping[str, Any] = {"train.milestones": []}
+LATER: Mapping[str, Any] = {
+    "train.milestones": [],
+    "stream.sizes": [],
+    "stream.first": None,
+    "stream.increment": None,
+}
 
 
 @dataclass(frozen=True)
@@ -163,6 +168,9 @@ def _coerce(value: Any, annotation: Any) -> Any:
     if origin in (Union, types.UnionType):
         if type(None) in args and isinstance(value, str) and value.lower() in ("none", "null"):
             return None
+        lists = [a for a in args if typing.get_origin(a) is list]
+        if len(lists) > 1 and isinstance(value, list):  # numbers are not names, nor names numbers: no guess
+            args = tuple(a for a in lists if all(type(v) is typing.get_args(a)[0] for v in value))
         # the exact types first, so that `int | str` keeps 3 an int and `float | None` keeps null None
         for arg in sorted(args, key=lambda a: not (isinstance(a, type) and type(value) is a)):
             try:

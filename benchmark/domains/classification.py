@@ -25,7 +25,7 @@ from dualcl.benchmark.domains.kept_features import KeptNetwork
 from dualcl.benchmark.models.vit import BackboneConfig, attention_sites, load_backbone
 from dualcl.benchmark.models.vit_blocks import checkpoint_blocks, read_class_token_only
 from dualcl.datasets import dataset_class
-from dualcl.datasets.base import ClassData, ClassStream, ImageSet, make_class_stream
+from dualcl.datasets.base import ClassData, ClassStream, ImageSet, given_order, make_class_stream, task_sizes
 from dualcl.datasets.reading.kept import KeptImages
 from dualcl.datasets.reading.loader import Batch, ImageLoader
 from dualcl.datasets.reading.views import View
@@ -42,12 +42,30 @@ class StreamConfig:
     """How classes become tasks."""
 
     tasks: int = 5
-    class_order: str | list[int] = field(
-        default="shuffle", metadata={"help": "shuffle, natural, coda (CODA-Prompt's), or a list of all classes"}
+    class_order: str | list[int] | list[str] = field(
+        default="shuffle",
+        metadata={
+            "help": "shuffle, natural, coda (CODA-Prompt's), a list of all classes (numbers or names), a file of names"
+        },
     )
     order_seed: int | None = field(default=None, metadata={"help": "seed of the class order; default: the run's seed"})
+    sizes: tuple[int, ...] = field(default=(), metadata={"help": "classes of each task, in place of stream.tasks"})
+    first: int | None = field(
+        default=None, metadata={"help": "classes of the first task (init_cls of PILOT); the rest in equal parts"}
+    )
+    increment: int | None = field(
+        default=None, metadata={"help": "classes of each further task (B50 Inc10: first 50, increment 10)"}
+    )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "class_order", given_order(self.class_order))
+        for key in ("first", "increment"):
+            positive(f"stream.{key}", getattr(self, key))
+        if self.sizes and (min(self.sizes) < 1 or (self.first, self.increment) != (None, None)):
+            raise UserError(
+                f"stream.sizes must be numbers of at least 1, without stream.first and stream.increment, got "
+                f"{list(self.sizes)}"
+            )
         positive("stream.tasks", self.tasks)
         positive("stream.order_seed", self.order_seed, 0)
 
@@ -132,13 +150,11 @@ class Classification(Domain):
         self.resolved = resolved
         self.device = device
         self.seed = resolved.general.seed
-        stream_config = resolved.section("stream", StreamConfig)
-        self.order_seed = self.seed if stream_config.order_seed is None else stream_config.order_seed
+        order_seed = resolved.section("stream", StreamConfig).order_seed
+        self.order_seed = self.seed if order_seed is None else order_seed
         if data is None:
             data = dataset_class(resolved.data_reference, self.name).load(resolved.sections["data"])
-        self.stream: ClassStream = make_class_stream(
-            data, stream_config.tasks, stream_config.class_order, self.order_seed
-        )
+        self.stream = self.make_stream(resolved, data, self.order_seed)
         backbone_config = resolved.section("backbone", BackboneConfig)
         self.model, self.backbone = load_backbone(backbone_config)
         read_class_token_only(self.model)
@@ -172,6 +188,25 @@ class Classification(Domain):
         self._kept: dict[str, KeptImages] = {}
         #: the training batch given out last
         self._latest: Batch | None = None
+
+    @staticmethod
+    def make_stream(resolved: Resolved, data: ClassData, order_seed: int) -> ClassStream:
+        """The tasks that a configuration cuts the data into."""
+        config = resolved.section("stream", StreamConfig)
+        given = config.sizes, config.first, config.increment
+        stream = make_class_stream(data, config.tasks, config.class_order, order_seed, *given)
+        if len(stream.tasks) != config.tasks and resolved.sources.get("stream.tasks") == "--set":
+            raise UserError(
+                f"stream.tasks={config.tasks}, but other keys of stream make {len(stream.tasks)} tasks; leave it out"
+            )
+        return stream
+
+    @classmethod
+    def ordered(cls, resolved: Resolved, data: ClassData) -> list[tuple[str, ...]]:
+        """Names of the classes of each task, in the order in which they are learnt."""
+        seed = resolved.section("stream", StreamConfig).order_seed
+        stream = cls.make_stream(resolved, data, resolved.general.seed if seed is None else seed)
+        return [task.names for task in stream.tasks]
 
     # --- what is learnt ---------------------------------------------------------------------------------------------
 
@@ -291,12 +326,29 @@ class Classification(Domain):
             self._latest = batch
             yield batch
 
+    def check_loss(self, task: int | None, scope: Literal["task", "seen"]) -> None:
+        """UserError where the cross entropy is over one class: it is 0, and nothing is learnt."""
+        if task is None or scope == "seen":
+            if len(self.stream.class_order) == 1:
+                raise UserError(
+                    f"the stream has one class ({self.stream.tasks[0].names[0]}): cross entropy over it is 0, and "
+                    "nothing would be learnt; give it two or more"
+                )
+        elif len(names := self.stream.tasks[task].names) == 1:
+            raise UserError(
+                f"task {task + 1} has one class ({names[0]}), and the method's loss is over the task's classes: "
+                "cross entropy over one class is 0, and nothing would be learnt; give each task two classes or more "
+                "(stream.tasks, stream.sizes), or take a method whose loss is over all classes seen, such as replay, "
+                "or that takes no steps, such as class means"
+            )
+
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy over the current task's classes, or over all seen ones under scope "seen"."""
         features = self._read(self.images(batch))
         labels = self.targets(batch)
         if self._current is None or self._scope == "seen":
             return F.cross_entropy(self.rows(features), labels)
+        self.check_loss(self._current, "task")
         outputs = self.stream.tasks[self._current].outputs
         return F.cross_entropy(self.heads[self._current](features), labels - outputs.start)
 
@@ -510,11 +562,17 @@ class Classification(Domain):
             "class_order": list(self.stream.class_order),
             "class_order_hash": hashlib.sha256(order.encode()).hexdigest()[:16],
             "order_seed": self.order_seed,
+            **self._sizes(),
             "backbone": self.backbone.name,
             "weights": self.backbone.weights,
             "weights_sha256": self.backbone.weights_sha256,
             "preprocess": preprocess,
         }
+
+    def _sizes(self) -> dict[str, Any]:
+        """Classes of each task, where they are not as equal as can be."""
+        sizes = [len(task.classes) for task in self.stream.tasks]
+        return {} if sizes == task_sizes(sum(sizes), len(sizes)) else {"task_sizes": sizes}
 
     def facts(self) -> dict[str, Any]:
         """What a reader of the record may want to know beyond the identity."""

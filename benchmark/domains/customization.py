@@ -26,6 +26,7 @@ from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.text_to_image import BaseConfig, TextToImage
 from dualcl.benchmark.models.tokens import ConceptTokens
 from dualcl.datasets import dataset_class
+from dualcl.datasets.base import given_order
 from dualcl.datasets.concepts import ConceptData, ConceptStream, Request, check_template, make_concept_stream
 
 
@@ -34,12 +35,14 @@ class ConceptStreamConfig:
     """Which concepts are learnt, in which order."""
 
     tasks: int | None = field(default=None, metadata={"help": "the first so many concepts of the order; default: all"})
-    class_order: str | list[int] = field(
-        default="shuffle", metadata={"help": "order of the concepts: shuffle, natural, or a list of all concepts"}
+    class_order: str | list[int] | list[str] = field(
+        default="shuffle",
+        metadata={"help": "shuffle, natural, a list of all concepts by number or name, or a file of names"},
     )
     order_seed: int | None = field(default=None, metadata={"help": "seed of the order; default: the run's seed"})
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "class_order", given_order(self.class_order))
         positive("stream.tasks", self.tasks)
         positive("stream.order_seed", self.order_seed, 0)
 
@@ -107,13 +110,11 @@ class Customization(Domain):
         self.precision = resolved.general.precision
         self.seed = resolved.general.seed
         self.concept_config = resolved.section("concept", ConceptConfig)
-        stream_config = resolved.section("stream", ConceptStreamConfig)
-        self.order_seed = self.seed if stream_config.order_seed is None else stream_config.order_seed
+        order_seed = resolved.section("stream", ConceptStreamConfig).order_seed
+        self.order_seed = self.seed if order_seed is None else order_seed
         if data is None:
             data = dataset_class(resolved.data_reference, self.name).load(resolved.sections["data"])
-        self.stream: ConceptStream = make_concept_stream(
-            data, stream_config.tasks, stream_config.class_order, self.order_seed
-        )
+        self.stream = self.make_stream(resolved, data, self.order_seed)
         base = resolved.section("base", BaseConfig)
         if base.weights_dtype != "fp32" and resolved.general.precision == "fp32":
             raise UserError(
@@ -174,6 +175,19 @@ class Customization(Domain):
             raise UserError(f"method {name} {verb}, {self.stream.data.name} holds {held}; choose another of the two")
         if self.makes_pictures:
             self._picture_requests()
+
+    @staticmethod
+    def make_stream(resolved: Resolved, data: ConceptData, order_seed: int) -> ConceptStream:
+        """The concepts in the order in which they are learnt."""
+        config = resolved.section("stream", ConceptStreamConfig)
+        return make_concept_stream(data, config.tasks, config.class_order, order_seed)
+
+    @classmethod
+    def ordered(cls, resolved: Resolved, data: ConceptData) -> list[tuple[str, ...]]:
+        """Name of the concept of each task, in the order in which they are learnt."""
+        seed = resolved.section("stream", ConceptStreamConfig).order_seed
+        stream = cls.make_stream(resolved, data, resolved.general.seed if seed is None else seed)
+        return [(concept.name,) for concept in stream.concepts]
 
     # --- what is learnt ---------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from dualcl.benchmark.models.bundled import bundled_backbones, bundled_diffusion
 from dualcl.datasets import available_datasets
 from dualcl.results.files import write_text
 from dualcl.results.metrics import KINDS, METRICS
-from dualcl.results.published import Group, Number, groups, numbers_for, our_metric
+from dualcl.results.published import Group, Number, groups, numbers_beside, numbers_for, our_metric
 from dualcl.results.published.differences import compare_number, is_of, variant
 from dualcl.results.records import Record, assignments, comparable, scan_records, set_words
 from dualcl.results.tables import DASH, PER_SEED, tell_apart
@@ -324,7 +324,7 @@ def sections(records: Sequence[Record], here: Path) -> list[Section]:
     for stream in _streams(records, here):
         first = stream[0]
         identity = first.data["identity"]
-        numbers = numbers_for(str(identity.get("data")), first.n_tasks) if first.kind is KINDS["accuracy"] else []
+        numbers = numbers_beside(first) if first.kind is KINDS["accuracy"] else []
         runs = _by_label(stream)
         lines = [line for run in runs for line in _lines_of_run(run, numbers)]
         preset = presets.get(first.table)

@@ -363,7 +363,10 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
         work = Run(resolved, folder, reporter, processes=processes)
         for task in range(1 if work.joint else work.n_tasks):
             if work.method.takes_steps(task):  # a task that is too small is found now, not after the tasks before it
-                work.domain.steps_per_epoch(None if work.joint else task)
+                key = None if work.joint else task
+                if work.method.asks_task_loss():
+                    work.domain.check_loss(key, work.method.output_scope)
+                work.domain.steps_per_epoch(key)
         general = resolved.general
         caveats = [*work.method.caveats(), *_chosen_on_itself(resolved, work.domain)]
         record = new_record(

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.benchmark.core.reading import is_file, nfc, read_names
 from dualcl.benchmark.core.safe_yaml import read_yaml
 from dualcl.benchmark.core.settings import positive
 from dualcl.datasets.concepts import NOUN, TOKEN, Concept, ConceptData, check_template, concepts_hash
@@ -73,18 +74,26 @@ class Words:
     eval_prompts: tuple[str, ...] = ()
 
 
+def names_or_file(key: str, chosen: list[str] | None, root: str) -> list[str] | None:
+    """`chosen`, or the names in the file that it names where `root` has no such folder: as they are recorded."""
+    if not chosen or len(chosen) > 1 or Path(chosen[0]).stem == chosen[0] or not is_file(chosen[0]):
+        return chosen
+    return chosen if (Path(root).expanduser() / chosen[0]).is_dir() else read_names(Path(chosen[0]), key)
+
+
 def chosen_folders(key: str, chosen: Sequence[str] | None, there: Sequence[str], root: Path) -> list[str]:
     """The `chosen` folders (None: all) out of those that are there; UserError naming `key` for an unknown one."""
     if chosen is None:
         return list(there)
     if not chosen:
         raise UserError(f"{key} is empty; name at least one folder of {root}")
-    for name in chosen:
-        if name not in there:
+    known, names = {nfc(folder): folder for folder in there}, [nfc(name) for name in chosen]
+    for name in names:
+        if name not in known:
             raise UserError(f"{key}: {root} has no folder {name!r}; {nearest(name, there, 'folders')}")
-        if list(chosen).count(name) > 1:
+        if names.count(name) > 1:
             raise UserError(f"{key} names {name!r} twice; name each folder once")
-    return list(chosen)
+    return [known[name] for name in names]
 
 
 def check_numbers(key: str, numbers: Sequence[int] | None) -> None:

@@ -75,6 +75,24 @@ def test_chosen_folders_come_in_the_given_order(tree, make_tree):
     refuses(r"data\.concepts is empty", tree, concepts=[])
 
 
+def test_chosen_folders_may_stand_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["zo\u00eb", "mug.txt", "rex"]
+    for name in (*names, "other"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "photos" / name / "1.png")
+    (tmp_path / "list.txt").write_text("zoe\u0308\nmug.txt\n\nrex\n", encoding="utf-8")
+    config = ConceptFolder.Config(root="photos", concepts=["list.txt"])
+    assert config.concepts == ["zoe\u0308", "mug.txt", "rex"]  # as recorded
+    assert [c.name for c in ConceptFolder.load(config).concepts] == names
+    (tmp_path / "mug.txt").write_text("rex")
+    (tmp_path / "other").write_text("rex")
+    for name in ("mug.txt", "other"):  # a folder of that name, or no path of a file: the concept itself
+        assert ConceptFolder.Config(root="photos", concepts=[name]).concepts == [name]
+    (tmp_path / "list.txt").write_text("rex\nrexx\n")
+    refuses("no folder 'rexx'; did you mean 'rex'", "photos", concepts=["list.txt"])
+
+
 def test_photographs_are_upright_rgb(tmp_path):
     folder = tmp_path / "tree" / "rex"
     folder.mkdir(parents=True)
