@@ -14,12 +14,13 @@ from torch import Tensor, nn
 import dualcl.benchmark.core.compat  # noqa: F401 - before diffusers
 
 # isort: split
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dualcl.benchmark.core.domain import Site
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.models.lean import make_lean
+from dualcl.benchmark.models.noise_schedule import NoiseSchedule
 from dualcl.benchmark.models.text_to_image import BaseConfig, ModelInfo, Text, TextToImage, Vocabulary
 from dualcl.benchmark.models.weights import state_hash
 
@@ -31,7 +32,7 @@ class StableDiffusion(TextToImage):
     pipeline = StableDiffusionPipeline.__name__
     parts: ClassVar[Mapping[str, Any]] = {
         "tokenizer": CLIPTokenizer,
-        "scheduler": DDPMScheduler,
+        "scheduler": NoiseSchedule,
         "text_encoder": CLIPTextModel,
         "unet": UNet2DConditionModel,
         "vae": AutoencoderKL,
@@ -147,9 +148,6 @@ def _check_fit(parts: dict[str, Any], given: str) -> None:
         )
     if not isinstance(unet.sample_size, int):
         raise UserError(f"{given}: unet/config.json must give sample_size as one number, not {unet.sample_size}")
-    kind = parts["scheduler"].config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise UserError(f"{given}: prediction type {kind!r} is not supported; epsilon and v_prediction are")
 
 
 def cross_attention_sites(unet: nn.Module) -> dict[str, Site]:

@@ -176,14 +176,21 @@ class TextToImage(ABC):
         return self.scheduler.add_noise(clean, noise, times), target
 
     def sampler(self, name: SchedulerName, steps: int) -> Any:
-        """A diffusers scheduler with its timesteps set; UserError for too many steps.
+        """A diffusers scheduler with its timesteps set; UserError for too many steps, or settings it cannot do with.
 
-        As diffusers' pipelines: latents are never clipped, and timesteps are shifted by one.
+        What `step` draws comes from its `generator`, a list with one for each image. As diffusers' pipelines: latents
+        are never clipped, and timesteps are shifted by one.
         """
         if not 1 <= steps < self.info.timesteps:
             raise UserError(f"denoising steps must be from 1 to {self.info.timesteps - 1}, got {steps}")
         cls: Any = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}[name]
         fixed: dict[str, Any] = {"ddim": {"clip_sample": False}, "dpm": {}}[name]
-        scheduler = cls.from_config(self.scheduler.config, steps_offset=1, **fixed)
-        scheduler.set_timesteps(steps)
+        try:
+            scheduler = cls.from_config(self.scheduler.config, steps_offset=1, **fixed)
+            scheduler.set_timesteps(steps)
+        except (NotImplementedError, ValueError, ImportError) as error:
+            raise UserError(
+                f"the sampler {name} does not take what {self.info.name} sets in its scheduler_config.json: "
+                f"{str(error).strip().splitlines()[0]}; choose another sampler, or change it there"
+            ) from None
         return scheduler
