@@ -415,3 +415,62 @@ def test_what_the_contract_says_of_a_text(diffusion: Any) -> None:
     again = StableDiffusion(*parts, "x", "y")
     assert again.text_only < again.sites().keys()
     assert len(again.sites()) - len(again.text_only) == 2
+
+
+# --- what a U-Net may want --------------------------------------------------------------------------------------------
+
+
+def wanting(sd_folder: Path, folder: Path, settings: dict[str, Any]) -> BaseConfig:
+    """`sd_folder` with a U-Net of further settings, whose file has every weight."""
+    from diffusers import UNet2DConditionModel
+
+    shutil.copytree(sd_folder, folder)
+    config = {**UNet2DConditionModel.load_config(folder / "unet"), **settings}
+    torch.manual_seed(0)
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    return BaseConfig(model=str(folder))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"time_cond_proj_dim": 16},
+        {"num_class_embeds": 10},
+        {"class_embed_type": "timestep"},
+        {"class_embed_type": "identity"},
+        {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16},
+        {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 16},
+        {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32},
+        {"addition_embed_type": "image", "encoder_hid_dim": 16},
+        {"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 24},
+        {"attention_type": "gated"},
+    ],
+    ids=str,
+)
+def test_a_unet_that_wants_more_than_text_is_refused_by_name(
+    sd_folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError) as error:
+        load(wanting(sd_folder, tmp_path / "m", settings))
+    key, value = next(iter(settings.items()))
+    assert f"{key}={value!r} in unet/config.json makes the U-Net want more" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [{"encoder_hid_dim": 24}, {"addition_embed_type": "text", "encoder_hid_dim": 24}])
+def test_a_unet_that_makes_more_of_the_text_alone_is_run_as_it_is(
+    sd_folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    model = load(wanting(sd_folder, tmp_path / "m", {"addition_embed_type_num_heads": 2, **settings}))
+    noise, text = torch.randn(1, 4, 8, 8), model.encode_text(["a symbol"])
+    stock = model.network(noise, torch.tensor([7]), encoder_hidden_states=text.states).sample
+    assert torch.equal(model.predict(noise, torch.tensor([7]), text), stock)
+    assert model.text_only == frozenset()  # the sites read a projection of it
+
+
+def test_a_text_encoder_that_masks_its_padding_is_refused(sd_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(sd_folder, tmp_path / "m")
+    file = tmp_path / "m" / "text_encoder" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_attention_mask": True}))
+    with pytest.raises(UserError, match=r"use_attention_mask in text_encoder/config\.json is not supported"):
+        load(BaseConfig(model=str(tmp_path / "m")))
