@@ -42,7 +42,7 @@ class NoiseSchedule:
     """Reads the scheduler of a model directory or of a hub's model."""
 
     @staticmethod
-    def from_pretrained(source: Path | str, subfolder: str, **options: Any) -> DDPMScheduler:
+    def from_pretrained(source: Path | str, subfolder: str, **options: Any) -> Any:
         """The schedule, see `noise_schedule`."""
         config: Any = DDPMScheduler.load_config(source, subfolder=subfolder, **options)
         if not isinstance(config, dict):
@@ -50,14 +50,14 @@ class NoiseSchedule:
         return noise_schedule(config, str(source))
 
 
-def noise_schedule(config: Mapping[str, Any], model: str) -> DDPMScheduler:
+def noise_schedule(config: Mapping[str, Any], model: str) -> Any:
     """The schedule of a config, for training; UserError for one under which noise and velocity are not what is learnt.
 
     Settings that only samplers know are kept in its `config`.
     """
     name = str(config.get("_class_name", DDPMScheduler.__name__)).removeprefix("Flax")
-    cls = getattr(diffusers, ALIKE.get(name, name), None)
-    known = inspect.signature(cls.__init__).parameters if isinstance(cls, type) else {}
+    cls: Any = getattr(diffusers, ALIKE.get(name, name), None)
+    known = inspect.signature(cls).parameters if inspect.isclass(cls) else {}
 
     def refuse(what: str) -> UserError:
         return UserError(f"{model}: {what} is not supported; epsilon and v_prediction on a schedule of betas are")
@@ -80,7 +80,7 @@ def noise_schedule(config: Mapping[str, Any], model: str) -> DDPMScheduler:
     try:
         if own["trained_betas"] is None and own["beta_schedule"] not in COMMON:
             own["trained_betas"] = _betas(own).tolist()
-        schedule: DDPMScheduler = DDPMScheduler.from_config({**kept, **own})
+        schedule: Any = DDPMScheduler.from_config({**kept, **own})
     except (NotImplementedError, TypeError, ValueError, RuntimeError) as error:
         raise refuse(
             f"the noise schedule of its {name} ({str(error).splitlines()[0].partition(' for <')[0]})"
@@ -102,5 +102,6 @@ def _betas(own: Mapping[str, Any]) -> torch.Tensor:
     """The betas of a schedule that only some classes know."""
     if own["beta_schedule"] == "exp":  # HeunDiscreteScheduler alone
         return betas_for_alpha_bar(own["num_train_timesteps"], alpha_transform_type="exp")
-    betas: torch.Tensor = DDPMScheduler(**{**own, "rescale_betas_zero_snr": False}).betas
+    plain: Any = DDPMScheduler(**{**own, "rescale_betas_zero_snr": False})
+    betas: torch.Tensor = plain.betas
     return betas

@@ -97,6 +97,11 @@ def sample(
             keep = unique == kept
             if text is None or not keep:
                 text, kept = model.encode_text(unique), unique
+                if not bool(torch.isfinite(text.states).all()):
+                    raise UserError(
+                        f"what the text encoder makes of {batch[0]!r} is not finite: its words have diverged, or are "
+                        "too large for this precision; lower method.lr, or set precision=fp32"
+                    )
             first = torch.tensor([rows.index(p) for p in unique], device=model.device)
             index = torch.tensor([unique.index(p) for p in rows], device=model.device)
             for projection in projections:
