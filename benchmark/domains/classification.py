@@ -418,6 +418,11 @@ class Classification(Domain):
         with self.network.evaluation(), self._counted(), self._rows_at_rest():
             for task in seen:
                 predictions = torch.cat(self._predictions(task))
+                if bool((predictions < 0).any()):
+                    raise UserError(
+                        f"scores of task {task + 1} are not finite: the weights have diverged, or are too large for "
+                        "this precision; lower method.lr, or set precision=fp32"
+                    )
                 labels = torch.from_numpy(self.stream.tasks[task].test.labels)
                 correct.append(int((predictions.cpu() == labels).sum()))
                 total.append(len(labels))
@@ -434,7 +439,7 @@ class Classification(Domain):
             return Images(lambda: decoded[turn].images.to(self.device), place=place)
 
         with share.apart():
-            return share.together(self._scores(images(*pair)).argmax(1) for pair in enumerate(chunks))
+            return share.together(_best(self._scores(images(*pair))) for pair in enumerate(chunks))
 
     @contextlib.contextmanager
     def _rows_at_rest(self) -> Iterator[None]:
@@ -606,6 +611,11 @@ def _joined(heads: Iterable[nn.Module]) -> tuple[Tensor, Tensor]:
     """Weight (C, D) and bias (C,) of all rows."""
     weights, biases = zip(*((head.weight, head.bias) for head in heads), strict=True)
     return torch.cat(weights), torch.cat(biases)
+
+
+def _best(scores: Tensor) -> Tensor:
+    """The output of the highest score in each row; -1 where that is no number."""
+    return scores.argmax(1).where(scores.amax(1).isfinite(), -1)
 
 
 class InTurn:

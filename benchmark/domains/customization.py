@@ -298,6 +298,7 @@ class Customization(Domain):
         timesteps = self.diffusion.info.timesteps
         if evaluation.steps >= timesteps:
             raise UserError(f"eval.steps must be below the {timesteps} steps of the model, got {evaluation.steps}")
+        self.diffusion.sampler(evaluation.scheduler, evaluation.steps)
         for vocabulary in self.diffusion.vocabularies:
             vocabulary.ids([evaluation.negative_prompt])
         for index, concept in enumerate(self.stream.concepts):

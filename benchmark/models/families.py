@@ -21,7 +21,7 @@ from dualcl.benchmark.core.reading import read_json
 from dualcl.benchmark.models.bundled import bundled_diffusion, check_bundled
 from dualcl.benchmark.models.stable_diffusion import StableDiffusion
 from dualcl.benchmark.models.text_to_image import DTYPES, BaseConfig, TextToImage
-from dualcl.benchmark.models.weights import no_pickles, offline
+from dualcl.benchmark.models.weights import finite, no_pickles, offline
 
 INDEX = "model_index.json"
 #: asked in turn
@@ -121,7 +121,16 @@ def _load_parts(source: Path | str, config: BaseConfig, classes: Mapping[str, An
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             raise _unusable(part, config.model, source, f"its file lacks {lacking[0]}{more}")
         parts[part] = loaded[0] if extra else loaded
-    return {n: p.to(DTYPES[config.weights_dtype]) if isinstance(p, nn.Module) else p for n, p in parts.items()}
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            finite(part.state_dict(), f"{name} of the model {config.model}")
+            part.to(DTYPES[config.weights_dtype])
+            if not all(bool(torch.isfinite(t).all()) for t in part.state_dict().values()):
+                raise UserError(
+                    f"{name} of the model {config.model} has weights too large for base.weights_dtype="
+                    f"{config.weights_dtype}; set bf16 or fp32"
+                )
+    return parts
 
 
 def _unusable(part: str, model: str, source: Path | str, reason: str) -> UserError:

@@ -22,7 +22,7 @@ from transformers.utils import logging as transformers_logging
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.models.bundled import bundled_backbones, bundled_diffusion
 from dualcl.benchmark.models.vit import BackboneConfig, load_backbone
-from dualcl.benchmark.models.weights import no_pickles, offline, state_hash
+from dualcl.benchmark.models.weights import finite, no_pickles, offline, state_hash
 
 Estimator = Literal["biased", "unbiased"]
 
@@ -53,7 +53,7 @@ class ImageFeatures(ABC):
         """Features (N, D) float32 on the CPU, of L2 norm 1, of uint8 images (N, H, W, 3)."""
         with torch.autocast(self.device.type, enabled=False):
             rows = [F.normalize(self._images(self._pixels(p)).float(), dim=1).cpu() for p in images.split(BATCH)]
-        return torch.cat([torch.empty(0, self.dim), *rows])
+        return self._checked(torch.cat([torch.empty(0, self.dim), *rows]), "images")
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor | None:
@@ -65,7 +65,12 @@ class ImageFeatures(ABC):
                 if rows is None:
                     return None
                 parts.append(F.normalize(rows.float(), dim=1).cpu())
-        return torch.cat(parts)
+        return self._checked(torch.cat(parts), "prompts")
+
+    def _checked(self, rows: Tensor, what: str) -> Tensor:
+        if not bool(torch.isfinite(rows).all()):
+            raise UserError(f"the features of {what} by {self.name} are not finite; choose another eval.features")
+        return rows
 
     @abstractmethod
     def _images(self, pixels: Tensor) -> Tensor:
@@ -132,6 +137,7 @@ class ClipFeatures(ImageFeatures):
             raise UserError(f"cannot load the CLIP model {source} ({first[:200]}); {mend}") from None
         self.model = model.requires_grad_(False).float().eval().to(device)
         self.name, self.device = Path(where).name if local else source, device
+        finite(self.model.state_dict(), f"the CLIP model {source}")
         self.sha256 = state_hash(self.model.state_dict())
         self.dim = int(model.config.projection_dim)
         self.size = int(model.config.vision_config.image_size)
@@ -208,8 +214,8 @@ def mmd(x: Tensor, y: Tensor, *, estimator: Estimator, kernel: Literal["poly2"] 
     x, y = x.double(), y.double()
     xx, yy, xy = ((a @ b.T + 1).square() for a, b in ((x, x), (y, y), (x, y)))
     if estimator == "biased":
-        # of equal sets too the sums may differ in the last bit
-        return max(0.0, float(xx.mean() + yy.mean() - 2 * xy.mean()))
+        # of equal sets too the sums may differ in the last bit; in this order a NaN stays one
+        return max(float(xx.mean() + yy.mean() - 2 * xy.mean()), 0.0)
     n, m = len(x), len(y)
     if min(n, m) < 2:
         raise UserError(

@@ -183,6 +183,9 @@ class Run(Steps):
         clock = Stopwatch()
         seen = range(self.n_tasks) if self.joint else range(task + 1)
         row = self.domain.evaluate(seen)
+        for measure, values in row.items():
+            if not _finite(as_json(values)):
+                raise UserError(f"{measure} is not finite after task {task + 1} ({values}); it is not recorded")
         facts = {} if self.joint else self.domain.tasks[task].facts
         diagnostics = self.method.diagnostics()
         if not _finite(diagnostics):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 
 import pytest
@@ -238,3 +239,13 @@ def test_unbiased_mmd_needs_two(n, m):
         mmd(unit(n, 0), unit(m, 1), estimator="unbiased")
     with pytest.raises(ValueError, match="empty"):
         mmd(unit(0, 0), unit(m, 1), estimator="biased")
+
+
+def test_features_and_distances_that_are_no_numbers_are_never_a_score():
+    features = load_features("glyph-vit", "cpu", "glyph-diffusion")
+    with torch.no_grad():
+        next(features.model.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="the features of images by glyph-vit are not finite"):
+        features.images(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
+    nothing = torch.full((2, 3), float("nan"))
+    assert all(math.isnan(mmd(nothing, torch.eye(3), estimator=kind)) for kind in ("biased", "unbiased"))
