@@ -33,6 +33,13 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def finite(state: Mapping[str, Tensor], name: str) -> None:
+    """UserError that names the first tensor of `name` that holds a NaN or an infinity."""
+    for key, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{name}: its weight {key} holds NaN or infinity; save or download it again")
+
+
 def offline() -> bool:
     """Whether the hub must not be asked."""
     return any(
