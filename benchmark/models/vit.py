@@ -177,7 +177,7 @@ def load_backbone(config: BackboneConfig) -> tuple[nn.Module, BackboneInfo]:
 def _image_size(model: Any, kwargs: dict[str, Any], cfg: dict[str, Any]) -> int:
     """The side of the images that the model takes; Unserved for models that are no ViTs, and for other images."""
     name = backbone_name(model)
-    encoder = getattr(model, "encoder", None)
+    encoder: Any = getattr(model, "encoder", None)
     if not hasattr(model, "blocks") and isinstance(getattr(encoder, "blocks", None), nn.Module):
         model.__dict__["blocks"] = encoder.blocks  # not as a module of its own: its weights have one name
     blocks = getattr(model, "blocks", None)
@@ -231,7 +231,7 @@ def attention_sites(model: nn.Module) -> dict[str, Site]:
                     add(f"{place}.{part}", f"{place}.qkv", fused, n * d, d)
                 continue
             for part in "qkv":
-                linear = getattr(attn, f"{part}_proj", None)
+                linear: Any = getattr(attn, f"{part}_proj", None)
                 inner = isinstance(getattr(linear, "linear", None), nn.Linear)
                 linear = linear.linear if inner else linear  # clamped around it
                 if isinstance(linear, nn.Linear):
