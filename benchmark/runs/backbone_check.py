@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import dualcl.benchmark.core.compat  # noqa: F401 - before timm
 
@@ -27,7 +27,7 @@ from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.domains.classification import Classification
 from dualcl.benchmark.models.vit import attention_sites
-from dualcl.benchmark.models.vit_blocks import NO_ATTENTION, NO_BLOCKS, Unserved
+from dualcl.benchmark.models.vit_blocks import Unserved, has_attention
 from dualcl.methods.shared.low_rank import inject
 
 _TWO = {"embed_dim": 48, "depth": 2, "num_heads": 3}
@@ -44,6 +44,9 @@ SHRUNK: tuple[dict[str, Any], ...] = (
     {"embed_dim": 48, "num_heads": 1, "stages": [1, 1, 1, 1], "global_att_blocks": []},
     {"img_size": 224, "depth": 2},
     {"depth": 2},
+    {"img_size": 64, "depths": [1, 1, 1, 1]},
+    {"depths": [1, 1, 1, 1]},
+    {"depths": [1, 1, 1]},
     {"img_size": 64},
     {},
 )
@@ -106,9 +109,10 @@ def check_backbone(name: str) -> Found:
             why = _difference(name, theirs, kwargs)
             return Found(name, "differs" if why else "works", why, True, kwargs)
         except Unserved as refusal:
-            outside = refusal.reason in (NO_BLOCKS, NO_ATTENTION)
+            blocks = getattr(theirs, "blocks", getattr(getattr(theirs, "encoder", None), "blocks", ()))
+            flat = isinstance(blocks, (nn.Sequential, nn.ModuleList)) and all(map(has_attention, blocks))
             named = name in str(refusal) and "\n" not in str(refusal)
-            return Found(name, "refused" if named else "traceback", refusal.reason, not outside, kwargs)
+            return Found(name, "refused" if named else "traceback", refusal.reason, flat, kwargs)
         except UserError as refusal:
             return Found(name, "refused" if name in str(refusal) else "traceback", str(refusal), True, kwargs)
         except Exception as error:
