@@ -340,7 +340,7 @@ class Classification(Domain):
     def _no_numbers(self, what: str, where: str) -> UserError:
         return UserError(
             f"backbone {self.backbone.name}: {what} of {where} are NaN or infinite (precision {self.precision}); check "
-            "its weights, or lower the rates or raise the precision of what was trained"
+            "its weights and precision, or lower method.lr where it was trained"
         )
 
     def rows(self, features: Tensor) -> Tensor:
