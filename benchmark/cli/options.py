@@ -270,7 +270,15 @@ def _list(command: argparse.ArgumentParser) -> None:
 
 
 def _check(command: argparse.ArgumentParser) -> None:
-    command.add_argument("method", metavar="METHOD", help="FILE.py, FILE.py:NAME, or a name of `dualcl list methods`")
+    command.add_argument(
+        "method", nargs="?", metavar="METHOD", help="FILE.py, FILE.py:NAME, or a name of `dualcl list methods`"
+    )
+    command.add_argument(
+        "--backbones",
+        nargs="*",
+        metavar="GLOB",
+        help="instead: timm's transformers, each made small with random weights; all take some minutes",
+    )
     _add_sets(command)
 
 

@@ -38,7 +38,11 @@ LATER: Mapping[str, Any] = {
     "stream.sizes": [],
     "stream.first": None,
     "stream.increment": None,
+    "input.mean": None,
+    "input.std": None,
 }
+#: a later default that stands for an older one where that was right
+SAID_AS: Mapping[str, tuple[Any, Any]] = {"input.interpolation": ("auto", "bicubic")}
 
 
 @dataclass(frozen=True)
@@ -267,6 +271,8 @@ class Resolved:
     check_stream: Callable[[str, Iterable[str]], bool] | None = None
     #: "method" and "data", where they are not built in
     plugins: Mapping[str, Plugin] = field(default_factory=dict)
+    #: the record of the run that goes on
+    earlier: Mapping[str, Any] | None = None
 
     def section(self, name: str, cls: type[C]) -> C:
         """The section `name`, checked to be a `cls`."""
@@ -327,7 +333,8 @@ class Resolved:
 
     def telling(self, flat: Mapping[str, Any]) -> dict[str, Any]:
         """What of dotted keys and values can change a result, and was not left unsaid by older records."""
-        return {k: v for k, v in flat.items() if k not in self.volatile and not (k in LATER and v == LATER[k])}
+        told = {k: v for k, v in flat.items() if k not in self.volatile and not (k in LATER and v == LATER[k])}
+        return {**told, **{k: old for k, (new, old) in SAID_AS.items() if told.get(k) == new}}
 
     def hash(self) -> str:
         """Hash of everything that can change a result."""

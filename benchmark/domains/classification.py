@@ -23,7 +23,7 @@ from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.settings import Resolved, positive
 from dualcl.benchmark.domains.kept_features import KeptNetwork
 from dualcl.benchmark.models.vit import BackboneConfig, attention_sites, load_backbone
-from dualcl.benchmark.models.vit_blocks import checkpoint_blocks, read_class_token_only
+from dualcl.benchmark.models.vit_blocks import NO_SITES, Unserved, checkpoint_blocks, read_class_token_only
 from dualcl.datasets import dataset_class
 from dualcl.datasets.base import ClassData, ClassStream, ImageSet, given_order, make_class_stream, task_sizes
 from dualcl.datasets.reading.kept import KeptImages
@@ -35,6 +35,8 @@ PREPROCESS = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+#: what a run says whose record does not
+OLDER = "an older version"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,13 @@ class InputConfig:
         default="flip", metadata={"help": "training only; crop_flip: RandomResizedCrop and flip"}
     )
     resize: int | None = field(default=None, metadata={"help": "evaluation: shorter side before the centre crop"})
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    interpolation: Literal["auto", "bilinear", "bicubic"] = field(
+        default="auto", metadata={"help": "auto: as a file of weights says, else bicubic"}
+    )
+    mean: tuple[float, ...] | None = field(
+        default=None, metadata={"help": "of red, green, blue in [0, 1], with input.std; null: as input.preprocess says"}
+    )
+    std: tuple[float, ...] | None = field(default=None, metadata={"help": "see input.mean"})
     cache_size: int | None = field(
         default=None,
         metadata={"help": "crop_flip: crops are cut from images kept with this shorter side; null: decoded each time"},
@@ -97,6 +105,8 @@ class InputConfig:
     )
 
     def __post_init__(self) -> None:
+        if (self.mean is None) != (self.std is None) or (self.mean is not None and self.preprocess != "backbone"):
+            raise UserError("input.mean and input.std go together, and with input.preprocess=backbone alone")
         positive("input.resize", self.resize)
         positive("input.cache_size", self.cache_size)
         positive("input.cache_mib", self.cache_mib, 0)
@@ -188,6 +198,8 @@ class Classification(Domain):
         self._kept: dict[str, KeptImages] = {}
         #: the training batch given out last
         self._latest: Batch | None = None
+        #: whether features were looked at: those of the first step are the backbone's own
+        self._looked = False
 
     @staticmethod
     def make_stream(resolved: Resolved, data: ClassData, order_seed: int) -> ClassStream:
@@ -213,8 +225,9 @@ class Classification(Domain):
     def sites(self) -> dict[str, Site]:
         """Q, K and V of every block."""
         if not self._sites:
-            raise UserError(
-                f"backbone {self.backbone.name} has no qkv or q_proj/k_proj/v_proj Linear to adapt; choose a ViT"
+            raise Unserved(
+                f"backbone {self.backbone.name} has no qkv or q_proj/k_proj/v_proj Linear to adapt; choose a ViT",
+                NO_SITES,
             )
         return dict(self._sites)
 
@@ -344,7 +357,7 @@ class Classification(Domain):
 
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy over the current task's classes, or over all seen ones under scope "seen"."""
-        features = self._read(self.images(batch))
+        features = self._of_step(batch)
         labels = self.targets(batch)
         if self._current is None or self._scope == "seen":
             return F.cross_entropy(self.rows(features), labels)
@@ -369,6 +382,21 @@ class Classification(Domain):
     def _read(self, images: Images) -> Tensor:
         """What the method reads of images; without one, the plain network's features."""
         return self.network(images) if self.method is None else self.method.features(images, self.network)
+
+    def _of_step(self, batch: Batch) -> Tensor:
+        """`_read` of a training batch; UserError where the network's features are no numbers before it learnt."""
+        features = self._read(self.images(batch))
+        if not self._looked:
+            if not bool(features.isfinite().all()):
+                raise self._no_numbers("features", "the first training batch")
+            self._looked = True
+        return features
+
+    def _no_numbers(self, what: str, where: str) -> UserError:
+        return UserError(
+            f"backbone {self.backbone.name}: {what} of {where} are NaN or infinite (precision {self.precision}); check "
+            "its weights and precision, or lower method.lr where it was trained"
+        )
 
     def rows(self, features: Tensor) -> Tensor:
         """(B, C) = features W' + b over all classes begun, float32."""
@@ -419,10 +447,7 @@ class Classification(Domain):
             for task in seen:
                 predictions = torch.cat(self._predictions(task))
                 if bool((predictions < 0).any()):
-                    raise UserError(
-                        f"scores of task {task + 1} are not finite: the weights have diverged, or are too large for "
-                        "this precision; lower method.lr, or set precision=fp32"
-                    )
+                    raise self._no_numbers("scores", f"test images of task {task + 1}")
                 labels = torch.from_numpy(self.stream.tasks[task].test.labels)
                 correct.append(int((predictions.cpu() == labels).sum()))
                 total.append(len(labels))
@@ -439,7 +464,7 @@ class Classification(Domain):
             return Images(lambda: decoded[turn].images.to(self.device), place=place)
 
         with share.apart():
-            return share.together(_best(self._scores(images(*pair))) for pair in enumerate(chunks))
+            return share.together(best(self._scores(images(*pair))) for pair in enumerate(chunks))
 
     @contextlib.contextmanager
     def _rows_at_rest(self) -> Iterator[None]:
@@ -482,6 +507,8 @@ class Classification(Domain):
             return self._read(Images(batch.images.to(self.device), place=place))
 
         parts = self._of_each(loader, read)
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise self._no_numbers("features", f"training images of task {(task or 0) + 1}")
         yield from zip(parts, labels.split([len(part) for part in parts]), strict=True)
 
     def outputs(self, task: int) -> range:
@@ -494,7 +521,9 @@ class Classification(Domain):
         return head.weight.detach().clone(), head.bias.detach().clone()
 
     def set_output_rows(self, task: int, weight: Tensor, bias: Tensor) -> None:
-        """Sets the classifier rows of the task: weight (n, D), bias (n,)."""
+        """Sets the classifier rows of the task: weight (n, D), bias (n,); UserError where they are no numbers."""
+        if not bool(weight.isfinite().all() and bias.isfinite().all()):
+            raise self._no_numbers("classifier rows", f"task {task + 1}")
         head = self.heads[task]
         with torch.no_grad():
             head.weight.copy_(weight)  # type: ignore[operator]
@@ -504,7 +533,7 @@ class Classification(Domain):
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, number of classes begun) of a batch, float32, with gradient."""
-        return self.rows(self._read(self.images(batch)))
+        return self.rows(self._of_step(batch))
 
     def targets(self, batch: Batch) -> Tensor:
         """Output index (B,) of each image, on the domain's device."""
@@ -582,24 +611,46 @@ class Classification(Domain):
     def facts(self) -> dict[str, Any]:
         """What a reader of the record may want to know beyond the identity."""
         data = self.stream.data
-        return {"skipped_images": list(data.skipped), "class_names": list(data.class_names), **data.facts}
+        said = {"skipped_images": list(data.skipped), "class_names": list(data.class_names)}
+        return {**said, "prepared_as": self._prepared_as, **data.facts}
 
     def summary(self, row: Mapping[str, Any]) -> str:
         """Mean accuracy over the tasks seen so far."""
         shares = [100 * c / t for c, t in zip(row["correct"], row["total"], strict=True)]
         return f"accuracy over {len(shares)} task{'s' * (len(shares) > 1)} so far {sum(shares) / len(shares):.1f} %"
 
+    def _prepared(self) -> tuple[tuple[float, ...], tuple[float, ...], str, str]:
+        """Mean, std and interpolation of the input, and who says so."""
+        config, found = self.resolved.section("input", InputConfig), self.backbone
+        file = self.resolved.section("backbone", BackboneConfig).weights
+        earlier = self.resolved.earlier
+        mean, std, said_by = found.mean, found.std, found.described_by
+        # a run of a version that took ImageNet's for every file goes on as it was begun
+        if file is not None and earlier is not None and earlier["network"].get("prepared_as", OLDER) == OLDER:
+            mean, std, said_by = *PREPROCESS["imagenet"], OLDER
+            found = dataclasses.replace(found, interpolation="bicubic")
+        if config.mean is not None and config.std is not None:
+            mean, std, said_by = config.mean, config.std, "input.mean"
+        elif config.preprocess != "backbone":
+            mean, std, said_by = *PREPROCESS[config.preprocess], "input.preprocess"
+        elif said_by is None:
+            raise UserError(
+                f"backbone.weights: {file} does not say for which mean and std it was trained: no pretrained_cfg in "
+                "its metadata, no config.json beside it, no tag in backbone.name; set input.mean and input.std"
+            )
+        says = file is not None and found.described_by is not None
+        interpolation = (
+            config.interpolation if config.interpolation != "auto" else found.interpolation if says else "bicubic"
+        )
+        return mean, std, interpolation, said_by
+
     def _make_view(self) -> View:
         config = self.resolved.section("input", InputConfig)
-        mean, std = (
-            (self.backbone.mean, self.backbone.std)
-            if config.preprocess == "backbone"
-            else PREPROCESS[config.preprocess]
-        )
+        mean, std, interpolation, self._prepared_as = self._prepared()
         return View(
             size=self.backbone.input_size,
             resize=config.resize,
-            interpolation=config.interpolation,
+            interpolation=interpolation,
             mean=tuple(mean),
             std=tuple(std),
             augment=config.augment,
@@ -613,8 +664,8 @@ def _joined(heads: Iterable[nn.Module]) -> tuple[Tensor, Tensor]:
     return torch.cat(weights), torch.cat(biases)
 
 
-def _best(scores: Tensor) -> Tensor:
-    """The output of the highest score in each row; -1 where that is no number."""
+def best(scores: Tensor) -> Tensor:
+    """The output of the highest score in each row (B, C); -1 where that is NaN or infinite."""
     return scores.argmax(1).where(scores.amax(1).isfinite(), -1)
 
 

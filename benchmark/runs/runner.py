@@ -7,6 +7,7 @@ step or epoch, sample), so a killed run that is called again ends with the recor
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import traceback
 from pathlib import Path
@@ -188,8 +189,8 @@ class Run(Steps):
                 raise UserError(f"{measure} is not finite after task {task + 1} ({values}); it is not recorded")
         facts = {} if self.joint else self.domain.tasks[task].facts
         diagnostics = self.method.diagnostics()
-        if not _finite(diagnostics):
-            raise self._diverged(f"the updates are too large for a number after task {task + 1} ({diagnostics})")
+        if not _finite([row, diagnostics]):
+            raise self._diverged(f"the updates are too large for a number after task {task + 1} ({row}, {diagnostics})")
         record["matrix"]["rows"].append({"after_task": seen[-1], **row})
         record["tasks"].append(
             {
@@ -363,7 +364,7 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
         if old is not None and old["status"] == "finished":
             reporter.note(f"{path} is finished already")
             return old
-        work = Run(resolved, folder, reporter, processes=processes)
+        work = Run(dataclasses.replace(resolved, earlier=old), folder, reporter, processes=processes)
         for task in range(1 if work.joint else work.n_tasks):
             if work.method.takes_steps(task):  # a task that is too small is found now, not after the tasks before it
                 key = None if work.joint else task
