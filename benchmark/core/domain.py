@@ -162,6 +162,9 @@ class Domain(ABC):
         """Called by each method that is built on the domain."""
         self.method = method
 
+    def check_new(self) -> None:
+        """Raises UserError for what only a run from before the check may have: such a run goes on."""
+
     def autocast(self) -> torch.autocast:
         """The precision of the network's own passes, which a domain alone switches on."""
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16

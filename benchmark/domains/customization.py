@@ -175,6 +175,11 @@ class Customization(Domain):
         if self.makes_pictures:
             self._picture_requests()
 
+    def check_new(self) -> None:
+        """Refuses words that what is exported would not hold."""
+        if not self.stream.requests:
+            self.tokens.check_exports([self._wanted_placeholder(task.index) for task in self.tasks])
+
     # --- what is learnt ---------------------------------------------------------------------------------------------
 
     def sites(self) -> dict[str, Site]:

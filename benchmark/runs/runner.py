@@ -349,6 +349,8 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
             reporter.note(f"{path} is finished already")
             return old
         work = Run(resolved, folder, reporter, processes=processes)
+        if old is None:
+            work.domain.check_new()
         for task in range(1 if work.joint else work.n_tasks):
             if work.method.takes_steps(task):  # a task that is too small is found now, not after the tasks before it
                 work.domain.steps_per_epoch(None if work.joint else task)

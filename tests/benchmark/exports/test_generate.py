@@ -18,6 +18,7 @@ import dualcl.benchmark.core.compat  # noqa: F401 - before diffusers
 
 # isort: split
 from diffusers import StableDiffusionPipeline
+from transformers import AddedToken, CLIPTokenizer
 
 from dualcl.benchmark.cli import main
 from dualcl.benchmark.cli.options import SCHEDULERS
@@ -35,6 +36,14 @@ WORDS = (
     Word("sks1", ("sks1",), "pot"),
 )
 PROMPT = "a photo of <c1> and <c2>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """The bundled model's, which knows WORDS as a run's does."""
+    found: Any = CLIPTokenizer.from_pretrained(str(bundled_diffusion()["glyph-diffusion"]), subfolder="tokenizer")
+    found.add_tokens([AddedToken(t, single_word=t.startswith("sks")) for w in WORDS for t in w.tokens])
+    return found
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -70,20 +79,24 @@ def model(folder: Path) -> Model:
         ("sks1 beside sks10, sks100", "sks1 beside sks10, sks100", ["sks1", "sks10"]),
         ("a <vase>", "a sks10", ["sks10"]),
         ("plain <|endoftext|> a < b", "plain <|endoftext|> a < b", []),
+        ("<c1>'s <C3>s, <c1> <c1>_1", "<c1> <c1>_1's <c3> <c3>_1s, <c1> <c1>_1", ["<c1>", "<c3>"]),
+        ("SKS1, sks1's my-sks1", "SKS1, sks1's my-sks1", ["sks1"]),
+        ("mysks1 sks1s sks1_1 sks12 sks1\u0301 sks1\u00e9", "mysks1 sks1s sks1_1 sks12 sks1\u0301 sks1\u00e9", []),
+        ("a<vase>s", "a sks10 s", ["sks10"]),
     ],
 )
-def test_tags_become_tokens(prompt: str, expanded: str, used: list[str]) -> None:
-    found, words = expand_prompt(prompt, WORDS)
+def test_tags_become_tokens(prompt: str, expanded: str, used: list[str], tokenizer: Any) -> None:
+    found, words = expand_prompt(prompt, WORDS, tokenizer)
     assert (found, [w.placeholder for w in words]) == (expanded, used)
 
 
-def test_unknown_and_shared_names_are_refused() -> None:
+def test_unknown_and_shared_names_are_refused(tokenizer: Any) -> None:
     with pytest.raises(UserError, match=r"unknown placeholder <c9> .*<c1> \(Black Cat\), <c2>"):
-        expand_prompt("a <c9>", WORDS)
+        expand_prompt("a <c9>", WORDS, tokenizer)
     with pytest.raises(UserError, match=r"<red dog> may be <c3> or <c4>"):
-        expand_prompt("a <red dog>", WORDS)
+        expand_prompt("a <red dog>", WORDS, tokenizer)
     with pytest.raises(UserError, match="knows: none"):
-        expand_prompt("a <c1>", ())
+        expand_prompt("a <c1>", (), tokenizer)
 
 
 # --- images of a run --------------------------------------------------------------------------------------------------
