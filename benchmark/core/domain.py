@@ -162,7 +162,7 @@ class Domain(ABC):
         """Called by each method that is built on the domain."""
         self.method = method
 
-    def check_new(self) -> None:
+    def check_new(self) -> None:  # noqa: B027 - most domains have nothing to refuse
         """Raises UserError for what only a run from before the check may have: such a run goes on."""
 
     def autocast(self) -> torch.autocast:
