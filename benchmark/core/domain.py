@@ -155,6 +155,8 @@ class Domain(ABC):
     micro_batch_size: int | None = None
     #: of the network's own passes; all else is float32
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    #: the run whose exported model this one goes on from, for the record
+    extends: Mapping[str, Any] | None = None
     #: the method built on the domain last, which reads its images
     method: ReadOut | None = None
 
@@ -162,8 +164,9 @@ class Domain(ABC):
         """Called by each method that is built on the domain."""
         self.method = method
 
-    def check_new(self) -> None:  # noqa: B027 - most domains have nothing to refuse
-        """Raises UserError for what only a run from before the check may have: such a run goes on."""
+    def check_new(self) -> list[str]:
+        """Raises UserError for what only a run from before the check may have; what a user must know, in lines."""
+        return []
 
     def autocast(self) -> torch.autocast:
         """The precision of the network's own passes, which a domain alone switches on."""

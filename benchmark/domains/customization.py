@@ -24,7 +24,7 @@ from dualcl.benchmark.domains.prior import PriorConfig, prior_images
 from dualcl.benchmark.models.families import load
 from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.text_to_image import BaseConfig, TextToImage
-from dualcl.benchmark.models.tokens import ConceptTokens
+from dualcl.benchmark.models.tokens import ConceptTokens, card_words, exported_card
 from dualcl.datasets import dataset_class
 from dualcl.datasets.concepts import ConceptData, ConceptStream, Request, check_template, make_concept_stream
 
@@ -132,7 +132,14 @@ class Customization(Domain):
         }
         self._network = dict(self.model.named_parameters())
         self._network_size = sum(p.numel() for p in self._network.values())
-        self.tokens = ConceptTokens(self.diffusion.vocabularies[0], self.concept_config.n_tokens)
+        card = exported_card(base.model)
+        earlier = [] if card is None else card_words(card)
+        if card is not None:
+            told = {key: card["run"].get(key) for key in ("preset", "method", "label", "seed", "config_hash")}
+            self.extends = {**told, "weights_sha256": self.diffusion.info.weights_sha256}
+        self.tokens = ConceptTokens(self.diffusion.vocabularies[0], self.concept_config.n_tokens, earlier)
+        #: the word that each concept is to have
+        self.words = self.tokens.next_free(self.concept_config.placeholder, len(self.stream.concepts))
         self.tokens.to(device)
         self.tasks = [
             Task(
@@ -175,10 +182,15 @@ class Customization(Domain):
         if self.makes_pictures:
             self._picture_requests()
 
-    def check_new(self) -> None:
-        """Refuses words that what is exported would not hold."""
-        if not self.stream.requests:
-            self.tokens.check_exports([self._wanted_placeholder(task.index) for task in self.tasks])
+    def check_new(self) -> list[str]:
+        """Refuses words that what is exported would not hold; says which words stay and which come."""
+        if self.stream.requests:
+            return []
+        self.tokens.check_exports(self.words)
+        if not self.tokens.earlier:
+            return []
+        known = ", ".join(word.placeholder for word in self.tokens.earlier)
+        return [f"the model knows {known}; the new words are {', '.join(self.words)}"]
 
     # --- what is learnt ---------------------------------------------------------------------------------------------
 
@@ -210,7 +222,7 @@ class Customization(Domain):
             concept = self.stream.concepts[index]
             config = self.concept_config
             rows = self.tokens.add(
-                self._wanted_placeholder(index),
+                self.words[index],
                 config.init,
                 concept.noun,
                 torch_generator(self.seed, "token", index),
@@ -305,7 +317,7 @@ class Customization(Domain):
             if config.init == "word":
                 self.tokens.word_id(concept.noun)
             if not self._renames and concept.request is None:
-                self.tokens.check_free(self._wanted_placeholder(index))
+                self.tokens.check_free(self.words[index])
             for template in templates:
                 if concept.request is None:
                     self._check_length(template, index)
@@ -324,9 +336,6 @@ class Customization(Domain):
                 f"the prompt {template!r} has {size} tokens for concept {concept.name!r}, the model takes "
                 f"{vocabulary.length}; shorten it, or lower concept.n_tokens={n_tokens}"
             )
-
-    def _wanted_placeholder(self, task: int) -> str:
-        return self.concept_config.placeholder.replace("{number}", str(task + 1))
 
     @property
     def _renames(self) -> bool:
@@ -661,6 +670,7 @@ class Customization(Domain):
             "parts_sha256": info.parts,
             "prediction_type": info.prediction_type,
             "token_table_sha256": self.tokens.base_hash,
+            **({"words": self.words} if self.tokens.earlier else {}),
             "prior": {"weight": self._prior_weight, "images_sha256": dict(self._prior_hashes)},
             **({"requests": [asdict(r) for r in self.stream.requests]} if self.stream.requests else {}),
             **data.facts,

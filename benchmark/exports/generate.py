@@ -19,11 +19,11 @@ from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import atomic_write
 from dualcl.benchmark.core.reading import check_text, read_json
 from dualcl.benchmark.domains.concept_evaluation import EvalConfig
-from dualcl.benchmark.exports.export import CARD, EMBEDDINGS, FORMAT, LORA_FILES, VERSION, embedding_file
+from dualcl.benchmark.exports.export import EMBEDDINGS, FORMAT, LORA_FILES, VERSION, embedding_file
 from dualcl.benchmark.models.families import load
 from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.text_to_image import DTYPES, BaseConfig, SchedulerName, TextToImage
-from dualcl.benchmark.models.tokens import ConceptTokens, as_read, expand
+from dualcl.benchmark.models.tokens import CARD, ConceptTokens, Word, as_read, card_words, expand, exported_card
 from dualcl.benchmark.runs.folder import RECORD
 from dualcl.benchmark.runs.restore import restore
 from dualcl.datasets.reading.views import open_image
@@ -45,15 +45,6 @@ _CARD: dict[str, Any] = {
     "concepts": list,
 }
 _WORD = {"placeholder": str, "words": list, "name": str}
-
-
-@dataclass(frozen=True)
-class Word:
-    """How a concept is written: its placeholder, the tokens that it stands for, and the concept's name."""
-
-    placeholder: str
-    tokens: tuple[str, ...]
-    name: str
 
 
 @dataclass
@@ -154,8 +145,11 @@ def _open_run(path: Path, device: str, after: int | None, **files: str | None) -
     return Model(
         diffusion=domain.diffusion,
         words=[
-            Word(name, tuple(tokens.words(i)), domain.stream.concepts[i].name)
-            for i, name in enumerate(tokens.placeholders)
+            *tokens.earlier,
+            *(
+                Word(name, tuple(tokens.words(i)), domain.stream.concepts[i].name)
+                for i, name in enumerate(tokens.placeholders)
+            ),
         ],
         precision=run.resolved.general.precision,
         scheduler=shown.scheduler,
@@ -217,8 +211,9 @@ def _open_export(path: Path, device: str, base: str | None, say: Say) -> Model:
     else:
         config = BaseConfig(made_on["name"], made_on.get("revision"), made_on.get("variant"), made_on["weights_dtype"])
     diffusion = load(config, pick_device(device))
-    words = [tuple(concept["words"]) for concept in card["concepts"]]
+    words, earlier = [tuple(concept["words"]) for concept in card["concepts"]], []
     if kind != "merged":
+        earlier = card_words(exported_card(config.model) or {"concepts": []})
         if diffusion.info.weights_sha256 != made_on["weights_sha256"]:
             say(
                 f"note: {diffusion.info.name} (sha256 {diffusion.info.weights_sha256[:12]}) is not the model this was "
@@ -229,7 +224,7 @@ def _open_export(path: Path, device: str, base: str | None, say: Say) -> Model:
             _add_lora(diffusion, _read_tensors(path / LORA_FILES[kind]), kind, path)
     return Model(
         diffusion=diffusion,
-        words=[Word(own[0], own, c["name"]) for own, c in zip(words, card["concepts"], strict=True)],
+        words=earlier + [Word(own[0], own, c["name"]) for own, c in zip(words, card["concepts"], strict=True)],
         precision=card["run"]["precision"],
         **{key: card["sampling"][key] for key in ("scheduler", "steps", "guidance", "negative_prompt")},
         source=f"{card['run']['method']}, exported as {kind}",

@@ -6,6 +6,8 @@ import copy
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,13 +21,44 @@ from diffusers.loaders import TextualInversionLoaderMixin
 from transformers import AddedToken
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.core.reading import check_text
+from dualcl.benchmark.core.reading import check_text, read_json
 from dualcl.benchmark.models.text_to_image import Vocabulary
 
 
 def table_hash(table: Tensor) -> str:
     """sha256 of an embedding table's bits."""
     return hashlib.sha256(table.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+#: what an exported model is, in its folder
+CARD = "dualcl.json"
+
+
+@dataclass(frozen=True)
+class Word:
+    """How a concept is written: its placeholder, the tokens that it stands for, and the concept's name."""
+
+    placeholder: str
+    tokens: tuple[str, ...]
+    name: str
+
+
+def exported_card(model: str) -> dict[str, Any] | None:
+    """The card of a merged export in the directory `model`; None for other models. UserError for a damaged one."""
+    path = Path(model) / CARD
+    if not path.is_file():
+        return None
+    try:
+        card: dict[str, Any] = read_json(path)
+        card_words(card)
+        return {**card, "run": {**card["run"]}, "base": {**card["base"]}} if card["kind"] == "merged" else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as the card of an exported model ({error!r}); export again") from None
+
+
+def card_words(card: Mapping[str, Any]) -> list[Word]:
+    """The concepts that an exported model knows."""
+    return [Word(str(c["placeholder"]), tuple(map(str, c["words"])), str(c["name"])) for c in card["concepts"]]
 
 
 def as_read(tokenizer: Any, text: str) -> str:
@@ -63,8 +96,10 @@ class ConceptTokens(nn.Module):
     `<c1>` stands for `<c1> <c1>_1 <c1>_2`, the convention of diffusers' `load_textual_inversion`.
     """
 
-    def __init__(self, vocabulary: Vocabulary, n_tokens: int = 1) -> None:
+    def __init__(self, vocabulary: Vocabulary, n_tokens: int = 1, earlier: Sequence[Word] = ()) -> None:
         super().__init__()
+        #: concepts that the model knew before
+        self.earlier = list(earlier)
         embedding = vocabulary.encoder.get_input_embeddings()
         self.tokenizer = vocabulary.tokenizer
         self.n_tokens = n_tokens
@@ -208,14 +243,22 @@ class ConceptTokens(nn.Module):
 
     def expand(self, prompt: str) -> str:
         """The prompt with every placeholder followed by its further tokens."""
-        return prompt if self.n_tokens == 1 else expand(self.tokenizer, prompt, self._all())[0]
+        single = all(len(tokens) == 1 for tokens in self._all())
+        return prompt if single else expand(self.tokenizer, prompt, self._all())[0]
 
     def used(self, prompt: str) -> list[int]:
         """Concepts whose placeholder the prompt holds."""
-        return sorted(expand(self.tokenizer, prompt, self._all())[1])
+        return sorted(i for i in expand(self.tokenizer, prompt, self._all())[1] if i < len(self.placeholders))
 
-    def _all(self) -> list[list[str]]:
-        return [self._names(name) for name in self.placeholders]
+    def _all(self) -> list[Sequence[str]]:
+        return [*(self._names(name) for name in self.placeholders), *(word.tokens for word in self.earlier)]
+
+    def next_free(self, template: str, count: int) -> list[str]:
+        """The first `count` words of a template with {number} behind those that the model knew before."""
+        numbered = re.compile(re.escape(as_read(self.tokenizer, template)).replace(r"\{number\}", "([0-9]{1,9})", 1))
+        taken = [numbered.fullmatch(as_read(self.tokenizer, word.placeholder)) for word in self.earlier]
+        first = 1 + max((int(match[1]) for match in taken if match), default=0)
+        return [template.replace("{number}", str(first + i)) for i in range(count)]
 
     def check_table(self) -> None:
         """Raises RuntimeError when a bit of the pretrained table has changed."""

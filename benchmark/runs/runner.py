@@ -350,7 +350,8 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
             return old
         work = Run(resolved, folder, reporter, processes=processes)
         if old is None:
-            work.domain.check_new()
+            for line in work.domain.check_new():
+                reporter.note(line)
         for task in range(1 if work.joint else work.n_tasks):
             if work.method.takes_steps(task):  # a task that is too small is found now, not after the tasks before it
                 work.domain.steps_per_epoch(None if work.joint else task)
@@ -368,6 +369,7 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
                 "caveats": work.method.caveats(),
                 "tuning": resolved.tuning,
                 **resolved.plugin_sources(),
+                **({"extends": work.domain.extends} if work.domain.extends else {}),
             },
             resolved.tree(),
             work.domain.matrix_kind,

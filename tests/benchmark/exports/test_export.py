@@ -24,9 +24,10 @@ from diffusers.utils import logging as diffusers_logging
 from dualcl.benchmark.cli import main
 from dualcl.benchmark.cli.options import EXPORT_FORMATS
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.exports.export import CARD, LORA_FILES, WRITERS, export, factorise
+from dualcl.benchmark.exports.export import LORA_FILES, WRITERS, export, factorise
 from dualcl.benchmark.models.bundled import bundled_diffusion
 from dualcl.benchmark.models.stable_diffusion import StableDiffusion, cross_attention_sites
+from dualcl.benchmark.models.tokens import CARD
 from dualcl.benchmark.models.weights import state_hash
 from dualcl.benchmark.runs.restore import restore
 
