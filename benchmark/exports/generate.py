@@ -211,7 +211,8 @@ def _open_export(path: Path, device: str, base: str | None, say: Say) -> Model:
     else:
         config = BaseConfig(made_on["name"], made_on.get("revision"), made_on.get("variant"), made_on["weights_dtype"])
     diffusion = load(config, pick_device(device))
-    words, earlier = [tuple(concept["words"]) for concept in card["concepts"]], []
+    words = [tuple(concept["words"]) for concept in card["concepts"]]
+    earlier: list[Word] = []
     if kind != "merged":
         earlier = card_words(exported_card(config.model) or {"concepts": []})
         if diffusion.info.weights_sha256 != made_on["weights_sha256"]:
