@@ -155,12 +155,18 @@ class Domain(ABC):
     micro_batch_size: int | None = None
     #: of the network's own passes; all else is float32
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    #: the run whose exported model this one goes on from, for the record
+    extends: Mapping[str, Any] | None = None
     #: the method built on the domain last, which reads its images
     method: ReadOut | None = None
 
     def attach(self, method: ReadOut) -> None:
         """Called by each method that is built on the domain."""
         self.method = method
+
+    def check_new(self) -> list[str]:
+        """Raises UserError for what only a run from before the check may have; what a user must know, in lines."""
+        return []
 
     def autocast(self) -> torch.autocast:
         """The precision of the network's own passes, which a domain alone switches on."""

@@ -24,7 +24,7 @@ from dualcl.benchmark.domains.prior import PriorConfig, prior_images
 from dualcl.benchmark.models.families import load
 from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.text_to_image import BaseConfig, TextToImage
-from dualcl.benchmark.models.tokens import ConceptTokens
+from dualcl.benchmark.models.tokens import ConceptTokens, card_words, exported_card
 from dualcl.datasets import dataset_class
 from dualcl.datasets.base import given_order
 from dualcl.datasets.concepts import ConceptData, ConceptStream, Request, check_template, make_concept_stream
@@ -133,7 +133,14 @@ class Customization(Domain):
         }
         self._network = dict(self.model.named_parameters())
         self._network_size = sum(p.numel() for p in self._network.values())
-        self.tokens = ConceptTokens(self.diffusion.vocabularies[0], self.concept_config.n_tokens)
+        card = exported_card(base.model)
+        earlier = [] if card is None else card_words(card)
+        if card is not None:
+            told = {key: card["run"].get(key) for key in ("preset", "method", "label", "seed", "config_hash")}
+            self.extends = {**told, "weights_sha256": self.diffusion.info.weights_sha256}
+        self.tokens = ConceptTokens(self.diffusion.vocabularies[0], self.concept_config.n_tokens, earlier)
+        #: the word that each concept is to have
+        self.words = self.tokens.next_free(self.concept_config.placeholder, len(self.stream.concepts))
         self.tokens.to(device)
         self.tasks = [
             Task(
@@ -189,6 +196,16 @@ class Customization(Domain):
         stream = cls.make_stream(resolved, data, resolved.general.seed if seed is None else seed)
         return [(concept.name,) for concept in stream.concepts]
 
+    def check_new(self) -> list[str]:
+        """Refuses words that what is exported would not hold; says which words stay and which come."""
+        if self.stream.requests:
+            return []
+        self.tokens.check_exports(self.words)
+        if not self.tokens.earlier:
+            return []
+        known = ", ".join(word.placeholder for word in self.tokens.earlier)
+        return [f"the model knows {known}; the new words are {', '.join(self.words)}"]
+
     # --- what is learnt ---------------------------------------------------------------------------------------------
 
     def sites(self) -> dict[str, Site]:
@@ -219,7 +236,7 @@ class Customization(Domain):
             concept = self.stream.concepts[index]
             config = self.concept_config
             rows = self.tokens.add(
-                self._wanted_placeholder(index),
+                self.words[index],
                 config.init,
                 concept.noun,
                 torch_generator(self.seed, "token", index),
@@ -315,7 +332,7 @@ class Customization(Domain):
             if config.init == "word":
                 self.tokens.word_id(concept.noun)
             if not self._renames and concept.request is None:
-                self.tokens.check_free(self._wanted_placeholder(index))
+                self.tokens.check_free(self.words[index])
             for template in templates:
                 if concept.request is None:
                     self._check_length(template, index)
@@ -334,9 +351,6 @@ class Customization(Domain):
                 f"the prompt {template!r} has {size} tokens for concept {concept.name!r}, the model takes "
                 f"{vocabulary.length}; shorten it, or lower concept.n_tokens={n_tokens}"
             )
-
-    def _wanted_placeholder(self, task: int) -> str:
-        return self.concept_config.placeholder.replace("{number}", str(task + 1))
 
     @property
     def _renames(self) -> bool:
@@ -671,6 +685,7 @@ class Customization(Domain):
             "parts_sha256": info.parts,
             "prediction_type": info.prediction_type,
             "token_table_sha256": self.tokens.base_hash,
+            **({"words": self.words} if self.tokens.earlier else {}),
             "prior": {"weight": self._prior_weight, "images_sha256": dict(self._prior_hashes)},
             **({"requests": [asdict(r) for r in self.stream.requests]} if self.stream.requests else {}),
             **data.facts,

@@ -28,11 +28,11 @@ from dualcl.benchmark.core.machine import package_version
 from dualcl.benchmark.domains.concept_evaluation import EvalConfig
 from dualcl.benchmark.domains.customization import Customization
 from dualcl.benchmark.models.text_to_image import BaseConfig
+from dualcl.benchmark.models.tokens import CARD, exported_card
 from dualcl.benchmark.runs.restore import restore
 from dualcl.benchmark.runs.runner import Run
 
 FORMAT, VERSION = "dualcl-export", 1
-CARD = "dualcl.json"
 EMBEDDINGS = "learned_embeds"
 #: weight file of each LoRA format, named as its readers expect
 LORA_FILES = {
@@ -176,8 +176,12 @@ class Learnt:
                 "precision": resolved.general.precision,
                 "tasks": len(tokens.placeholders),
                 "joint": self.run.joint,
+                "config_hash": (self.run.folder.read_record() or {}).get("config_hash"),
+                **({"extends": self.domain.extends} if self.domain.extends else {}),
             },
-            "concepts": [
+            # an export that is put on the base finds its words there
+            "concepts": ((exported_card(base.model) or {}).get("concepts", []) if kind == "merged" else [])
+            + [
                 {"name": c.name, "noun": c.noun, "placeholder": name, "words": tokens.words(i)}
                 for i, (c, name) in enumerate(zip(self.domain.stream.concepts, tokens.placeholders, strict=False))
             ],

@@ -193,7 +193,7 @@ def plain_prompt(prompt: str, placeholders: Iterable[str], noun: str) -> str:
     names = sorted((p for p in placeholders if p), key=len, reverse=True)
     if not names:
         return " ".join(prompt.split())
-    one = "|".join(map(re.escape, names))
+    one = "|".join(rf"(?<!\w){re.escape(n)}" if n[0].isalnum() else re.escape(n) for n in names)
     again = rf"(?:\s+{re.escape(noun)}(?!\w))?" if noun else ""
     pattern = rf"(?:{one})(?!\w)(?:\s+(?:{one})(?!\w))*{again}"
     return " ".join(re.sub(pattern, lambda _: f" {noun} ", prompt).split())

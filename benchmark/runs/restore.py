@@ -163,6 +163,9 @@ def _domain(resolved: Resolved, record: Mapping[str, Any], device: torch.device)
     ordered = dataclasses.replace(resolved, sections={**resolved.sections, "stream": stream})
     domain = cls(ordered, device, data=data)
     domain.makes_pictures = False  # type: ignore[attr-defined]  # they serve training only, and would take minutes
+    template = resolved.sections["concept"].placeholder
+    counted = [template.replace("{number}", str(i + 1)) for i in range(count)]  # as all were before words were recorded
+    domain.words = list(map(str, network.get("words") or counted))  # type: ignore[attr-defined]
     return domain
 
 

@@ -365,6 +365,9 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
             reporter.note(f"{path} is finished already")
             return old
         work = Run(dataclasses.replace(resolved, earlier=old), folder, reporter, processes=processes)
+        if old is None:
+            for line in work.domain.check_new():
+                reporter.note(line)
         for task in range(1 if work.joint else work.n_tasks):
             if work.method.takes_steps(task):  # a task that is too small is found now, not after the tasks before it
                 key = None if work.joint else task
@@ -387,6 +390,7 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
                 "tuning": resolved.tuning,
                 **({"tuned_on": resolved.tuned_on} if resolved.tuned_on else {}),
                 **resolved.plugin_sources(),
+                **({"extends": work.domain.extends} if work.domain.extends else {}),
             },
             resolved.tree(),
             work.domain.matrix_kind,
