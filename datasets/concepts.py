@@ -71,6 +71,8 @@ class ConceptData:
     split_hash: str
     #: ids of images left out because they could not be read (data.on_bad_image=skip)
     skipped: tuple[str, ...] = ()
+    #: what the files leave open, and how it was taken: said at the start of a run
+    notes: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.reading import TOO_LARGE, check_name, check_text
 from dualcl.benchmark.core.registry import Plugin
-from dualcl.benchmark.core.safe_yaml import MissingValueError, read_yaml
+from dualcl.benchmark.core.safe_yaml import MissingValueError, WrittenFloat, WrittenInt, read_yaml
 
 VOLATILE = {"volatile": True}  #: metadata of keys that cannot change a result and may differ on resume
 
@@ -154,7 +154,7 @@ def _coerce(value: Any, annotation: Any) -> Any:
             json.dumps(value, allow_nan=False)  # what no record can hold: dates, sets, bytes
         except (TypeError, ValueError):
             raise _Mismatch from None
-        return value
+        return _plain(value)
     if origin is Literal:
         for choice in args:
             if value == choice or str(value) == str(choice):
@@ -164,7 +164,7 @@ def _coerce(value: Any, annotation: Any) -> Any:
         if type(None) in args and isinstance(value, str) and value.lower() in ("none", "null"):
             return None
         # the exact types first, so that `int | str` keeps 3 an int and `float | None` keeps null None
-        for arg in sorted(args, key=lambda a: not (isinstance(a, type) and type(value) is a)):
+        for arg in sorted(args, key=lambda a: not (isinstance(a, type) and type(_plain(value)) is a)):
             try:
                 return _coerce(value, arg)
             except _Mismatch:
@@ -210,7 +210,9 @@ def coerce(value: Any, annotation: Any, key: str) -> Any:
     try:
         return _coerce(value, annotation)
     except _Mismatch:
-        raise UserError(f"{key} must be {_describe(annotation)}, got {value!r}") from None
+        wanted = _describe(annotation)
+        hint = "; text that YAML takes for something else wants quotes" if "text" in wanted else ""
+        raise UserError(f"{key} must be {wanted}, got {value!r}{hint}") from None
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -330,6 +332,8 @@ def _plain(value: Any) -> Any:
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
+    if isinstance(value, (WrittenInt, WrittenFloat)):
+        return int(value) if isinstance(value, int) else float(value)
     return value
 
 

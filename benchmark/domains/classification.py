@@ -512,7 +512,8 @@ class Classification(Domain):
     def facts(self) -> dict[str, Any]:
         """What a reader of the record may want to know beyond the identity."""
         data = self.stream.data
-        return {"skipped_images": list(data.skipped), "class_names": list(data.class_names), **data.facts}
+        notes = {"notes": list(data.notes)} if data.notes else {}
+        return {"skipped_images": list(data.skipped), "class_names": list(data.class_names), **notes, **data.facts}
 
     def summary(self, row: Mapping[str, Any]) -> str:
         """Mean accuracy over the tasks seen so far."""

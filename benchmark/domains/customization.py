@@ -658,6 +658,7 @@ class Customization(Domain):
             "token_table_sha256": self.tokens.base_hash,
             "prior": {"weight": self._prior_weight, "images_sha256": dict(self._prior_hashes)},
             **({"requests": [asdict(r) for r in self.stream.requests]} if self.stream.requests else {}),
+            **({"notes": list(data.notes)} if data.notes else {}),
             **data.facts,
         }
 

@@ -14,14 +14,14 @@ import numpy as np
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.safe_yaml import read_yaml
 from dualcl.benchmark.core.settings import positive
+from dualcl.benchmark.core.text import composed
 from dualcl.datasets.concepts import NOUN, TOKEN, Concept, ConceptData, check_template, concepts_hash
 from dualcl.datasets.reading.folders import (
-    SUFFIXES,
     OnBadImage,
     bad_images,
     check_on_bad_image,
+    folder_notes,
     folder_set,
-    image_files,
 )
 from dualcl.datasets.reading.split import stable_order
 from dualcl.datasets.reading.views import open_image
@@ -79,12 +79,13 @@ def chosen_folders(key: str, chosen: Sequence[str] | None, there: Sequence[str],
         return list(there)
     if not chosen:
         raise UserError(f"{key} is empty; name at least one folder of {root}")
-    for name in chosen:
-        if name not in there:
-            raise UserError(f"{key}: {root} has no folder {name!r}; {nearest(name, there, 'folders')}")
-        if list(chosen).count(name) > 1:
+    known, names = {composed(folder): folder for folder in there}, [composed(name) for name in chosen]
+    for name in names:
+        if name not in known:
+            raise UserError(f"{key}: {root} has no folder {name!r}; {nearest(name, known, 'folders')}")
+        if names.count(name) > 1:
             raise UserError(f"{key} names {name!r} twice; name each folder once")
-    return list(chosen)
+    return [known[name] for name in names]
 
 
 def check_numbers(key: str, numbers: Sequence[int] | None) -> None:
@@ -103,15 +104,6 @@ def without_validation(concepts: Sequence[str], config: PhotosConfig) -> list[st
     return list(concepts[left:] if config.tuning else concepts[:left])
 
 
-def folder_files(root: Path, folders: Sequence[str]) -> dict[str, list[str]]:
-    """{folder: its images, as paths below `root`}; UserError for a folder without any."""
-    files = {folder: [f"{folder}/{name}" for name in image_files(root / folder)] for folder in folders}
-    for folder, names in files.items():
-        if not names:
-            raise UserError(f"the concept folder {root / folder} has no images ({', '.join(sorted(SUFFIXES))})")
-    return files
-
-
 def photo_concepts(
     name: str,
     root: Path,
@@ -119,6 +111,7 @@ def photo_concepts(
     words: Mapping[str, Words],
     config: PhotosConfig,
     split_name: str,
+    notes: Sequence[str] = (),
 ) -> ConceptData:
     """ConceptData of {concept: images below `root`}, all of them decoded once; see `PhotosConfig` for what is refused.
 
@@ -161,6 +154,7 @@ def photo_concepts(
         split_name=split_name,
         split_hash=concepts_hash(concepts),
         skipped=tuple(sorted(bad)),
+        notes=(*notes, *folder_notes((), "concept", sorted(bad))),
         facts={
             "images": {c.name: len(c.images) for c in concepts},
             "shortest_side": sides,
@@ -189,11 +183,13 @@ def read_words(path: Path, concepts: Sequence[str], known: Mapping[str, Words]) 
     content = read_yaml(_read_text(path), str(path))
     if not isinstance(content, dict):
         raise UserError(f"{path} must be a mapping such as {{dog: {{noun: dog, prompts: [a photo of {TOKEN}]}}}}")
-    out = dict(known)
+    out, folders = dict(known), {composed(folder): folder for folder in concepts}
     for key, given in content.items():
-        concept = str(key)
-        if concept not in concepts:
-            raise UserError(f"{path}: there is no concept folder {concept!r}; {nearest(concept, concepts)}")
+        if isinstance(key, bool) or key is None:
+            raise UserError(f"{path}: a key is read as {key}, not as text; where it is a folder's name, quote it")
+        if (name := composed(str(key))) not in folders:
+            raise UserError(f"{path}: there is no concept folder {name!r}; {nearest(name, folders)}")
+        concept = folders[name]
         if not isinstance(given, dict):
             raise UserError(f"{path}: {concept} must have keys such as noun and prompts, got {given!r}")
         fields: dict[str, Any] = {str(name): _word(path, concept, str(name), value) for name, value in given.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import warnings
@@ -15,6 +16,14 @@ from PIL import Image, ImageOps
 
 from dualcl.benchmark.core.errors import UserError, nearest
 
+with contextlib.suppress(ImportError):  # plug-ins of Pillow's, where they are installed
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+with contextlib.suppress(ImportError):
+    import pillow_jxl  # noqa: F401
+Image.init()
+
 Augment = Literal["none", "flip", "crop_flip"]
 
 RESAMPLING = {
@@ -26,7 +35,26 @@ RESAMPLING = {
 #: longer : shorter side beyond which an image is cropped before it is resized, so that a 1 x 20000 strip stays small
 MAX_ASPECT = 16
 #: of the files that are taken for images, whatever they are called
-FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")
+FORMATS = tuple(
+    name
+    for name in (
+        "JPEG",
+        "PNG",
+        "BMP",
+        "DIB",
+        "GIF",
+        "WEBP",
+        "TIFF",
+        "PPM",
+        "MPO",
+        "JPEG2000",
+        "QOI",
+        "AVIF",
+        "HEIF",
+        "JXL",
+    )
+    if name in Image.OPEN
+)
 #: of an image, where Pillow too gives up: a file of kilobytes can ask for gigabytes
 MAX_PIXELS = 178_956_970
 # from half of that on, Pillow warns once per picture

@@ -1,3 +1,4 @@
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -251,3 +252,25 @@ def test_a_missing_words_file_is_named(tree):
 def test_wrong_options_name_the_key(options, named):
     with pytest.raises(UserError, match=named):
         ConceptFolder.Config(root="x", **options)
+
+
+def test_what_is_left_out_is_told_and_half_understood_folders_are_refused(tree, make_tree):
+    (tree / "rex" / "x.jxl").write_text("x")
+    make_tree({"rex/garden": 1})
+    data = load(tree)
+    assert data.facts["images"] == {"mug": 5, "rex": 5}
+    assert len(data.notes) == 2
+    assert "1 .jxl (rex/x.jxl" in data.notes[0]
+    make_tree({".": 1})
+    refuses(r"has 1 image\(s\) beside its concept folders", tree)
+    assert len(load(tree, concepts=["rex"]).concepts) == 1
+
+
+def test_folders_are_found_by_names_of_another_unicode_form_and_by_numbers_as_written(make_tree, tmp_path):
+    root = make_tree({unicodedata.normalize("NFD", "café"): 1, "001": 1, "1e3": 1, "010": 1})
+    words = tmp_path / "words.yaml"
+    words.write_text("café: {noun: cup}\n001: {noun: dog}\n1e3: {noun: cat}\n", encoding="utf-8")
+    data = load(root, concepts=["café", "001", "1e3"], prompts=str(words))
+    assert [c.noun for c in data.concepts] == ["cup", "dog", "cat"]
+    words.write_text("yes: {noun: dog}")
+    refuses(r"a key is read as True, not as text; .* quote it", root, prompts=str(words))

@@ -139,7 +139,7 @@ def test_large_texts_and_profiles_of_a_png_are_no_fault(tmp_path, monkeypatch, k
     }
     exif = Image.Exif()
     exif[0x0112] = 6
-    info.add_text("Raw profile type exif", "\nexif\n%8d\n" % len(exif.tobytes()) + exif.tobytes().hex(), zip=True)
+    info.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes()):8d}\n{exif.tobytes().hex()}", zip=True)
     more = {"save_all": True, "append_images": [Image.new("RGB", (9, 8))]} if kind == "APNG" else {}
     whole = stored(image, "PNG", pnginfo=info, **more).getvalue()
     at = whole.index(b"IDAT") - 4 if where == "before" else whole.index(b"IEND") - 4
