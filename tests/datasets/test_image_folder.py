@@ -298,7 +298,7 @@ def test_of_several_test_parts_one_is_used_and_the_others_are_told(make_tree):
     (root / "Test").rename(root / "VALID")
     assert load(root).split_name == "folder:train/valid"
     (root / "valid").rename(root / "Valid")
-    refuses(r"has VALID/ and Valid/, and which is meant", root)
+    refuses(r"has VALID/ and Valid/; which is meant", root)
 
 
 def test_images_in_sub_folders_are_of_their_class_and_endings_tell(make_tree):
