@@ -10,6 +10,7 @@ from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.text import composed
 from dualcl.datasets.base import register_dataset
 from dualcl.datasets.concepts import ConceptData
+from dualcl.datasets.reading.captions import read_captions
 from dualcl.datasets.reading.folders import class_folders, folder_notes, no_loose_images, read_folders
 from dualcl.datasets.reading.photos import (
     CLASSES_FILE,
@@ -46,6 +47,9 @@ class ConceptFolder:
         prompts: str = field(
             default="", metadata={"help": "YAML: {concept: {noun: dog, prompts: [...], eval_prompts: [...]}}"}
         )
+        captions: bool = field(
+            default=True, metadata={"help": "teach an image with name.txt, name.caption or metadata.jsonl beside it"}
+        )
         scenes: bool = field(
             default=False, metadata={"help": "evaluate on the scenes of prompts_and_classes.txt, not on eval.prompt"}
         )
@@ -76,5 +80,6 @@ class ConceptFolder:
         if config.concepts is None:
             no_loose_images(root, "concept")
         files = {folder: f.images for folder, f in found.items()}
+        captions = read_captions(root, found) if config.captions else {}
         notes = folder_notes(found.values(), "concept")
-        return photo_concepts(cls.name, root, files, words, config, split_name, notes)
+        return photo_concepts(cls.name, root, files, words, config, split_name, notes, captions)

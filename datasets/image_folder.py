@@ -197,6 +197,6 @@ def _readable(root: Path, folders: Sequence[str], notes: list[str]) -> list[str]
     elif unknown:
         notes.append(f"{path.name} names {len(unknown)} folder(s) that are not there ({unknown[0]}): left out")
     called = [names.get(name, folder) for name, folder in zip(known, folders, strict=True)]
-    if twice := [name for name, n in Counter(called).items() if n > 1]:
-        notes.append(f"{len(twice)} name(s) of {path.name} stand for several classes ({twice[0]})")
+    if shared := [name for name, n in Counter(called).items() if n > 1]:
+        notes.append(f"{len(shared)} name(s) of {path.name} stand for several classes ({shared[0]})")
     return called

@@ -33,7 +33,7 @@ def positive(name: str, value: float | None, minimum: float = 1) -> None:
 
 
 #: keys that came when runs had been recorded, with their defaults: left unsaid, so that older runs go on
-LATER: Mapping[str, Any] = {"train.milestones": []}
+LATER: Mapping[str, Any] = {"train.milestones": [], "data.captions": True}
 
 
 @dataclass(frozen=True)

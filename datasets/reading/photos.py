@@ -112,6 +112,7 @@ def photo_concepts(
     config: PhotosConfig,
     split_name: str,
     notes: Sequence[str] = (),
+    captions: Mapping[str, str] | None = None,
 ) -> ConceptData:
     """ConceptData of {concept: images below `root`}, all of them decoded once; see `PhotosConfig` for what is refused.
 
@@ -143,7 +144,23 @@ def photo_concepts(
             digest.update(hashlib.sha256((root / image).read_bytes()).digest())
         given = words.get(concept, Words())
         image_set = folder_set(root, good, np.zeros(len(good), dtype=np.int64))
-        concepts.append(Concept(concept, given.noun, image_set, given.prompts, given.eval_prompts))
+        texts = tuple((captions or {}).get(image, "") for image in good)
+        concepts.append(
+            Concept(
+                concept,
+                given.noun,
+                image_set,
+                given.prompts,
+                given.eval_prompts,
+                captions=texts if any(texts) else (),
+            )
+        )
+    if captioned := [c for c in concepts if c.captions]:
+        split_name += "+captions"
+        used = sum(bool(text) for c in captioned for text in c.captions)
+        lacking = sum(len(c.images) for c in concepts) - used
+        rest = f", the other {lacking} have none and are taught with the prompt" if lacking else ""
+        notes = [*notes, f"captions of {used} image(s) are used as their prompts{rest} (data.captions=false: without)"]
     if config.validation:
         split_name += f"+{'validation' if config.tuning else 'without'}-{config.validation}"
     if config.limit is not None:
