@@ -15,10 +15,11 @@ import numpy as np
 from PIL import Image
 
 from dualcl.benchmark.core.errors import UserError, nearest
-from dualcl.benchmark.core.reading import is_file, nfc, read_names
+from dualcl.benchmark.core.reading import is_file, read_names
 from dualcl.benchmark.core.safe_yaml import read_yaml
 from dualcl.benchmark.core.seeding import numpy_generator
 from dualcl.benchmark.core.settings import coerce
+from dualcl.benchmark.core.text import composed
 
 T = TypeVar("T", bound=type)
 
@@ -107,6 +108,8 @@ class ClassData:
     split_hash: str
     #: ids of images left out because they could not be read (data.on_bad_image=skip)
     skipped: tuple[str, ...] = ()
+    #: what the files leave open, and how it was taken: said at the start of a run
+    notes: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -188,7 +191,7 @@ def make_class_order(
             return tuple(classes)
         raise UserError(f"stream.class_order must be natural, shuffle, coda or a list such as [2,0,1], got {order!r}")
     if order and all(isinstance(c, str) for c in order):
-        return _named_order([nfc(str(c)) for c in order], [nfc(name) for name in names], item)
+        return _named_order([composed(str(c)) for c in order], [composed(name) for name in names], item)
     given = [int(c) for c in order]
     twice = sorted({c for c in given if given.count(c) > 1})
     if twice:

@@ -56,6 +56,8 @@ class Concept:
     prompts: tuple[str, ...] = ()
     eval_prompts: tuple[str, ...] = ()
     request: Request | None = None
+    #: of each image, "" where it has none; empty without any
+    captions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class ConceptData:
     split_hash: str
     #: ids of images left out because they could not be read (data.on_bad_image=skip)
     skipped: tuple[str, ...] = ()
+    #: what the files leave open, and how it was taken: said at the start of a run
+    notes: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -119,10 +123,13 @@ def check_template(template: str, where: str) -> None:
 
 def concepts_hash(concepts: Iterable[Concept]) -> str:
     """sha256 (16 hex digits) over the sorted (concept, image id) pairs; of a request, over (its name, all it says)."""
-    digest = hashlib.sha256()
+    digest, concepts = hashlib.sha256(), list(concepts)
     listed = [(c.name, c.images.ids if c.request is None else (repr(c.request),)) for c in concepts]
     for name, image in sorted((name, image) for name, images in listed for image in images):
         digest.update(f"{name}\t{image}\n".encode())
+    for c in sorted((c for c in concepts if c.captions), key=lambda c: c.name):
+        for image, caption in zip(c.images.ids, c.captions, strict=True):
+            digest.update(f"{c.name}\t{image}\t{caption}\n".encode())
     return digest.hexdigest()[:16]
 
 

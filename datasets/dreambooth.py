@@ -11,13 +11,12 @@ from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets.base import register_dataset
 from dualcl.datasets.concepts import ConceptData
 from dualcl.datasets.reading.download import download
-from dualcl.datasets.reading.folders import class_folders
+from dualcl.datasets.reading.folders import class_folders, folder_notes, read_folders
 from dualcl.datasets.reading.photos import (
     CLASSES_FILE,
     PhotosConfig,
     Words,
     chosen_folders,
-    folder_files,
     names_or_file,
     photo_concepts,
     read_classes,
@@ -75,7 +74,10 @@ class DreamBoothSubjects:
             )
         chosen = chosen_folders("data.subjects", config.subjects, there, root)
         split_name = f"dreambooth:{len(chosen)}"
-        return photo_concepts(cls.name, root, folder_files(root, chosen), words, config, split_name)
+        found = read_folders(root, chosen, "concept")
+        files = {folder: f.images for folder, f in found.items()}
+        notes = folder_notes(found.values(), "concept")
+        return photo_concepts(cls.name, root, files, words, config, split_name, notes)
 
     @classmethod
     def prepare(cls, config: Config) -> None:
@@ -99,10 +101,10 @@ class DreamBoothSubjects:
         subjects = _listed(root)
         if len(subjects) != N_SUBJECTS:
             raise UserError(f"{root / CLASSES_FILE} lists {len(subjects)} subjects, not {N_SUBJECTS}; {_mend(root)}")
-        files = folder_files(root, sorted(subjects))
-        few = [subject for subject, images in files.items() if len(images) < MIN_IMAGES]
+        found = read_folders(root, sorted(subjects), "concept")
+        few = [(subject, len(f.images)) for subject, f in found.items() if len(f.images) < MIN_IMAGES]
         if few:
-            raise UserError(f"{root / few[0]} has {len(files[few[0]])} images, not {MIN_IMAGES} or more; {_mend(root)}")
+            raise UserError(f"{root / few[0][0]} has {few[0][1]} images, not {MIN_IMAGES} or more; {_mend(root)}")
         cls.load(config)
 
 

@@ -169,6 +169,8 @@ FIELDS = (
     Field("network.parameters", "size", "of the adapted network"),
     Field("network.skipped_images", "texts", "unreadable images that were left out", required=False),
     Field("network.prepared_as", "text", "who says mean, std and interpolation of its input", required=False),
+    Field("network.notes", "texts", "what the files of the data left open, and how it was taken", required=False),
+    Field("network.captions", "words", "the prompt of each image that has a caption", required=False),
     Field("network.concepts", "list", "names of the concepts", required=False),
     Field("environment", "mapping", "versions, commit, device"),
     *_optional("environment", "scalar", dualcl="version", torch="version", device="cpu, or the GPU"),

@@ -367,6 +367,7 @@ def _warnings(records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
     if skipped:
         shown = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
         lines.append(f"unreadable images were left out ({len(skipped)}): {shown}")
+    lines += sorted({str(n) for r in records for n in r.data["network"].get("notes") or []})
     for key, what in {"dualcl": "versions of dualcl", "commit": "commits", "torch": "versions of torch"}.items():
         if len(values := _values(records, key)) > 1:
             lines.append(f"mixed {what}: {', '.join(v[:12] for v in values)}")

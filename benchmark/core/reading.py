@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +57,6 @@ def read_names(path: Path, key: str) -> list[str]:
     if not (names := [name for line in lines if (name := line.strip())]):
         raise UserError(f"{key}: {path} holds no names; write one a line")
     return names
-
-
-def nfc(text: str) -> str:
-    """In Unicode's composed form: what looks the same is the same."""
-    return unicodedata.normalize("NFC", text)
 
 
 def is_file(text: str) -> bool:

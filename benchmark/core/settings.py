@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.reading import TOO_LARGE, check_name, check_text
 from dualcl.benchmark.core.registry import Plugin
-from dualcl.benchmark.core.safe_yaml import MissingValueError, read_yaml
+from dualcl.benchmark.core.safe_yaml import MissingValueError, WrittenFloat, WrittenInt, read_yaml
 
 VOLATILE = {"volatile": True}  #: metadata of keys that cannot change a result and may differ on resume
 
@@ -40,6 +40,7 @@ LATER: Mapping[str, Any] = {
     "stream.increment": None,
     "input.mean": None,
     "input.std": None,
+    "data.captions": True,
 }
 #: a later default that stands for an older one where that was right
 SAID_AS: Mapping[str, tuple[Any, Any]] = {"input.interpolation": ("auto", "bicubic")}
@@ -163,7 +164,7 @@ def _coerce(value: Any, annotation: Any) -> Any:
             json.dumps(value, allow_nan=False)  # what no record can hold: dates, sets, bytes
         except (TypeError, ValueError):
             raise _Mismatch from None
-        return value
+        return _plain(value)
     if origin is Literal:
         for choice in args:
             if value == choice or str(value) == str(choice):
@@ -176,7 +177,7 @@ def _coerce(value: Any, annotation: Any) -> Any:
         if len(lists) > 1 and isinstance(value, list):  # numbers are not names, nor names numbers: no guess
             args = tuple(a for a in lists if all(type(v) is typing.get_args(a)[0] for v in value))
         # the exact types first, so that `int | str` keeps 3 an int and `float | None` keeps null None
-        for arg in sorted(args, key=lambda a: not (isinstance(a, type) and type(value) is a)):
+        for arg in sorted(args, key=lambda a: not (isinstance(a, type) and type(_plain(value)) is a)):
             try:
                 return _coerce(value, arg)
             except _Mismatch:
@@ -222,7 +223,9 @@ def coerce(value: Any, annotation: Any, key: str) -> Any:
     try:
         return _coerce(value, annotation)
     except _Mismatch:
-        raise UserError(f"{key} must be {_describe(annotation)}, got {value!r}") from None
+        wanted = _describe(annotation)
+        hint = "; text that YAML takes for something else wants quotes" if "text" in wanted else ""
+        raise UserError(f"{key} must be {wanted}, got {value!r}{hint}") from None
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -348,6 +351,8 @@ def _plain(value: Any) -> Any:
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
+    if isinstance(value, (WrittenInt, WrittenFloat)):
+        return int(value) if isinstance(value, int) else float(value)
     return value
 
 

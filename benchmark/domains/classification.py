@@ -611,7 +611,8 @@ class Classification(Domain):
     def facts(self) -> dict[str, Any]:
         """What a reader of the record may want to know beyond the identity."""
         data = self.stream.data
-        said = {"skipped_images": list(data.skipped), "class_names": list(data.class_names)}
+        notes = {"notes": list(data.notes)} if data.notes else {}
+        said = {"skipped_images": list(data.skipped), "class_names": list(data.class_names), **notes}
         return {**said, "prepared_as": self._prepared_as, **data.facts}
 
     def summary(self, row: Mapping[str, Any]) -> str:

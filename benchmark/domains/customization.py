@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar, Literal
@@ -28,6 +29,7 @@ from dualcl.benchmark.models.tokens import ConceptTokens, card_words, exported_c
 from dualcl.datasets import dataset_class
 from dualcl.datasets.base import given_order
 from dualcl.datasets.concepts import ConceptData, ConceptStream, Request, check_template, make_concept_stream
+from dualcl.datasets.reading.captions import as_template
 
 
 @dataclass(frozen=True)
@@ -320,6 +322,7 @@ class Customization(Domain):
             vocabulary.ids([evaluation.negative_prompt])
         for index, concept in enumerate(self.stream.concepts):
             templates = (*(concept.prompts or (config.prompt,)), *(concept.eval_prompts or (evaluation.prompt,)))
+            templates += tuple(t for t in self._caption_templates(index) if t)
             if not concept.noun:
                 asking = ["concept.class_noun=true"] if config.class_noun else []
                 asking += ["concept.init=word"] if config.init == "word" else []
@@ -387,7 +390,7 @@ class Customization(Domain):
         """The task's encoded images, made once per task, and what is replayed in it."""
         if self._entries is None or self._entries[0] != task:
             concepts = range(len(self.tasks)) if task is None else [task]
-            own = {j: self._captions.get(j) or [self.prompts(j)] * len(self.pixels(j)) for j in concepts}
+            own = {j: self._captions.get(j) or self._texts(j) for j in concepts}
             parts = [self._encode(self.pixels(j), own[j], True) for j in concepts]
             parts += [self._encode(images, [self.prompts(j)] * len(images), False) for j, images in self._replayed]
             entries = parts[0]
@@ -395,6 +398,31 @@ class Customization(Domain):
                 entries = entries + part
             self._entries = (task, entries)
         return self._entries[1]
+
+    def _texts(self, task: int) -> list[tuple[str, ...]]:
+        """The prompts of each of a concept's photographs: its caption, or else those of the concept."""
+        prompts = self.prompts(task)
+        filled = [self.tokens.expand(self.fill(t, task)) if t else "" for t in self._caption_templates(task)]
+        return [(text,) if text else prompts for text in filled] or [prompts] * len(self.pixels(task))
+
+    def _caption_templates(self, task: int) -> list[str]:
+        """Captions of a concept's photographs with {token} where it stands; UserError where nothing tells where."""
+        concept, wanted = self.stream.concepts[task], self._wanted_placeholder(task)
+        bare = re.sub(r"^\d+_", "", concept.name)  # 10_sks dog: kohya's folders begin with a number of repeats
+        names = list(dict.fromkeys([concept.name, bare, re.sub("[_-]", " ", bare)]))
+        other = re.compile(re.escape(self.concept_config.placeholder).replace(re.escape("{number}"), r"\d+"))
+        templates = []
+        for image, caption in zip(concept.images.ids, concept.captions, strict=False):
+            strange = [word for word in other.findall(caption) if word != wanted]
+            template = as_template(caption, wanted, concept.noun, names) if caption and not strange else ""
+            if strange or template is None:
+                why = f"names {strange[0]}, but the concept is {wanted}" if strange else "does not say where it stands"
+                raise UserError(
+                    f"concept {concept.name!r}: the caption {caption!r} of {image} {why}; write {{token}} for the "
+                    f"concept{f', or its noun {concept.noun!r}' if concept.noun else ''}, or set data.captions=false"
+                )
+            templates.append(template)
+        return templates
 
     def _size(self, task: int | None) -> int:
         concepts = self.tasks if task is None else [self.tasks[task]]
@@ -677,6 +705,12 @@ class Customization(Domain):
         """What a reader of the record may want to know beyond the identity."""
         data = self.stream.data
         info = self.diffusion.info
+        captions = {
+            image: template
+            for j, concept in enumerate(self.stream.concepts)
+            for image, template in zip(concept.images.ids, self._caption_templates(j), strict=False)
+            if template
+        }
         return {
             "skipped_images": list(data.skipped),
             "concepts": [c.name for c in self.stream.concepts],
@@ -688,6 +722,8 @@ class Customization(Domain):
             **({"words": self.words} if self.tokens.earlier else {}),
             "prior": {"weight": self._prior_weight, "images_sha256": dict(self._prior_hashes)},
             **({"requests": [asdict(r) for r in self.stream.requests]} if self.stream.requests else {}),
+            **({"notes": list(data.notes)} if data.notes else {}),
+            **({"captions": captions} if captions else {}),
             **data.facts,
         }
 

@@ -414,7 +414,8 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
         )
         if old is not None:
             changed = [k for k, v in record["identity"].items() if old["identity"].get(k) != v]
-            facts = {k: v for k, v in as_json(record["network"]).items() if k != "prior"}  # another GPU's prior differs
+            # another GPU's prior differs, and notes tell of files that are not used
+            facts = {k: v for k, v in as_json(record["network"]).items() if k not in ("prior", "notes")}
             changed += [k for k, v in facts.items() if old["network"].get(k, v) != v]
             if changed:
                 raise UserError(
@@ -422,6 +423,8 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
                     "configuration have changed; choose another --out"
                 )
             record["created"] = old["created"]
+        for note in record["network"].get("notes", ()) if processes.main else ():
+            reporter.warn(note)
         folder.bind(record)
         folder.write_config(resolved.tree())
         if old is None:
