@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dualcl.benchmark.core.content import digest, file_hashes
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import atomic_write, cache_dir, write_json
 from dualcl.benchmark.core.generators import torch_generator
@@ -93,6 +94,17 @@ def prior_images(
     return images, _digest(images)
 
 
+def _folder(root: Path, noun: str) -> Path:
+    """Where the images of a noun are: in its own folder, or in `root` for all."""
+    return root / noun if noun in class_folders(root) else root  # a name there, not a path that leads out
+
+
+def prior_content(root: Path, noun: str) -> str:
+    """Digest of the files of a noun's prior images."""
+    names = image_files(folder := _folder(root, noun))
+    return digest(zip(names, file_hashes(folder, names), strict=True))
+
+
 def _digest(images: Tensor) -> str:
     return hashlib.sha256(images.numpy().tobytes()).hexdigest()
 
@@ -122,11 +134,9 @@ def _write(folder: Path, images: Tensor, prompt: str) -> None:
 
 
 def _from_folder(root: Path, noun: str, size: int) -> Tensor:
-    folder = root
-    if not folder.is_dir():
+    if not root.is_dir():
         raise UserError(f"prior.images={root} is no folder; give one with images, or prior.images=generated")
-    if noun in class_folders(root):  # a name there, not a path that leads out
-        folder = root / noun
+    folder = _folder(root, noun)
     names = image_files(folder)
     if not names:
         raise UserError(f"prior.images: {folder} holds no images; add some, or set prior.images=generated")
