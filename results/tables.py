@@ -374,8 +374,6 @@ def _warnings(records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
     if len({row.seeds for row in rows}) > 1:
         seeds = "; ".join(f"{row.label}: {', '.join(map(str, row.seeds))}" for row in rows)
         lines.append(f"not the same seeds for every method ({seeds})")
-    for line in dict.fromkeys(str(x) for r in records for x in r.data["network"].get("repeated_pictures") or []):
-        lines.append(f"same pictures: {line}")
     known = sum("data" in (r.data.get("content") or {}) for r in records)
     if 0 < known < len(records):
         lines.append(
@@ -397,11 +395,12 @@ def _warnings(records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _subtitle(record: Record) -> str:
-    identity = record.data["identity"]
+def _subtitle(records: Sequence[Record]) -> str:
+    record, identity = records[0], records[0].data["identity"]
     parts = [_count(record.n_tasks, record.kind.item)]
     parts += [f"{k.split('_')[0]} {identity[k]}" for k in ("data", "split_name", "backbone") if identity.get(k)]
-    return ", ".join(parts)
+    same = dict.fromkeys(str(line) for r in records for line in r.data["network"].get("repeated_pictures") or [])
+    return ", ".join(parts) + (f"; same pictures: {'; '.join(same)}" if same else "")
 
 
 def _count(n: int, item: str) -> str:
@@ -539,7 +538,7 @@ def make_table(
     ]
     table = Table(
         preset,
-        _subtitle((finished or list(records))[0]),
+        _subtitle(finished or list(records)),
         _measured(finished or list(records)),
         kind,
         rows,
