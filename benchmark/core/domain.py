@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dualcl.benchmark.core.processes import ALONE, Processes
+from dualcl.benchmark.core.settings import Resolved
+
+#: what is read from files -> its digest, made when asked for
+Contents = dict[str, Callable[[], str]]
 
 
 @dataclass(frozen=True)
@@ -259,6 +263,22 @@ class Domain(ABC):
     @abstractmethod
     def summary(self, row: Mapping[str, Any]) -> str:
         """An evaluation in a few words, for the progress line."""
+
+    @classmethod
+    def contents(cls, resolved: Resolved, data: Any = None, known: Iterable[str] = ()) -> Contents:
+        """What a run reads from files, and of what is configured is there now: its name -> how to get its digest.
+
+        `data` is loaded when it is needed and not given. `known`: names that a record has.
+        """
+        return {}
+
+    def content(self) -> dict[str, str]:
+        """The digests of what this run read from files."""
+        return {}
+
+    def repeated(self) -> list[str]:
+        """Pictures of the data that are there more than once, a line for each kind."""
+        return []
 
     def adapted_parameters(self) -> int:
         """Size of the adapted network: the 100 % of N_train and N_store."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import glob
 import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -17,15 +19,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualcl.benchmark.core.domain import Domain, Images, Place, ReadOut, Site, Task
+from dualcl.benchmark.core.content import files_digest
+from dualcl.benchmark.core.domain import Contents, Domain, Images, Place, ReadOut, Site, Task
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.settings import Resolved, positive
+from dualcl.benchmark.domains.content import data_contents
 from dualcl.benchmark.domains.kept_features import KeptNetwork
 from dualcl.benchmark.models.vit import BackboneConfig, attention_sites, load_backbone
 from dualcl.benchmark.models.vit_blocks import NO_SITES, Unserved, checkpoint_blocks, read_class_token_only
 from dualcl.datasets import dataset_class
 from dualcl.datasets.base import ClassData, ClassStream, ImageSet, given_order, make_class_stream, task_sizes
+from dualcl.datasets.reading.content import pictures, repeated
 from dualcl.datasets.reading.kept import KeptImages
 from dualcl.datasets.reading.loader import Batch, ImageLoader
 from dualcl.datasets.reading.views import View
@@ -614,6 +619,25 @@ class Classification(Domain):
         notes = {"notes": list(data.notes)} if data.notes else {}
         said = {"skipped_images": list(data.skipped), "class_names": list(data.class_names), **notes}
         return {**said, "prepared_as": self._prepared_as, **data.facts}
+
+    @classmethod
+    def contents(cls, resolved: Resolved, data: ClassData | None = None, known: Iterable[str] = ()) -> Contents:
+        """The pictures, the names of classes, the file of weights."""
+        found = data_contents(resolved, cls.name, data)
+        weights = resolved.section("backbone", BackboneConfig).weights
+        if weights is not None and (file := Path(weights)).is_file():
+            beside = (glob.escape(file.name), "config.json")  # which may say how its images are prepared
+            found["weights"] = lambda: files_digest(file.parent, beside)
+        return found
+
+    def content(self) -> dict[str, str]:
+        """See Domain."""
+        return {name: found() for name, found in self.contents(self.resolved, self.stream.data).items()}
+
+    def repeated(self) -> list[str]:
+        """See Domain; nothing is said of what is drawn."""
+        known = "data" in self.contents(self.resolved)
+        return repeated(pictures(self.stream.data)[1]) if known else []
 
     def summary(self, row: Mapping[str, Any]) -> str:
         """Mean accuracy over the tasks seen so far."""

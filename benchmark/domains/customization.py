@@ -7,22 +7,27 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualcl.benchmark.core.domain import Domain, ReadOut, Site, Task
+from dualcl.benchmark.core.content import files_digest, settings_digest
+from dualcl.benchmark.core.domain import Contents, Domain, ReadOut, Site, Task
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.settings import Resolved, positive
 from dualcl.benchmark.domains.concept_batches import ConceptBatch, Entries, square
 from dualcl.benchmark.domains.concept_evaluation import ConceptEvaluator, EvalConfig
-from dualcl.benchmark.domains.prior import PriorConfig, prior_images
-from dualcl.benchmark.models.families import load
+from dualcl.benchmark.domains.content import data_contents
+from dualcl.benchmark.domains.prior import PriorConfig, prior_content, prior_images
+from dualcl.benchmark.models.bundled import bundled_diffusion
+from dualcl.benchmark.models.families import MODEL_FILES, SETTING_FILES, load, part_files
 from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.text_to_image import BaseConfig, TextToImage
 from dualcl.benchmark.models.tokens import ConceptTokens, card_words, exported_card
@@ -30,6 +35,7 @@ from dualcl.datasets import dataset_class
 from dualcl.datasets.base import given_order
 from dualcl.datasets.concepts import ConceptData, ConceptStream, Request, check_template, make_concept_stream
 from dualcl.datasets.reading.captions import as_template
+from dualcl.datasets.reading.content import pictures, repeated
 
 
 @dataclass(frozen=True)
@@ -726,6 +732,35 @@ class Customization(Domain):
             **({"captions": captions} if captions else {}),
             **data.facts,
         }
+
+    @classmethod
+    def contents(cls, resolved: Resolved, data: ConceptData | None = None, known: Iterable[str] = ()) -> Contents:
+        """The photographs and their words, a base model and a feature model in directories, a folder of prior images.
+
+        `settings` is what a model's small files say, which its weights do not.
+        """
+        found = data_contents(resolved, cls.name, data)
+        model, features = resolved.section("base", BaseConfig).model, resolved.section("eval", EvalConfig).features
+        if model not in bundled_diffusion() and (base := Path(model).expanduser()).is_dir():
+            found["base"] = lambda: files_digest(base, part_files(MODEL_FILES))
+            found["settings"] = lambda: settings_digest(base, part_files(SETTING_FILES))
+        if (tower := Path(features).expanduser()).is_dir():
+            found["features"] = lambda: files_digest(tower, MODEL_FILES)
+        if (folder := Path(resolved.section("prior", PriorConfig).images).expanduser()).is_dir():
+            prior = (name for name in known if name.startswith("prior."))
+            found |= {name: partial(prior_content, folder, name.removeprefix("prior.")) for name in prior}
+        return found
+
+    def content(self) -> dict[str, str]:
+        """See Domain; of prior images those of the stream's nouns, where they are used."""
+        used = {*self._prior, *(request.anchor for request in self.stream.requests)}
+        found = self.contents(self.resolved, self.stream.data, [f"prior.{noun}" for noun in sorted(used)])
+        return {name: made() for name, made in found.items()}
+
+    def repeated(self) -> list[str]:
+        """See Domain; nothing is said of what is drawn."""
+        known = "data" in self.contents(self.resolved)
+        return repeated(pictures(self.stream.data)[1]) if known else []
 
     def summary(self, row: Mapping[str, Any]) -> str:
         """Mean distance to the photographs and drift of the concepts so far."""

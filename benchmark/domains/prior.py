@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dualcl.benchmark.core.content import digest, file_hashes
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import atomic_write, cache_dir, write_json
 from dualcl.benchmark.core.generators import torch_generator
@@ -94,6 +95,20 @@ def prior_images(
     return images, _digest(images)
 
 
+def _files(root: Path, noun: str) -> tuple[Path, list[str], list[str]]:
+    """Where the images of a noun are, in its own folder or in `root`; their names; folders of other nouns, if not."""
+    folders = {composed(name): name for name in class_folders(root)}
+    if (own := folders.get(composed(noun))) is not None:  # a name there, not a path that leads out
+        return root / own, image_files(root / own), []
+    return root, loose_images(root), list(folders)
+
+
+def prior_content(root: Path, noun: str) -> str:
+    """Digest of the files of a noun's prior images."""
+    folder, names, _ = _files(root, noun)
+    return digest(zip(names, file_hashes(folder, names), strict=True))
+
+
 def _digest(images: Tensor) -> str:
     return hashlib.sha256(images.numpy().tobytes()).hexdigest()
 
@@ -125,18 +140,13 @@ def _write(folder: Path, images: Tensor, prompt: str) -> None:
 def _from_folder(root: Path, noun: str, size: int, processes: Processes) -> Tensor:
     if not root.is_dir():
         raise UserError(f"prior.images={root} is no folder; give one with images, or prior.images=generated")
-    folders = {composed(name): name for name in class_folders(root)}
-    if (own := folders.get(composed(noun))) is not None:  # a name there, not a path that leads out
-        folder = root / own
-        names = image_files(folder)
-    else:
-        folder, names = root, loose_images(root)
+    folder, names, others = _files(root, noun)
     if not names:
-        hint = f" (no folder is called {noun!r}: {', '.join(folders)})" if folders and own is None else ""
+        hint = f" (no folder is called {noun!r}: {', '.join(others)})" if others else ""
         raise UserError(f"prior.images: {folder} holds no images; add some, or set prior.images=generated{hint}")
-    if folders and own is None and processes.main:
+    if others and processes.main:
         say(
-            f"prior.images: {root} has no folder for {noun!r} ({', '.join(folders)}): the {len(names)} image(s) beside "
+            f"prior.images: {root} has no folder for {noun!r} ({', '.join(others)}): the {len(names)} image(s) beside "
             "the folders are used for it"
         )
     for name in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,14 @@ from dualcl.benchmark.models.weights import finite, no_pickles, offline
 INDEX = "model_index.json"
 #: asked in turn
 FAMILIES: tuple[type[TextToImage], ...] = (StableDiffusion,)
+#: weights and all that goes with them; what a model's small files say beside its weights
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt")
+SETTING_FILES = ("config.json", "scheduler_config.json", "vocab.json", "merges.txt")
+
+
+def part_files(patterns: Sequence[str]) -> list[str]:
+    """Patterns of such files in the folders of a model's parts, of any family."""
+    return [f"{part}/{pattern}" for part in sorted({p for f in FAMILIES for p in f.parts}) for pattern in patterns]
 
 
 def load(config: BaseConfig, device: torch.device | str = "cpu") -> TextToImage:

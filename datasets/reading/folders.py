@@ -73,14 +73,14 @@ def check_on_bad_image(value: str) -> None:
 
 
 def folder_set(root: Path, names: Sequence[str], labels: Sequence[int] | np.ndarray) -> ImageSet:
-    """An ImageSet over files below `root`; its fingerprint covers names, sizes and times of change."""
+    """An ImageSet over files below `root`; its fingerprint covers names, sizes and all times of change."""
     digest = hashlib.sha256()
     for name in names:
         try:
             stat = (root / name).stat()
         except OSError as error:
             raise UserError(f"cannot read {root / name} ({error.strerror}); restore or remove it") from error
-        digest.update(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\n".encode())
+        digest.update(f"{name}\t{stat.st_size}\t{stat.st_mtime_ns}\t{stat.st_ctime_ns}\n".encode())
     names = tuple(names)
     return ImageSet(names, np.asarray(labels, dtype=np.int64), FolderImages(root, names), digest.hexdigest()[:16])
 

@@ -1,4 +1,5 @@
 import json
+import os
 import pickle
 import unicodedata
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets.base import ClassData
 from dualcl.datasets.image_folder import ImageFolder
 from dualcl.datasets.reading import verify
-from dualcl.datasets.reading.folders import SUFFIXES, class_folders
+from dualcl.datasets.reading.folders import SUFFIXES, class_folders, folder_set
 
 MakeTree = Callable[..., Path]
 
@@ -144,6 +145,16 @@ def test_the_fingerprint_changes_with_an_image(split_tree):
     assert after.train.fingerprint != before.train.fingerprint
     assert after.test.fingerprint == before.test.fingerprint
     assert after.split_hash == before.split_hash
+
+
+def test_the_fingerprint_changes_with_an_image_of_the_same_size_and_time(split_tree):
+    before = load(split_tree)
+    path = split_tree / before.train.ids[1]
+    stat, data = path.stat(), path.read_bytes()
+    path.write_bytes(data[:-1] + b"\0")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after = folder_set(split_tree, before.train.ids, before.train.labels)
+    assert after.fingerprint != before.train.fingerprint
 
 
 def test_missing_and_empty_folders(tmp_path, make_tree):
