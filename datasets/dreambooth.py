@@ -88,11 +88,11 @@ class DreamBoothSubjects:
             unpacked = root.with_name(root.name + ".unpacked")
             shutil.rmtree(unpacked, ignore_errors=True)
             extract_tar(archive, unpacked, max_bytes=2 * 2**30, max_files=10_000)
-            found = sorted(unpacked.glob("*/dataset"))
-            if not found:
+            unpacked_sets = sorted(unpacked.glob("*/dataset"))
+            if not unpacked_sets:
                 raise UserError(f"{archive} has no folder dataset, so it is not DreamBooth's; remove it and run again")
             root.mkdir(parents=True, exist_ok=True)
-            for entry in sorted(found[0].iterdir()):
+            for entry in sorted(unpacked_sets[0].iterdir()):
                 # a folder of an earlier, unfinished unpacking
                 if (root / entry.name).is_dir():
                     shutil.rmtree(root / entry.name)

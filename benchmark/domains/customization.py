@@ -413,7 +413,7 @@ class Customization(Domain):
 
     def _caption_templates(self, task: int) -> list[str]:
         """Captions of a concept's photographs with {token} where it stands; UserError where nothing tells where."""
-        concept, wanted = self.stream.concepts[task], self._wanted_placeholder(task)
+        concept, wanted = self.stream.concepts[task], self.words[task]
         bare = re.sub(r"^\d+_", "", concept.name)  # 10_sks dog: kohya's folders begin with a number of repeats
         names = list(dict.fromkeys([concept.name, bare, re.sub("[_-]", " ", bare)]))
         other = re.compile(re.escape(self.concept_config.placeholder).replace(re.escape("{number}"), r"\d+"))

@@ -419,8 +419,8 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
                 return old
             if "content" not in old and record["content"]:
                 reporter.warn(unchecked(path, OLDER))
-            for key in moved_keys(old, resolved, path, ""):
-                reporter.note(f"{key} is another place now, with the same content")
+            for moved in moved_keys(old, resolved, path, ""):
+                reporter.note(f"{moved} is another place now, with the same content")
             # an earlier place or name is no other run; what began without hashes of content was not checked
             record.update({key: old[key] for key in ("created", "config_hash", "identity")})
             if "content" not in old:

@@ -91,7 +91,7 @@ def as_template(caption: str, placeholder: str, noun: str, names: Sequence[str])
     for word, instead in ((placeholder, TOKEN), (noun, f"{TOKEN} {NOUN}"), *((name, TOKEN) for name in names)):
         if word:
             pattern = rf"(?<!\w){re.escape(composed(word))}(?!\w)"
-            changed, n = re.subn(pattern, lambda _, to=instead: to, text, count=1, flags=re.IGNORECASE)
+            changed, n = re.subn(pattern, instead, text, count=1, flags=re.IGNORECASE)
             if n:
                 return changed
     return None
