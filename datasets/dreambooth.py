@@ -101,8 +101,8 @@ class DreamBoothSubjects:
         subjects = _listed(root)
         if len(subjects) != N_SUBJECTS:
             raise UserError(f"{root / CLASSES_FILE} lists {len(subjects)} subjects, not {N_SUBJECTS}; {_mend(root)}")
-        found = read_folders(root, sorted(subjects), "concept")
-        few = [(subject, len(f.images)) for subject, f in found.items() if len(f.images) < MIN_IMAGES]
+        read = read_folders(root, sorted(subjects), "concept")
+        few = [(subject, len(f.images)) for subject, f in read.items() if len(f.images) < MIN_IMAGES]
         if few:
             raise UserError(f"{root / few[0][0]} has {few[0][1]} images, not {MIN_IMAGES} or more; {_mend(root)}")
         cls.load(config)

@@ -91,7 +91,6 @@ def as_template(caption: str, placeholder: str, noun: str, names: Sequence[str])
     for word, instead in ((placeholder, TOKEN), (noun, f"{TOKEN} {NOUN}"), *((name, TOKEN) for name in names)):
         if word:
             pattern = rf"(?<!\w){re.escape(composed(word))}(?!\w)"
-            changed, n = re.subn(pattern, instead, text, count=1, flags=re.IGNORECASE)
-            if n:
-                return changed
+            if place := re.search(pattern, text, flags=re.IGNORECASE):
+                return f"{text[: place.start()]}{instead}{text[place.end() :]}"
     return None
