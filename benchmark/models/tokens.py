@@ -63,6 +63,7 @@ def card_words(card: Mapping[str, Any]) -> list[Word]:
 
 def as_read(tokenizer: Any, text: str) -> str:
     """The text as the tokenizer reads it: CLIP's composes Unicode and lower-cases."""
+    check_text(text, "a placeholder or prompt")
     normalizer = tokenizer.backend_tokenizer.normalizer
     return text if normalizer is None else str(normalizer.normalize_str(text))
 
