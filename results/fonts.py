@@ -68,6 +68,4 @@ def lacking(names: Iterable[str]) -> list[str]:
     if not letters:
         return []
     shown = ", ".join(f"{c} (U+{ord(c):04X})" for c in letters[:8]) + ", ..." * (len(letters) > 8)
-    return [
-        f"no font here has the letters {shown}: pictures show their codes; install one, such as Noto Sans of the script"
-    ]
+    return [f"no font here has the letters {shown}: pictures show their codes; install one that has"]
