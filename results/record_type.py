@@ -173,6 +173,7 @@ FIELDS = (
     Field("network.parameters", "size", "of the adapted network"),
     Field("network.skipped_images", "texts", "unreadable images that were left out", required=False),
     Field("network.prepared_as", "text", "who says mean, std and interpolation of its input", required=False),
+    Field("network.half_precision_files", "texts", "parts of the base whose only files are in float16", required=False),
     Field("network.notes", "texts", "what the files of the data left open, and how it was taken", required=False),
     Field("network.captions", "words", "the prompt of each image that has a caption", required=False),
     Field("network.repeated_pictures", "texts", "pictures that are there more than once, by kind", required=False),

@@ -724,6 +724,7 @@ class Customization(Domain):
             "prompts": [list(c.prompts) for c in self.stream.concepts],
             "parts_sha256": info.parts,
             "prediction_type": info.prediction_type,
+            **({"half_precision_files": list(self.diffusion.halves)} if self.diffusion.halves else {}),
             "token_table_sha256": self.tokens.base_hash,
             **({"words": self.words} if self.tokens.earlier else {}),
             "prior": {"weight": self._prior_weight, "images_sha256": dict(self._prior_hashes)},

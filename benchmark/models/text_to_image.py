@@ -116,6 +116,8 @@ class TextToImage(ABC):
     #: modules of the network whose input is `Text.states` alone: sampling runs them once per prompt
     text_only: frozenset[str]
     device: torch.device
+    #: parts that were there in half precision alone
+    halves: tuple[str, ...] = ()
 
     @classmethod
     @abstractmethod
