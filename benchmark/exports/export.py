@@ -207,7 +207,14 @@ def header(card: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def learnt(run_dir: str | Path, rank: int | None = None, **files: str | None) -> Learnt:
+def learnt(
+    run_dir: str | Path,
+    rank: int | None = None,
+    *,
+    method: str | None = None,
+    data: str | None = None,
+    base: str | None = None,
+) -> Learnt:
     """Restores a run, see `restore`, and finds what it changed; `rank` limits the rank of the factors."""
     before: list[Pretrained] = []
 
@@ -216,7 +223,7 @@ def learnt(run_dir: str | Path, rank: int | None = None, **files: str | None) ->
             raise UserError(f"{run_dir} is a run of the domain {domain.name}; only customization runs can be exported")
         before.append(Pretrained(domain))
 
-    run = restore(run_dir, loaded=loaded, **files)
+    run = restore(run_dir, loaded=loaded, method=method, data=data, base=base)
     domain: Any = run.domain
     state = plain_state(domain)
     factors = {name: factorise(w, state[f"{name}.weight"], rank) for name, w in before[0].weights.items()}
