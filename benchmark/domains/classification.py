@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import glob
 import hashlib
 import json
 import math
@@ -19,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualcl.benchmark.core.content import files_digest
+from dualcl.benchmark.core.content import digest, file_hashes
 from dualcl.benchmark.core.domain import Contents, Domain, Images, Place, ReadOut, Site, Task
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.generators import torch_generator
@@ -626,8 +625,9 @@ class Classification(Domain):
         found = data_contents(resolved, cls.name, data)
         weights = resolved.section("backbone", BackboneConfig).weights
         if weights is not None and (file := Path(weights)).is_file():
-            beside = (glob.escape(file.name), "config.json")  # which may say how its images are prepared
-            found["weights"] = lambda: files_digest(file.parent, beside)
+            # what lies beside it may say how its images are prepared; its own name says nothing
+            names = [file.name, *["config.json"] * (file.parent / "config.json").is_file()]
+            found["weights"] = lambda: digest([file_hashes(file.parent, names)])
         return found
 
     def content(self) -> dict[str, str]:

@@ -212,7 +212,12 @@ def header(card: Mapping[str, Any]) -> dict[str, str]:
 
 
 def learnt(
-    run_dir: str | Path, rank: int | None = None, *, method: str | None = None, data: str | None = None
+    run_dir: str | Path,
+    rank: int | None = None,
+    *,
+    method: str | None = None,
+    data: str | None = None,
+    base: str | None = None,
 ) -> Learnt:
     """Restores a run, see `restore`, and finds what it changed; `rank` limits the rank of the factors."""
     before: list[Pretrained] = []
@@ -222,7 +227,7 @@ def learnt(
             raise UserError(f"{run_dir} is a run of the domain {domain.name}; only customization runs can be exported")
         before.append(Pretrained(domain))
 
-    run = restore(run_dir, loaded=loaded, method=method, data=data)
+    run = restore(run_dir, loaded=loaded, method=method, data=data, base=base)
     domain: Any = run.domain
     state = plain_state(domain)
     factors = {name: factorise(w, state[f"{name}.weight"], rank) for name, w in before[0].weights.items()}
@@ -339,10 +344,11 @@ def export(
     *,
     method: str | None = None,
     data: str | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Writes the run's state after its last finished task as `kind` to the folder `out`; returns its card.
 
-    `rank` limits the rank of a LoRA; the card then says the relative error. `method`, `data`: files of plug-ins, see
+    `rank` limits the rank of a LoRA; the card then says the relative error. `method`, `data`, `base`: see
     `restore`. Raises UserError for an unknown format, a run that the format cannot hold, or an `out` that is not empty.
     """
     if kind not in WRITERS:
@@ -350,7 +356,7 @@ def export(
     if rank is not None and kind not in LORA_FILES:
         raise UserError(f"--rank is for LoRA formats ({', '.join(LORA_FILES)}), not for {kind}")
     with new_folder(Path(out)) as folder:
-        found = learnt(run_dir, rank, method=method, data=data)
+        found = learnt(run_dir, rank, method=method, data=data, base=base)
         card = found.card(kind)
         WRITERS[kind](found, folder, card)
         write_json(folder / CARD, card)

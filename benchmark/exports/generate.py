@@ -120,8 +120,8 @@ def open_model(
     """The model of a run's folder or of an exported one.
 
     `base` names the model that an exported LoRA or embedding is put on (default: the one it was made on); `say` is told
-    when that is another one. `method`, `data`: files of plug-ins, see `restore`. Raises UserError when the folder is
-    neither, or does not fit the base.
+    when that is another one. Of a run it is where its own base is now. `method`, `data`: files of plug-ins, see
+    `restore`. Raises UserError when the folder is neither, or does not fit the base.
     """
     path = Path(folder)
     if (path / CARD).is_file():
@@ -130,11 +130,9 @@ def open_model(
         if method is not None or data is not None:
             raise UserError(f"{path} is an exported model and needs neither --method nor --data; leave them out")
         return _open_export(path, device, base, say)
-    if base is not None:
-        raise UserError(f"--base is for exported folders; a run has its own base model, and {path} has no {CARD}")
     if not (path / RECORD).is_file():
         raise UserError(f"{path} is neither a run (no {RECORD}) nor an exported model (no {CARD})")
-    return _open_run(path, device, after, method=method, data=data)
+    return _open_run(path, device, after, method=method, data=data, base=base)
 
 
 def _open_run(path: Path, device: str, after: int | None, **files: str | None) -> Model:

@@ -27,6 +27,8 @@ PLACES = {
 TENSORS = {"weights": "weights_sha256", "base": "weights_sha256", "features": "features_sha256"}
 #: what of an identity such a hash says better: names, which change with the place
 NAMES = {"weights_sha256": ("backbone", "weights"), "features_sha256": ("features",)}
+#: by domain, the place of what is pretrained
+WEIGHTS = {"classification": "backbone.weights", "customization": "base.model"}
 OLDER = "it is older than hashes of content"
 
 
@@ -36,7 +38,8 @@ def _place(resolved: Resolved, key: str) -> Path | None:
     return Path(value).expanduser() if value else None
 
 
-def _moved(resolved: Resolved, key: str, place: str) -> Resolved:
+def placed(resolved: Resolved, key: str, place: str) -> Resolved:
+    """With another place for a key of PLACES."""
     section, _, name = key.partition(".")
     changed = replace(resolved.sections[section], **{name: place})
     return replace(resolved, sections={**resolved.sections, section: changed})
@@ -59,7 +62,7 @@ def located(resolved: Resolved, record: Mapping[str, Any] | None, *, here: bool 
         now = _place(resolved, key) if key in PLACES else None
         if now is None or now.is_absolute() or (here and now.exists()) or not os.path.exists(place):
             continue
-        resolved = _moved(resolved, key, str(place))
+        resolved = placed(resolved, key, str(place))
     return resolved
 
 

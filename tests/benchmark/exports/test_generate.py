@@ -185,7 +185,7 @@ def test_prompts_without_a_concept_work_with_a_note(model: Model, tmp_path: Path
     [
         (["--prompt", "a <c9>"], "unknown placeholder <c9>"),
         (["--prompt", "<c1>", "--after", "2"], "keeps the state after task 3 only"),
-        (["--prompt", "<c1>", "--base", "glyph-diffusion"], "--base is for exported folders"),
+        (["--prompt", "<c1>", "--base", "glyph-difusion"], "base.model=glyph-difusion is no directory"),
         (["--prompt", "<c1>", "--scheduler", "ddmi"], "did you mean 'ddim'"),
         (["--prompt", "<c1>", "--guidance", "much"], "wants a number"),
         (["--prompt", "<c1>", "--device", "tpu"], "unknown device 'tpu'"),

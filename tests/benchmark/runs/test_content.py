@@ -250,3 +250,71 @@ def test_pictures_in_train_and_test_are_said_before_training_in_the_record_and_i
     assert f"same pictures: {record['network']['repeated_pictures'][0]}".startswith(line)
     assert dualcl("report", str(tmp_path / "run")) == 0
     assert line in " ".join(dualcl.said.split())
+
+
+# --- the same files elsewhere -----------------------------------------------------------------------------------------
+
+
+def test_an_interrupted_run_goes_on_with_moved_images_and_weights(
+    tmp_path: Path, dualcl: Dualcl, interrupted: Callable[..., None]
+) -> None:
+    fill(tmp_path / "here", PARTS, 0)
+    weights = bundled_backbones()["glyph-vit"].with_suffix(".safetensors")
+    shutil.copy(weights, tmp_path / "vit.safetensors")
+    sets = (f"data.root={tmp_path / 'here'}", f"backbone.weights={tmp_path / 'vit.safetensors'}")
+    assert dualcl("run", IMAGES, *sets, "--out", tmp_path / "whole") == 0
+    interrupted(IMAGES, *sets, "--out", tmp_path / "moved")
+    (tmp_path / "here").rename(tmp_path / "there")
+    (tmp_path / "vit.safetensors").rename(tmp_path / "other.safetensors")
+    sets = (f"data.root={tmp_path / 'there'}", f"backbone.weights={tmp_path / 'other.safetensors'}")
+    text = IMAGES.replace("--quiet ", "")
+    assert dualcl("run", text, *sets, "--out", tmp_path / "moved") == 0
+    for key in ("data.root", "backbone.weights"):
+        assert f"{key} is another place now, with the same content" in dualcl.said
+    whole, moved = (json.loads((tmp_path / n / "record.json").read_text()) for n in ("whole", "moved"))
+    assert all(whole[key] == moved[key] for key in ("matrix", "tasks", "identity", "config_hash", "content"))
+    assert moved["config"]["data"]["root"] == str(tmp_path / "there")
+    # and once more, finished and from yet another place
+    shutil.copytree(tmp_path / "there", tmp_path / "third")
+    assert dualcl("run", text, *sets, f"data.root={tmp_path / 'third'}", "--out", tmp_path / "moved") == 0
+    fill(tmp_path / "third", ["train/a"], 5)
+    assert dualcl("run", text, *sets, f"data.root={tmp_path / 'third'}", "--out", tmp_path / "moved") == 2
+    assert "another data (" in dualcl.said
+
+
+def test_another_place_for_a_run_without_content_is_another_configuration(tmp_path: Path, dualcl: Dualcl) -> None:
+    fill(tmp_path / "here", PARTS, 0)
+    assert dualcl("run", IMAGES, f"data.root={tmp_path / 'here'}", "--out", tmp_path / "run") == 0
+    edited(tmp_path / "run", lambda record: record.pop("content"))
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert dualcl("run", IMAGES, f"data.root={tmp_path / 'there'}", "--out", tmp_path / "run") == 2
+    assert "another configuration: data.root (there " in dualcl.said
+
+
+def test_a_relative_base_is_found_from_elsewhere_and_a_moved_one_is_told_by_base(
+    tmp_path: Path, dualcl: Dualcl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(tmp_path / "photos", ["rex"], 0)
+    shutil.copytree(bundled_diffusion()["glyph-diffusion"], tmp_path / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    command = (CONCEPTS.format("lora"), "data.root=photos", "base.model=base", "--out", tmp_path / "run")
+    assert dualcl("run", *command) == 0
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert dualcl("run", *command) == 0  # finished, and its files compared
+    assert "could not be checked" not in dualcl.said
+    draw = ("--prompt <c1> -n 1 --steps 2 --device cpu", "--out", tmp_path / "made")
+    assert dualcl("generate", str(tmp_path / "run"), *draw[0].split(), *draw[1:]) == 0
+    (tmp_path / "base").rename(tmp_path / "moved")
+    asked = (str(tmp_path / "run"), *draw[0].split(), *draw[1:])
+    assert dualcl("generate", *asked) == 2
+    assert "say where: --base DIR" in dualcl.said
+    assert dualcl("generate", *asked, "--base", tmp_path / "moved") == 0
+    out = (str(tmp_path / "run"), "--to", "kohya")
+    assert dualcl("export", *out, tmp_path / "lora", "--base", tmp_path / "moved") == 0
+    vae = tmp_path / "moved" / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: tensor * 1.01 for name, tensor in load_file(vae).items()}, vae)
+    for words in (("generate", *asked), ("export", *out, tmp_path / "lora2")):
+        assert dualcl(*words, "--base", tmp_path / "moved") == 2
+        assert "the pretrained weights are not those of" in dualcl.said
+    assert not (tmp_path / "lora2").exists()
