@@ -303,7 +303,8 @@ def _identity(record: Record) -> str:
         for key, value in flatten(record.data["identity"]).items()
         if key.split(".")[-1] not in PER_SEED and not (drawn and key == "weights_sha256")
     }
-    return json.dumps([record.n_tasks, record.data["matrix"]["kind"], flat], sort_keys=True, default=str)
+    pictures = (record.data.get("content") or {}).get("data")
+    return json.dumps([record.n_tasks, record.data["matrix"]["kind"], flat, pictures], sort_keys=True, default=str)
 
 
 def _streams(records: Sequence[Record], here: Path) -> list[list[Record]]:
