@@ -159,7 +159,11 @@ def given_order(order: str | list[int] | list[str]) -> str | list[int] | list[st
     if is_file(order):
         return read_names(Path(order), "stream.class_order")
     if "," in order:
-        listed = read_yaml(f"[{order}]", "stream.class_order")
+        try:
+            listed = read_yaml(f"[{order}]", "stream.class_order")
+        except UserError as error:
+            reason = str(error).rpartition(";")[0]
+            raise UserError(f"{reason}; stream.class_order wants names as in owl,cat, got {order[:60]!r}") from None
         return cast("list[int] | list[str]", coerce(listed, list[int] | list[str], "stream.class_order"))
     raise UserError(
         f"stream.class_order must be {', '.join(ORDERS)}, a list such as [2,0,1] or [owl,cat], or a file with one name "

@@ -48,7 +48,7 @@ class ConceptFolder:
         prompts: str = field(
             default="", metadata={"help": "YAML: {concept: {noun: dog, prompts: [...], eval_prompts: [...]}}"}
         )
-        captions: bool = field(
+        use_captions: bool = field(
             default=True, metadata={"help": "teach an image with name.txt, name.caption or metadata.jsonl beside it"}
         )
         scenes: bool = field(
@@ -85,6 +85,6 @@ class ConceptFolder:
         if config.concepts is None:
             no_loose_images(root, "concept")
         files = {folder: f.images for folder, f in found.items()}
-        captions = read_captions(root, found) if config.captions else {}
+        captions = read_captions(root, found) if config.use_captions else {}
         notes = folder_notes(found.values(), "concept")
         return photo_concepts(cls.name, root, files, words, config, split_name, notes, captions)

@@ -218,7 +218,7 @@ def _content_conflicts(records: Sequence[Record]) -> dict[str, str]:
 
 def _identity_conflicts(records: Sequence[Record]) -> list[str]:
     """One line per identity key on which runs disagree that would share a table."""
-    conflicts = _content_conflicts(records)
+    conflicts: dict[str, str] = {}
     first: dict[tuple[str, int | None], tuple[Any, Record]] = {}
     flat = [
         (r, dict(_flat({**r.data["identity"], "n_tasks": r.n_tasks, "matrix": r.data["matrix"]["kind"], **_budget(r)})))
@@ -235,7 +235,9 @@ def _identity_conflicts(records: Sequence[Record]) -> list[str]:
                 conflicts.setdefault(
                     key, f"{key} is {_short(known)} in {_name(other)} and {_short(value)} in {_name(record)}"
                 )
-    return list(conflicts.values())
+    # another choice of images says more than another hash of them, and that more than what follows from it
+    chosen = {key: conflicts[key] for key in ("data", "split_name") if key in conflicts}
+    return list({**chosen, **_content_conflicts(records), **conflicts}.values())
 
 
 def _measure_conflicts(records: Sequence[Record]) -> list[str]:

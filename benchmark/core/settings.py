@@ -40,7 +40,7 @@ LATER: Mapping[str, Any] = {
     "stream.increment": None,
     "input.mean": None,
     "input.std": None,
-    "data.captions": True,
+    "data.use_captions": True,
 }
 #: a later default that stands for an older one where that was right
 SAID_AS: Mapping[str, tuple[Any, Any]] = {"input.interpolation": ("auto", "bicubic")}

@@ -391,7 +391,7 @@ class Classification(Domain):
         """`_read` of a training batch; UserError where the network's features are no numbers before it learnt."""
         features = self._read(self.images(batch))
         if not self._looked:
-            if not bool(features.isfinite().all()):
+            if not bool(features.detach().isfinite().all()):
                 raise self._no_numbers("features", "the first training batch")
             self._looked = True
         return features

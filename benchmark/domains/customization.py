@@ -425,7 +425,8 @@ class Customization(Domain):
                 why = f"names {strange[0]}, but the concept is {wanted}" if strange else "does not say where it stands"
                 raise UserError(
                     f"concept {concept.name!r}: the caption {caption!r} of {image} {why}; write {{token}} for the "
-                    f"concept{f', or its noun {concept.noun!r}' if concept.noun else ''}, or set data.captions=false"
+                    f"concept{f', or its noun {concept.noun!r}' if concept.noun else ''}, or set "
+                    "data.use_captions=false"
                 )
             templates.append(template)
         return templates

@@ -168,7 +168,10 @@ def photo_concepts(
         used = sum(bool(text) for c in captioned for text in c.captions)
         lacking = sum(len(c.images) for c in concepts) - used
         rest = f", the other {lacking} have none and are taught with the prompt" if lacking else ""
-        notes = [*notes, f"captions of {used} image(s) are used as their prompts{rest} (data.captions=false: without)"]
+        notes = [
+            *notes,
+            f"captions of {used} image(s) are used as their prompts{rest} (data.use_captions=false: without)",
+        ]
     if config.validation:
         split_name += f"+{'validation' if config.tuning else 'without'}-{config.validation}"
     if config.limit is not None:

@@ -308,7 +308,7 @@ def test_captions_beside_images_are_read_and_tell_in_hash_and_notes(tree):
     first = load(tree).split_hash
     (tree / "rex" / "img00.txt").write_text("rex in snow")
     assert len({plain.split_hash, first, load(tree).split_hash}) == 3
-    without = load(tree, captions=False)
+    without = load(tree, use_captions=False)
     assert (without.split_hash, without.split_name) == (plain.split_hash, plain.split_name)
     assert not any(c.captions for c in without.concepts)
 

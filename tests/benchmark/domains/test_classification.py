@@ -394,5 +394,5 @@ def test_scores_that_are_no_numbers_are_no_accuracy(build):
     method.end_task(0)
     with torch.no_grad():
         next(domain.model.parameters()).fill_(float("nan"))
-    with pytest.raises(UserError, match="scores of task 1 are not finite"):
+    with pytest.raises(UserError, match="scores of test images of task 1 are NaN or infinite"):
         domain.evaluate([0])
