@@ -237,7 +237,8 @@ def _identity_conflicts(records: Sequence[Record]) -> list[str]:
                 )
     # another choice of images says more than another hash of them, and that more than what follows from it
     chosen = {key: conflicts[key] for key in ("data", "split_name") if key in conflicts}
-    return list({**chosen, **_content_conflicts(records), **conflicts}.values())
+    found: dict[str, str] = {**chosen, **_content_conflicts(records), **conflicts}
+    return list(found.values())
 
 
 def _measure_conflicts(records: Sequence[Record]) -> list[str]:
