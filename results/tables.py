@@ -236,7 +236,7 @@ def _identity_conflicts(records: Sequence[Record]) -> list[str]:
                     key, f"{key} is {_short(known)} in {_name(other)} and {_short(value)} in {_name(record)}"
                 )
     # another choice of images says more than another hash of them, and that more than what follows from it
-    chosen = {key: conflicts[key] for key in ("data", "split_name") if key in conflicts}
+    chosen: dict[str, str] = {key: conflicts[key] for key in ("data", "split_name") if key in conflicts}
     found: dict[str, str] = {**chosen, **_content_conflicts(records), **conflicts}
     return list(found.values())
 
