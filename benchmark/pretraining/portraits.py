@@ -283,16 +283,15 @@ def make_judge(folder: Path, seed: int, recipe: JudgeRecipe, command: str, say: 
 def _judge_text(card: Mapping[str, Any]) -> str:
     recipe, measured = card["recipe"], card["measured"]
     wrap = textwrap.TextWrapper(116, break_on_hyphens=False, break_long_words=False)
+    told = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in measured["right"].items())
     paragraphs = [
-        f"Reads {len(card['attributes'])} attributes of a 48 px portrait as the suite draws them: a convolutional network "
-        f"of {card['parameters']:,} parameters with one head each; float16 safetensors. Its hidden layer are the features "
-        "of `eval.features=portraits-judge`.",
-        f"Made by `{card['command']}`: {recipe['pictures']} drawings with all values equally often, of everyone, also of "
-        f"those kept for streams; {recipe['steps']} steps of {recipe['batch']}, some blurred or noisy; seed {card['seed']}, "
-        f"torch {card['versions']['torch']}.",
-        f"Right on {measured['n']} other drawings (stored weights): "
-        + ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in measured["right"].items())
-        + ".",
+        f"Reads {len(card['attributes'])} attributes of a 48 px portrait as the suite draws them: a convolutional "
+        f"network of {card['parameters']:,} parameters with one head each; float16 safetensors. Its hidden layer is "
+        "what `eval.features=portraits-judge` compares.",
+        f"Made by `{card['command']}`: {recipe['pictures']} drawings with all values equally often, of everyone, also "
+        f"of those kept for streams; {recipe['steps']} steps of {recipe['batch']}, some blurred or noisy; seed "
+        f"{card['seed']}, torch {card['versions']['torch']}.",
+        f"Right on {measured['n']} other drawings (stored weights): {told}.",
         "Not for anything but this suite: it has seen nothing except drawn portraits.",
     ]
     return "# portraits-judge\n\n" + "\n\n".join(wrap.fill(p) for p in paragraphs) + "\n"
@@ -596,13 +595,14 @@ def _card_text(card: Mapping[str, Any]) -> str:
         f"{size['text_encoder']:,}, U-Net {size['unet']:,}, autoencoder {size['vae']:,} parameters; v prediction; "
         "float16 safetensors. `StableDiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)` loads it.",
         f"Made by `{card['command']}` on {card['trained_on']}; seed {card['seed']}, torch {versions['torch']}, "
-        f"diffusers {versions['diffusers']}, transformers {versions['transformers']}. Autoencoder {recipe['vae_steps']} steps of "
-        f"{recipe['vae_batch']}; text encoder and U-Net together {recipe['unet_steps']} steps of "
-        f"{recipe['unet_batch']}, of which the moving average is kept; then the decoder alone {recipe['decoder_steps']} steps. Each caption "
-        f"names 3 to 6 of the attributes, {recipe['caption_dropout']:.0%} are dropped.",
-        f"Measured: the autoencoder restores {recipe['test_pictures']} other drawings at {measured['vae_psnr']} dB; the "
-        f"judge then reads {listed(measured['judge_on_vae_reconstructions'])}. Of what {samples['n']} prompts name (DDIM, "
-        f"{recipe['sampling_steps']} steps, guidance {recipe['guidance_scale']}) it sees {samples['all']:.1%}: "
+        f"diffusers {versions['diffusers']}, transformers {versions['transformers']}. Autoencoder "
+        f"{recipe['vae_steps']} steps of {recipe['vae_batch']}; text encoder and U-Net together "
+        f"{recipe['unet_steps']} steps of {recipe['unet_batch']}, of which the moving average is kept; then the "
+        f"decoder alone {recipe['decoder_steps']} steps. Each caption names 3 to 6 of the attributes, "
+        f"{recipe['caption_dropout']:.0%} are dropped.",
+        f"Measured: the autoencoder restores {recipe['test_pictures']} other drawings at {measured['vae_psnr']} dB; "
+        f"the judge then reads {listed(measured['judge_on_vae_reconstructions'])}. Of what {samples['n']} prompts name "
+        f"(DDIM, {recipe['sampling_steps']} steps, guidance {recipe['guidance_scale']}) it sees {samples['all']:.1%}: "
         f"{listed(samples)}.",
     ]
     text = "# portraits-diffusion\n\n" + "\n\n".join(wrap.fill(p) for p in paragraphs)
