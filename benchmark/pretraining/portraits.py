@@ -316,7 +316,8 @@ def make_vae(recipe: PortraitsRecipe) -> Any:
 
 def make_text_and_unet(recipe: PortraitsRecipe, tokenizer: CLIPTokenizer) -> TextAndUNet:
     """A text encoder and a U-Net with fresh weights; on the way up the text is read twice at 6 x 6 and at 12 x 12."""
-    config = CLIPTextConfig(
+    make_config: Any = CLIPTextConfig
+    config = make_config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.text_width,
         intermediate_size=2 * recipe.text_width,
@@ -511,9 +512,8 @@ def prompted(count: int, seed: int) -> tuple[list[str], list[dict[str, str]]]:
     texts, named = [], []
     for i in range(count):
         rng = numpy_generator(seed, "portraits", "prompts", i)
-        who, names = sample_person(rng, "pretraining"), []
-        while not names:
-            names = sample_named(rng)
+        who = sample_person(rng, "pretraining")
+        names = sample_named(rng) or ["expression"]
         texts.append(caption(who, names))
         named.append({name: who[name] for name in CAPTIONED if name in names})
     return texts, named

@@ -70,7 +70,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr)
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
     average = deepcopy(model).requires_grad_(False) if schedule.ema else model
-    mean = list(average.parameters())
+    mean: list[Tensor] = list(average.parameters())
     told = as_json(dict(told))
     step, running = _read(file, told, schedule, model, average, optimizer, ordered) if file.exists() else (0, 0.0)
     if step:

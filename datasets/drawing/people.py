@@ -73,8 +73,7 @@ def people(part: Part, count: int, seed: int = 0) -> tuple[Person, ...]:
         base = family[rng.integers(len(family))] if family else None
         who = _relative(base, rng, part) if base else _identity(sample_person(rng, part))
         known = [dict(person.looks) for person in out]
-        apart = 2 if base else 5  # families are far apart
-        if any(distance(who, other) < (apart if other not in family else 2) for other in known):
+        if any(distance(who, other) < (2 if other in family else 5) for other in known):
             continue
         family.append(who)
         out.append(Person(NAMES[len(out) % len(NAMES)], number, tuple(who.items())))
