@@ -94,8 +94,8 @@ class PortraitsRecipe:
     pictures: int = 40000
     vae_pictures: int = 10000
     test_pictures: int = 1000
-    vae_steps: int = 3500
-    vae_batch: int = 16
+    vae_steps: int = 4500
+    vae_batch: int = 8
     vae_lr: float = 2e-3
     pull: float = 1e-3
     unet_steps: int = 16000
@@ -103,7 +103,7 @@ class PortraitsRecipe:
     lr: float = 6e-4
     ema: float = 0.9993
     caption_dropout: float = 0.1
-    decoder_steps: int = 3000
+    decoder_steps: int = 6000
     latent_channels: int = 16
     width: int = 192
     text_width: int = 256
