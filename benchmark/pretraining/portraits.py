@@ -320,7 +320,7 @@ def make_text_and_unet(recipe: PortraitsRecipe, tokenizer: CLIPTokenizer) -> Tex
     config = make_config(
         vocab_size=len(tokenizer),
         hidden_size=recipe.text_width,
-        intermediate_size=2 * recipe.text_width,
+        intermediate_size=3 * recipe.text_width // 2,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=recipe.text_length,
@@ -343,7 +343,7 @@ def make_text_and_unet(recipe: PortraitsRecipe, tokenizer: CLIPTokenizer) -> Tex
         cross_attention_dim=recipe.text_width,
         attention_head_dim=max(1, recipe.width // 32),
         norm_num_groups=16,
-        time_embedding_dim=recipe.text_width,
+        time_embedding_dim=recipe.text_width // 2,
     )
     unet.set_attn_processor(AttnProcessor())  # at this size twice as fast as fused attention
     return TextAndUNet(make_text(config), unet)
