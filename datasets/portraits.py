@@ -70,7 +70,7 @@ class Portraits:
         A concept's fingerprint is the sha256 of its pixels; `facts["looks"]` has its attributes, and its family.
         """
         chosen = people(config.people, config.concepts, config.draw_seed)
-        concepts = tuple(Concept(p.name, CLASS_NOUN, _image_set(p, config)) for p in chosen)
+        concepts = tuple(Concept(p.name, CLASS_NOUN, _image_set(p, config), attributes=dict(p.looks)) for p in chosen)
         pixels = hashlib.sha256("".join(c.images.fingerprint for c in concepts).encode())
         return ConceptData(
             name=cls.name,

@@ -69,6 +69,10 @@ class ImageFeatures(ABC):
                 parts.append(F.normalize(rows.float(), dim=1).cpu())
         return torch.cat(parts)
 
+    def attributes(self, images: Tensor) -> list[dict[str, str]] | None:
+        """What uint8 images (N, H, W, 3) show, value by attribute; None for a model that judges none."""
+        return None
+
     @abstractmethod
     def _images(self, pixels: Tensor) -> Tensor:
         """Features (B, D) of normalised pixels (B, 3, S, S)."""
@@ -115,6 +119,19 @@ class JudgeFeatures(ImageFeatures):
 
     def _images(self, pixels: Tensor) -> Tensor:
         return self.judge.features(pixels)
+
+    @torch.no_grad()
+    def attributes(self, images: Tensor) -> list[dict[str, str]]:
+        """What uint8 images (N, H, W, 3) show, value by attribute."""
+        with torch.autocast(self.device.type, enabled=False):
+            pixels = [self._pixels(chunk) for chunk in images.split(BATCH)]
+            scores = [{k: s.argmax(1).tolist() for k, s in self.judge(p).items()} for p in pixels]
+        known = self.judge.attributes
+        return [
+            {name: known[name][places[i]] for name, places in part.items()}
+            for part in scores
+            for i in range(len(next(iter(part.values()))))
+        ]
 
 
 class ClipFeatures(ImageFeatures):
