@@ -260,6 +260,7 @@ def make_judge(folder: Path, seed: int, recipe: JudgeRecipe, command: str, say: 
         "captioned": list(CAPTIONED),
         "command": command,
         "seed": seed,
+        "drawing": drawing_hash(),
         "recipe": asdict(recipe),
         "parameters": sum(p.numel() for p in average.parameters()),
         "measured": {
@@ -283,7 +284,7 @@ def make_judge(folder: Path, seed: int, recipe: JudgeRecipe, command: str, say: 
 def _judge_text(card: Mapping[str, Any]) -> str:
     recipe, measured = card["recipe"], card["measured"]
     wrap = textwrap.TextWrapper(116, break_on_hyphens=False, break_long_words=False)
-    told = ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in measured["right"].items())
+    told = ", ".join(f"{name.replace('_', ' ')} {value:.2%}" for name, value in measured["right"].items())
     paragraphs = [
         f"Reads {len(card['attributes'])} attributes of a 48 px portrait as the suite draws them: a convolutional "
         f"network of {card['parameters']:,} parameters with one head each; float16 safetensors. Its hidden layer is "
