@@ -94,10 +94,10 @@ class PortraitsRecipe:
     pictures: int = 40000
     vae_pictures: int = 10000
     test_pictures: int = 1000
-    vae_steps: int = 4500
+    vae_steps: int = 12000
     vae_batch: int = 8
     vae_lr: float = 2e-3
-    pull: float = 1e-3
+    pull: float = 1e-4
     unet_steps: int = 16000
     unet_batch: int = 32
     lr: float = 6e-4
@@ -365,8 +365,9 @@ class Portraits:
         """What a stage depends on: these fields of the recipe, seed and drawing."""
         return {"seed": self.seed, "drawing": drawing_hash(), **{name: getattr(self.recipe, name) for name in names}}
 
-    _VAE = ("vae_pictures", "vae_steps", "vae_batch", "vae_lr", "pull", "latent_channels")
+    _VAE = ("vae_pictures", "vae_batch", "vae_lr", "pull", "latent_channels")
     _UNET = (
+        "vae_steps",
         *("pictures", "unet_batch", "lr", "ema", "caption_dropout", "width", "text_width", "text_length"),
         *_VAE,
     )
@@ -394,7 +395,7 @@ class Portraits:
             pull = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
             return _pixel_error(vae.decode(latents).sample, inputs) + recipe.pull * pull
 
-        schedule = Schedule(recipe.vae_steps, recipe.vae_lr, flat=0.3)
+        schedule = Schedule(recipe.vae_steps, recipe.vae_lr, flat=0.5)
         vae = train(self.state / "vae.safetensors", self.told(*self._VAE), vae, loss, schedule, self.say)
         vae.requires_grad_(False)
         mean, std = encode(vae, images[:2000])
@@ -465,7 +466,7 @@ class Portraits:
             return _pixel_error(vae.decode(latents).sample, inputs)
 
         schedule = Schedule(recipe.decoder_steps, recipe.vae_lr / 2, flat=0.3, ema=0.998)
-        told = self.told(*self._VAE, "pictures", "decoder_steps")
+        told = self.told(*self._VAE, "vae_steps", "pictures")
         vae = train(self.state / "decoder.safetensors", told, vae, loss, schedule, self.say)
         return vae.requires_grad_(False)
 
