@@ -9,12 +9,15 @@ import dualcl.benchmark.core.compat  # noqa: F401 - before diffusers
 from diffusers import StableDiffusionPipeline
 
 from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.seeding import numpy_generator
 from dualcl.benchmark.models.portraits_judge import Judge, load_judge
 from dualcl.benchmark.pretraining import portraits
 from dualcl.benchmark.pretraining.portraits import PortraitsRecipe, drawn, prompted, right_share
+from dualcl.benchmark.pretraining.text_to_image import make_tokenizer
 from dualcl.benchmark.pretraining.vit import pretrain
 from dualcl.datasets.drawing.people import part_of
-from dualcl.datasets.drawing.portraits import ATTRIBUTES, CAPTIONED
+from dualcl.datasets.drawing.portrait_captions import caption_words, sample_caption
+from dualcl.datasets.drawing.portraits import ATTRIBUTES, CAPTIONED, sample_attributes
 
 JUDGE = {"pictures": 32, "test_pictures": 8, "steps": 2, "batch": 8}
 TINY = {
@@ -109,7 +112,17 @@ def test_prompts_say_what_they_name():
     )
 
 
-def test_sites_are_as_wide_as_asked_and_the_bundle_small():
+def test_sites_are_as_wide_as_asked_the_bundle_small_and_captions_not_cut(tmp_path):
     recipe = PortraitsRecipe()
-    work = portraits.make_vae(recipe)
-    assert (work.config.latent_channels, recipe.width, recipe.text_width) == (16, 192, 256)
+    tokenizer = make_tokenizer(tmp_path, caption_words(), recipe.text_length)
+    model, vae = portraits.make_text_and_unet(recipe, tokenizer), portraits.make_vae(recipe)
+    shapes = [
+        tuple(m.weight.shape) for name, m in model.unet.named_modules() if name.endswith(("attn2.to_k", "attn2.to_v"))
+    ]
+    assert shapes == 8 * [(192, 256)]
+    assert 2 * sum(p.numel() for m in (model, vae) for p in m.parameters()) <= 23.7e6  # bytes, of at most 24 MB
+    rng = numpy_generator(0, "long")
+    longest = max(
+        (sample_caption(sample_attributes(rng), rng) for _ in range(3000)), key=lambda text: len(text.split())
+    )
+    assert len(tokenizer(longest).input_ids) <= recipe.text_length
