@@ -64,6 +64,7 @@ def people(part: Part, count: int, seed: int = 0) -> tuple[Person, ...]:
     Two of them are hidden ones, so that no caption tells relatives apart; the third, every other time, is not.
     """
     rng = numpy_generator(seed, "people", part)
+    colours = [str(colour) for colour in rng.permutation(ATTRIBUTES["hair_colour"])]  # another for each family
     out: list[Person] = []
     family: list[dict[str, str]] = []
     number, left = -1, 0
@@ -71,7 +72,8 @@ def people(part: Part, count: int, seed: int = 0) -> tuple[Person, ...]:
         if not left:
             number, left, family = number + 1, _FAMILY[(number + 1) % len(_FAMILY)], []
         base = family[rng.integers(len(family))] if family else None
-        who = _relative(base, rng, part) if base else _identity(sample_person(rng, part))
+        founder = {**sample_person(rng, part), "hair_colour": colours[number % len(colours)]}
+        who = _relative(base, rng, part) if base else _identity(founder)
         known = [dict(person.looks) for person in out]
         if any(distance(who, other) < (2 if other in family else 5) for other in known):
             continue
