@@ -263,7 +263,7 @@ def _draw_mark(p: Pen, who: Portrait) -> None:
             p.line([(x - 1.6, y - 0.7), (x + 1.7, y + 0.6)], 0.7, red)
     else:
         for side in (-1, 1):
-            p.oval(x * side, 25.4, 2.5, 2.0, mixed(skin, (240, 40, 70), 0.5))
+            p.oval(x * side, 25.4, 2.5, 2.0, mixed(skin, (248, 60, 130), 0.62))
 
 
 def _draw_beard(p: Pen, who: Portrait, half: list[Point]) -> None:
@@ -332,7 +332,7 @@ def _draw_nose(p: Pen, who: Portrait) -> None:
     tone, edge = mixed(skin, (226, 90, 76), 0.38), shade(skin, 0.66)
     kind = who["nose"]
     if kind == "button":
-        p.oval(0, 24.4, 2.1, 2.0, tone, edge, 0.45)
+        p.oval(0, 24.5, 2.5, 2.3, mixed(skin, (232, 56, 60), 0.75), edge, 0.45)
     elif kind == "long":
         p.area(
             smooth([(-0.9, 18.6), (-1.2, 23.4), (-1.9, 26), (0, 27.2), (1.9, 26), (1.2, 23.4), (0.9, 18.6)]),
@@ -341,9 +341,9 @@ def _draw_nose(p: Pen, who: Portrait) -> None:
             0.45,
         )
     elif kind == "wide":
-        p.oval(0, 24.9, 4.0, 1.8, tone, edge, 0.45)
-        for x in (-1.8, 1.8):
-            p.oval(x, 25.4, 0.75, 0.65, edge)
+        p.oval(0, 24.8, 4.6, 2.0, tone, edge, 0.5)
+        for x in (-2.1, 2.1):
+            p.oval(x, 25.1, 1.0, 0.9, shade(skin, 0.85))
     else:
         p.area([(-0.8, 18.8), (4.6, 26), (-1.4, 26.4)], tone, edge, 0.5)
 
