@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,8 @@ class Concept:
     """One thing to be taught from a few images, or with `request` to be unlearnt, from images that the model makes.
 
     `noun` is its class noun ("dog"), "" when unknown. Templates hold "{token}" and may hold "{noun}"; without any, the
-    domain's `concept.prompt` and `eval.prompt` are used. Labels of `images` are all 0.
+    domain's `concept.prompt` and `eval.prompt` are used. Labels of `images` are all 0. `attributes` are what all its
+    images show, attribute by value, where a judge of generated images knows them.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Concept:
     request: Request | None = None
     #: of each image, "" where it has none; empty without any
     captions: tuple[str, ...] = ()
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

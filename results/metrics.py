@@ -155,6 +155,20 @@ def concept_accuracy_last(rows: Rows, n_tasks: int) -> float | None:
     return _share(rows[n_tasks - 1]["nearest_correct"], rows[n_tasks - 1]["generated"])
 
 
+def attribute_accuracy(rows: Rows, n_tasks: int) -> float | None:
+    """Attributes right on the images generated right after learning, percent, mean over concepts."""
+    if len(rows) < n_tasks:
+        return None
+    values = whole([rows[j]["attribute_share"][-1] for j in range(n_tasks)])
+    return 100.0 * _mean(values) if values else None
+
+
+def attribute_accuracy_last(rows: Rows, n_tasks: int) -> float | None:
+    """Attributes right on the images generated after the last task, percent, mean over concepts."""
+    mean = last_mean(rows, n_tasks, "attribute_share")
+    return None if mean is None else 100.0 * mean
+
+
 def _scaled_rows(matrix: Mapping[str, Any], n_tasks: int, field: str) -> list[list[float | None] | None]:
     rows = _rows(matrix)
     return [
@@ -236,6 +250,9 @@ def _counts(name: str, what: str, nullable: bool = False) -> Field:
 
 def _values(name: str, what: str, unit: str) -> Field:
     return Field(name, "number", what, unit, nullable=True)
+
+
+_SHARE = Field("attribute_share", "number", "share of attributes right on the images", required=False, nullable=True)
 
 
 KINDS: dict[str, MatrixKind] = {
@@ -352,6 +369,18 @@ KINDS: dict[str, MatrixKind] = {
                 "concept_accuracy_last", "concept acc. last", "%", "higher",
                 "the same after the last task, for all concepts",
                 lambda results: concept_accuracy_last(results.rows, results.n_tasks), decimals=1,
+            ),
+            Measure(
+                "attribute_accuracy", "attributes", "%", "higher",
+                "attributes of a concept that the judge sees on the images generated right after learning it, mean "
+                "over its images and over concepts; a network that learns nothing has about the share of a guess",
+                lambda results: attribute_accuracy(results.rows, results.n_tasks), decimals=1,
+                field=_SHARE,
+            ),
+            Measure(
+                "attribute_accuracy_last", "attributes last", "%", "higher", "the same after the last task",
+                lambda results: attribute_accuracy_last(results.rows, results.n_tasks), decimals=1,
+                field=_SHARE,
             ),
         ),
         quality="A_mmd",

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.models.bundled import bundled_backbones, bundled_diffusion
+from dualcl.benchmark.models.portraits_judge import SIZE, WIDTH, load_judge
 from dualcl.benchmark.models.vit import BackboneConfig, load_backbone
 from dualcl.benchmark.models.weights import finite, no_pickles, offline, state_hash
 
@@ -28,6 +29,7 @@ Estimator = Literal["biased", "unbiased"]
 
 CLIP = "openai/clip-vit-base-patch32"
 BUNDLED = "glyph-vit"
+JUDGE = "portraits-judge"
 #: images or texts in a forward pass
 BATCH = 64
 
@@ -72,6 +74,10 @@ class ImageFeatures(ABC):
             raise UserError(f"the features of {what} by {self.name} are not finite; choose another eval.features")
         return rows
 
+    def attributes(self, images: Tensor) -> list[dict[str, str]] | None:
+        """What uint8 images (N, H, W, 3) show, value by attribute; None for a model that judges none."""
+        return None
+
     @abstractmethod
     def _images(self, pixels: Tensor) -> Tensor:
         """Features (B, D) of normalised pixels (B, 3, S, S)."""
@@ -104,6 +110,33 @@ class BackboneFeatures(ImageFeatures):
     def _images(self, pixels: Tensor) -> Tensor:
         features: Tensor = self.model.forward_head(self.model.forward_features(pixels), pre_logits=True)
         return features
+
+
+class JudgeFeatures(ImageFeatures):
+    """The hidden layer of the portraits' judge, which also reads attributes; reads no text."""
+
+    name, dim, size, interpolation = JUDGE, WIDTH, SIZE, "bicubic"
+    mean = std = (0.5, 0.5, 0.5)
+
+    def __init__(self, device: torch.device) -> None:
+        judge, card = load_judge()
+        self.judge, self.device, self.sha256 = judge.to(device), device, card["sha256"]
+
+    def _images(self, pixels: Tensor) -> Tensor:
+        return self.judge.features(pixels)
+
+    @torch.no_grad()
+    def attributes(self, images: Tensor) -> list[dict[str, str]]:
+        """What uint8 images (N, H, W, 3) show, value by attribute."""
+        with torch.autocast(self.device.type, enabled=False):
+            pixels = [self._pixels(chunk) for chunk in images.split(BATCH)]
+            scores = [{k: s.argmax(1).tolist() for k, s in self.judge(p).items()} for p in pixels]
+        known = self.judge.attributes
+        return [
+            {name: known[name][places[i]] for name, places in part.items()}
+            for part in scores
+            for i in range(len(next(iter(part.values()))))
+        ]
 
 
 class ClipFeatures(ImageFeatures):
@@ -159,9 +192,11 @@ class ClipFeatures(ImageFeatures):
 
 
 def features_name(name: str, base_name: str) -> str:
-    """`name`, or what "auto" stands for: the bundled ViT for a bundled base model, else CLIP ViT-B/32."""
+    """`name`, or what "auto" stands for: for a bundled base model the bundled ViT or judge, else CLIP ViT-B/32."""
     if name != "auto":
         return name
+    if base_name == "portraits-diffusion":
+        return JUDGE
     return BUNDLED if base_name in bundled_diffusion() else CLIP
 
 
@@ -173,13 +208,15 @@ def load_features(name: str, device: torch.device | str, base_name: str) -> Imag
     """
     device = torch.device(device)
     name = features_name(name, base_name)
+    if name == JUDGE:
+        return JudgeFeatures(device)
     if Path(name).expanduser().is_dir():
         return ClipFeatures(name, device)
     if name in bundled_backbones() or timm.is_model(name):
         return BackboneFeatures(name, device)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return ClipFeatures(name, device)
-    known = ["auto", CLIP, *bundled_backbones(), *timm.list_models("*vit*", pretrained=True)]
+    known = ["auto", CLIP, JUDGE, *bundled_backbones(), *timm.list_models("*vit*", pretrained=True)]
     raise UserError(
         f"unknown eval.features {name!r}; {nearest(name, known).split(' (')[0]}, or give a CLIP directory or hub id"
     )
