@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,7 +47,8 @@ class Concept:
     """One thing to be taught from a few images, or with `request` to be unlearnt, from images that the model makes.
 
     `noun` is its class noun ("dog"), "" when unknown. Templates hold "{token}" and may hold "{noun}"; without any, the
-    domain's `concept.prompt` and `eval.prompt` are used. Labels of `images` are all 0.
+    domain's `concept.prompt` and `eval.prompt` are used. Labels of `images` are all 0. `attributes` are what all its
+    images show, attribute by value, where a judge of generated images knows them.
     """
 
     name: str
@@ -56,6 +57,9 @@ class Concept:
     prompts: tuple[str, ...] = ()
     eval_prompts: tuple[str, ...] = ()
     request: Request | None = None
+    #: of each image, "" where it has none; empty without any
+    captions: tuple[str, ...] = ()
+    attributes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,8 @@ class ConceptData:
     split_hash: str
     #: ids of images left out because they could not be read (data.on_bad_image=skip)
     skipped: tuple[str, ...] = ()
+    #: what the files leave open, and how it was taken: said at the start of a run
+    notes: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -119,15 +125,18 @@ def check_template(template: str, where: str) -> None:
 
 def concepts_hash(concepts: Iterable[Concept]) -> str:
     """sha256 (16 hex digits) over the sorted (concept, image id) pairs; of a request, over (its name, all it says)."""
-    digest = hashlib.sha256()
+    digest, concepts = hashlib.sha256(), list(concepts)
     listed = [(c.name, c.images.ids if c.request is None else (repr(c.request),)) for c in concepts]
     for name, image in sorted((name, image) for name, images in listed for image in images):
         digest.update(f"{name}\t{image}\n".encode())
+    for c in sorted((c for c in concepts if c.captions), key=lambda c: c.name):
+        for image, caption in zip(c.images.ids, c.captions, strict=True):
+            digest.update(f"{c.name}\t{image}\t{caption}\n".encode())
     return digest.hexdigest()[:16]
 
 
 def make_concept_stream(
-    data: ConceptData, tasks: int | None, order: str | Sequence[int] = "shuffle", seed: int = 0
+    data: ConceptData, tasks: int | None, order: str | Sequence[int] | Sequence[str] = "shuffle", seed: int = 0
 ) -> ConceptStream:
     """The first `tasks` concepts (None: all) in the asked order; see `make_class_order` for `order` and `seed`."""
     n_concepts = len(data.concepts)
@@ -137,5 +146,5 @@ def make_concept_stream(
         raise UserError(
             f"stream.tasks is {tasks} but {data.name} has only {n_concepts} concepts; give at most {n_concepts}"
         )
-    chosen = make_class_order(n_concepts, order, seed, item="concept")[:tasks]
+    chosen = make_class_order(n_concepts, order, seed, [c.name for c in data.concepts], "concept")[:tasks]
     return ConceptStream(data, chosen, tuple(data.concepts[i] for i in chosen))

@@ -11,13 +11,13 @@ from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets.base import register_dataset
 from dualcl.datasets.concepts import ConceptData
 from dualcl.datasets.reading.download import download
-from dualcl.datasets.reading.folders import class_folders
+from dualcl.datasets.reading.folders import class_folders, folder_notes, read_folders
 from dualcl.datasets.reading.photos import (
     CLASSES_FILE,
     PhotosConfig,
     Words,
     chosen_folders,
-    folder_files,
+    names_or_file,
     photo_concepts,
     read_classes,
 )
@@ -51,11 +51,15 @@ class DreamBoothSubjects:
             default="data/dreambooth", metadata={"help": "the folder with the subjects' folders", "volatile": True}
         )
         subjects: list[str] | None = field(
-            default=None, metadata={"help": "only these subjects, in this order; default: all, by name"}
+            default=None, metadata={"help": "only these subjects, in this order, or a file of names; default: all"}
         )
         scenes: bool = field(
             default=False, metadata={"help": "evaluate on the set's 25 scenes per subject, not on eval.prompt"}
         )
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            object.__setattr__(self, "subjects", names_or_file("data.subjects", self.subjects, self.root))
 
     @classmethod
     def load(cls, config: Config) -> ConceptData:
@@ -70,7 +74,10 @@ class DreamBoothSubjects:
             )
         chosen = chosen_folders("data.subjects", config.subjects, there, root)
         split_name = f"dreambooth:{len(chosen)}"
-        return photo_concepts(cls.name, root, folder_files(root, chosen), words, config, split_name)
+        found = read_folders(root, chosen, "concept")
+        files = {folder: f.images for folder, f in found.items()}
+        notes = folder_notes(found.values(), "concept")
+        return photo_concepts(cls.name, root, files, words, config, split_name, notes)
 
     @classmethod
     def prepare(cls, config: Config) -> None:
@@ -81,11 +88,11 @@ class DreamBoothSubjects:
             unpacked = root.with_name(root.name + ".unpacked")
             shutil.rmtree(unpacked, ignore_errors=True)
             extract_tar(archive, unpacked, max_bytes=2 * 2**30, max_files=10_000)
-            found = sorted(unpacked.glob("*/dataset"))
-            if not found:
+            unpacked_sets = sorted(unpacked.glob("*/dataset"))
+            if not unpacked_sets:
                 raise UserError(f"{archive} has no folder dataset, so it is not DreamBooth's; remove it and run again")
             root.mkdir(parents=True, exist_ok=True)
-            for entry in sorted(found[0].iterdir()):
+            for entry in sorted(unpacked_sets[0].iterdir()):
                 # a folder of an earlier, unfinished unpacking
                 if (root / entry.name).is_dir():
                     shutil.rmtree(root / entry.name)
@@ -94,10 +101,10 @@ class DreamBoothSubjects:
         subjects = _listed(root)
         if len(subjects) != N_SUBJECTS:
             raise UserError(f"{root / CLASSES_FILE} lists {len(subjects)} subjects, not {N_SUBJECTS}; {_mend(root)}")
-        files = folder_files(root, sorted(subjects))
-        few = [subject for subject, images in files.items() if len(images) < MIN_IMAGES]
+        read = read_folders(root, sorted(subjects), "concept")
+        few = [(subject, len(f.images)) for subject, f in read.items() if len(f.images) < MIN_IMAGES]
         if few:
-            raise UserError(f"{root / few[0]} has {len(files[few[0]])} images, not {MIN_IMAGES} or more; {_mend(root)}")
+            raise UserError(f"{root / few[0][0]} has {few[0][1]} images, not {MIN_IMAGES} or more; {_mend(root)}")
         cls.load(config)
 
 

@@ -136,6 +136,12 @@ class Method(nn.Module):
         """
         return self.domain.loss(batch)
 
+    @classmethod
+    def asks_task_loss(cls) -> bool:
+        """Whether `loss` is the domain's, or calls it, as far as its code shows."""
+        code = getattr(cls.loss, "__code__", None)
+        return cls.loss is Method.loss or (code is not None and "loss" in code.co_names)
+
     def penalty(self) -> Tensor | None:
         """Extra loss terms, a scalar, once per optimiser step after `loss`; None when there are none."""
         return None

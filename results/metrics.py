@@ -58,6 +58,12 @@ def a_avg(acc: Cells) -> float | None:
     return _mean([_mean(row) for row in rows]) if rows else None
 
 
+def a_avg_weighted(matrix: Mapping[str, Any], n_tasks: int) -> float | None:
+    """A_avg_weighted (PILOT): mean over i of correct over all test samples seen after task i, percent."""
+    shares = {r["after_task"]: 100.0 * sum(r["correct"]) / sum(r["total"]) for r in matrix["rows"] if sum(r["total"])}
+    return _mean([*shares.values()]) if len(shares) == n_tasks else None
+
+
 def f_step(acc: Cells) -> float | None:
     """F_step (CODA-Prompt's public code): 1/(N-1) sum_{i=2..N} 1/(i-1) sum_{j<i} (R[i-1][j] - R[i][j]); points."""
     rows = _complete(acc)
@@ -149,6 +155,20 @@ def concept_accuracy_last(rows: Rows, n_tasks: int) -> float | None:
     return _share(rows[n_tasks - 1]["nearest_correct"], rows[n_tasks - 1]["generated"])
 
 
+def attribute_accuracy(rows: Rows, n_tasks: int) -> float | None:
+    """Attributes right on the images generated right after learning, percent, mean over concepts."""
+    if len(rows) < n_tasks:
+        return None
+    values = whole([rows[j]["attribute_share"][-1] for j in range(n_tasks)])
+    return 100.0 * _mean(values) if values else None
+
+
+def attribute_accuracy_last(rows: Rows, n_tasks: int) -> float | None:
+    """Attributes right on the images generated after the last task, percent, mean over concepts."""
+    mean = last_mean(rows, n_tasks, "attribute_share")
+    return None if mean is None else 100.0 * mean
+
+
 def _scaled_rows(matrix: Mapping[str, Any], n_tasks: int, field: str) -> list[list[float | None] | None]:
     rows = _rows(matrix)
     return [
@@ -232,6 +252,9 @@ def _values(name: str, what: str, unit: str) -> Field:
     return Field(name, "number", what, unit, nullable=True)
 
 
+_SHARE = Field("attribute_share", "number", "share of attributes right on the images", required=False, nullable=True)
+
+
 KINDS: dict[str, MatrixKind] = {
     "accuracy": MatrixKind(
         heading="Classification",
@@ -247,15 +270,22 @@ KINDS: dict[str, MatrixKind] = {
                 lambda results: a_last(results.cells), latex=r"$A_{\mathrm{last}}$", compared=True,
             ),
             Measure(
-                "A_last_weighted", "A_last weighted", "%", "higher",
+                "A_last_weighted", "A_last over images", "%", "higher",
                 "accuracy after the last task over all test samples together (larger tasks weigh more)",
                 lambda results: a_last_weighted(results.matrix, results.n_tasks),
-                latex=r"$A_{\mathrm{last}}^{w}$", column=False,
+                latex=r"$A_{\mathrm{last}}^{\mathrm{images}}$", beside="A_last",
             ),
             Measure(
                 "A_avg", "A_avg", "%", "higher",
-                "average incremental accuracy: mean over i of the mean over j ≤ i of R[i][j]",
+                "average incremental accuracy, mean over tasks: mean over i of the mean over j ≤ i of R[i][j]",
                 lambda results: a_avg(results.cells), latex=r"$A_{\mathrm{avg}}$", compared=True,
+            ),
+            Measure(
+                "A_avg_weighted", "A_avg over images", "%", "higher",
+                "average incremental accuracy over images, as in PILOT: mean over i of the accuracy after task i over "
+                "all test samples seen so far together (larger tasks weigh more)",
+                lambda results: a_avg_weighted(results.matrix, results.n_tasks),
+                latex=r"$A_{\mathrm{avg}}^{\mathrm{images}}$", beside="A_avg",
             ),
             Measure(
                 "F_step", "F_step", "points", "lower",
@@ -339,6 +369,18 @@ KINDS: dict[str, MatrixKind] = {
                 "concept_accuracy_last", "concept acc. last", "%", "higher",
                 "the same after the last task, for all concepts",
                 lambda results: concept_accuracy_last(results.rows, results.n_tasks), decimals=1,
+            ),
+            Measure(
+                "attribute_accuracy", "attributes", "%", "higher",
+                "attributes of a concept that the judge sees on the images generated right after learning it, mean "
+                "over its images and over concepts; a network that learns nothing has about the share of a guess",
+                lambda results: attribute_accuracy(results.rows, results.n_tasks), decimals=1,
+                field=_SHARE,
+            ),
+            Measure(
+                "attribute_accuracy_last", "attributes last", "%", "higher", "the same after the last task",
+                lambda results: attribute_accuracy_last(results.rows, results.n_tasks), decimals=1,
+                field=_SHARE,
             ),
         ),
         quality="A_mmd",

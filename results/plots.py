@@ -22,8 +22,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
+from matplotlib.text import Text
 
 from dualcl.results.files import write_bytes
+from dualcl.results.fonts import drawable, families
 from dualcl.results.metrics import METRICS
 from dualcl.results.record_type import Curve, MatrixKind, Measure
 from dualcl.results.records import Record
@@ -80,7 +82,7 @@ def styles(records: Sequence[Record]) -> dict[str, Style]:
 
 def _shown(name: str, width: int = 26) -> str:
     """A name as matplotlib can show it: wrapped, no mathematics, and no leading `_` (which hides a legend entry)."""
-    return textwrap.fill(" " * name.startswith("_") + name, width, drop_whitespace=False).replace("$", r"\$")
+    return textwrap.fill(" " * name.startswith("_") + drawable(name), width, drop_whitespace=False).replace("$", r"\$")
 
 
 def _unlabelled(axes: Any) -> None:
@@ -635,6 +637,9 @@ def save_figure(figure: Figure, path: Path) -> Path:
     buffer = io.BytesIO()
     with matplotlib.rc_context(_RC):
         figure.dpi = 200
+        for text in figure.findobj(Text):
+            if not text.get_text().isascii():
+                text.set_fontfamily(families(text.get_text()))
         if (layout := figure.get_layout_engine()) is not None:
             layout.execute(figure)
             figure.set_layout_engine("none")

@@ -146,6 +146,9 @@ FIELDS = (
     Field("run.caveats", "texts", "what a reader of the numbers must know", required=False),
     Field("run.tuning", "text", "who tuned the method's values", required=False),
     Field("run.tuned_on", "name", "the preset on which a sweep chose them, if it is another", required=False),
+    Field("run.extends", "mapping", "the run whose exported model it goes on from", required=False),
+    *_optional("run.extends", "scalar", preset="its preset", method="its method", label="its label", seed="its seed"),
+    *_optional("run.extends", "scalar", config_hash="of its record", weights_sha256="of the exported model"),
     *_source("run.method_source", "method"),
     *_source("run.data_source", "data set"),
     Field("config", "mapping", "the resolved configuration, as `dualcl show` prints it"),
@@ -160,15 +163,26 @@ FIELDS = (
     *_optional("identity", "scalar", features_sha256="of that model's weights"),
     *_optional("identity", "scalar", kernel="of the MMD", estimator="of the MMD"),
     *_optional("identity", "list", class_order="classes or concepts in the order learnt"),
+    *_optional("identity", "list", task_sizes="classes of each task, where they are not as equal as can be"),
     *_optional("identity", "scalars", eval="how images are generated that are measured"),
+    Field("content", "words", "hashes of what the run read from files; not in older records", required=False),
+    *_optional("content", "name", data="pictures and their names", words="names of classes; nouns and prompts"),
+    *_optional("content", "name", weights="the file of weights", base="the model's directory", features="that of CLIP"),
+    *_optional("content", "name", settings="what the small files of the model's directory say"),
     Field("network", "mapping", "the adapted network"),
     Field("network.parameters", "size", "of the adapted network"),
     Field("network.skipped_images", "texts", "unreadable images that were left out", required=False),
+    Field("network.prepared_as", "text", "who says mean, std and interpolation of its input", required=False),
+    Field("network.half_precision_files", "texts", "parts of the base whose only files are in float16", required=False),
+    Field("network.notes", "texts", "what the files of the data left open, and how it was taken", required=False),
+    Field("network.captions", "words", "the prompt of each image that has a caption", required=False),
+    Field("network.repeated_pictures", "texts", "pictures that are there more than once, by kind", required=False),
     Field("network.concepts", "list", "names of the concepts", required=False),
     Field("environment", "mapping", "versions, commit, device"),
     *_optional("environment", "scalar", dualcl="version", torch="version", device="cpu, or the GPU"),
     *_optional("environment", "scalar", commit="of the checkout"),
     *_optional("environment", "flag", dirty="uncommitted changes in it"),
+    Field("environment.places", "words", "absolute paths of what the configuration names relatively", required=False),
     Field("tasks", "list", "one entry per task learnt, in order; one in all for joint training"),
     Field("tasks[]", "mapping", "a task"),
     Field("tasks[].task", "integer", "from 0; null: all at once", nullable=True),
@@ -331,6 +345,8 @@ class Measure:
     exact: bool = False
     #: in the table, not only below it
     column: bool = True
+    #: a measure that it often equals: a column of its own only in tables where it does not
+    beside: str = ""
     #: differences between methods are tested
     compared: bool = False
 
@@ -405,8 +421,8 @@ class MatrixKind:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Measures in the table, before those of cost."""
-        return tuple(measure.key for measure in self.measures if measure.column)
+        """Measures in every table, before those of cost."""
+        return tuple(measure.key for measure in self.measures if measure.column and not measure.beside)
 
     @property
     def compared(self) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.files import json_text
 from dualcl.benchmark.core.machine import usable_cpus
 from dualcl.benchmark.core.reading import read_json
 from dualcl.results import record_type
@@ -188,7 +189,7 @@ def _check(path: Path, data: dict[str, Any]) -> None:
 def record_checksum(data: Mapping[str, Any]) -> str:
     """sha256 of a record as parsed from JSON, its own `sha256` aside."""
     kept = {key: value for key, value in data.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json_text(kept, sort_keys=True).encode()).hexdigest()
 
 
 def load_record(path: str | os.PathLike[str]) -> Record:

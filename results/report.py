@@ -72,6 +72,13 @@ def _notes(summary: Summary, all_plots: bool) -> list[str]:
     return lines
 
 
+def _names(summary: Summary) -> set[str]:
+    """All names that pictures may show."""
+    tasks = (task for record in summary.records for task in record.data["tasks"])
+    shown = (str(task.get(key) or "") for task in tasks for key in ("name", "concept"))
+    return {*shown, *(name for r in summary.records for name in (r.label, r.table))}
+
+
 def _can_print(marks: str) -> bool:
     try:
         marks.encode(sys.stdout.encoding or "utf-8")
@@ -157,6 +164,7 @@ def build_report(
             drawing.draw_sheets(pictures, summary, out if "png" in formats else None, streams=streams)
             files.samples = [out / link for samples in pictures.samples for link in samples.links]
             files.warnings += [note for samples in pictures.samples for note in samples.notes]
+            files.notes += late("fonts").lacking(_names(summary))
         for form in ("md", "csv", "tex"):
             if form in formats:
                 written = render(summary, form)

@@ -15,10 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from dualcl.results.files import slugs
+from dualcl.results.fonts import PLAIN, drawable, file_for
 from dualcl.results.records import Record
 
 FOLDER = "samples"
@@ -207,8 +207,8 @@ class RunSamples:
 
 
 @cache
-def _font(size: int) -> Any:
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")), size)
+def _font(size: int, file: str = str(PLAIN)) -> Any:
+    return ImageFont.truetype(file, size)
 
 
 def _lines(text: str, font: Any, width: float, most: int) -> list[str]:
@@ -268,11 +268,13 @@ class _Sheet:
 
     def text(self, x: int, y: int, text: str, size: int, width: int, most: int, colour: str = _BLACK) -> int:
         """Draws wrapped text; returns its height."""
-        lines = _lines(text, _font(size), width, most)
+        text = drawable(text.encode("utf-8", "replace").decode())
+        font = _font(size, file_for(text))
+        lines = _lines(text, font, width, most)
         step = round(size * 1.3)
         draw = self.room(y - self.y + step * len(lines))
         for i, line in enumerate(lines):
-            draw.text((x, y + i * step), line, fill=colour, font=_font(size))
+            draw.text((x, y + i * step), line, fill=colour, font=font)
         return step * len(lines)
 
     def tiles(self, x: int, tiles: Tiles) -> None:

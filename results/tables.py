@@ -30,6 +30,8 @@ FEW_SEEDS = 3
 
 #: identity that may differ between seeds, yet must agree between methods at the same seed
 PER_SEED = frozenset({"class_order", "class_order_hash", "order_seed"})
+#: files of tensors in a record's content, whose own hashes stand in the identity
+_FILES = ("weights", "base", "features")
 #: last parts of configuration keys that differ between seeds or machines, and do not make another variant of a method
 _FREE_CONFIG = PER_SEED | {
     "seed",
@@ -110,13 +112,18 @@ class Table:
     @property
     def metrics(self) -> list[Measure]:
         """The measures shown, in order."""
-        return [measure for measure in self._there if measure.column]
+        return [m for m in self._there if m.column and (not m.beside or self._differ(m.key, m.beside))]
 
     @property
     def all_metrics(self) -> list[Measure]:
         """All measures of the matrix, in order, where the table shows only some of them; else none."""
         found = [measure for measure in self._there if measure.key not in COST]
-        return found if self.rows and not all(measure.column for measure in found) else []
+        return found if self.rows and not all(measure in self.metrics for measure in found) else []
+
+    def _differ(self, *keys: str) -> bool:
+        """Whether two measures differ in some run, by more than the order of a sum."""
+        pairs = ([record.metrics.get(key) for key in keys] for record in self.records)
+        return any(a != b and (a is None or b is None or abs(a - b) > 1e-9) for a, b in pairs)
 
     @property
     def _there(self) -> list[Measure]:
@@ -193,6 +200,22 @@ def _budget(record: Record) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key.split(".")[-1] not in _FREE_CONFIG}
 
 
+def _content_conflicts(records: Sequence[Record]) -> dict[str, str]:
+    """What was read from files, by content: a line for each thing that is another in two records that say it."""
+    conflicts: dict[str, str] = {}
+    first: dict[tuple[str, str], tuple[str, Record]] = {}
+    for record in records:
+        for key, value in (record.data.get("content") or {}).items():
+            if key in _FILES:
+                continue
+            # methods may be given other words; the seeds of one are of the same
+            known, other = first.setdefault((key, record.label if key == "words" else ""), (value, record))
+            if known != value:
+                there, here = f"{known[:12]} in {_name(other)}", f"{value[:12]} in {_name(record)}"
+                conflicts.setdefault(key, f"the content of {key.rstrip('.')} has changed, sha256 {there} and {here}")
+    return conflicts
+
+
 def _identity_conflicts(records: Sequence[Record]) -> list[str]:
     """One line per identity key on which runs disagree that would share a table."""
     conflicts: dict[str, str] = {}
@@ -212,7 +235,10 @@ def _identity_conflicts(records: Sequence[Record]) -> list[str]:
                 conflicts.setdefault(
                     key, f"{key} is {_short(known)} in {_name(other)} and {_short(value)} in {_name(record)}"
                 )
-    return list(conflicts.values())
+    # another choice of images says more than another hash of them, and that more than what follows from it
+    chosen: dict[str, str] = {key: conflicts[key] for key in ("data", "split_name") if key in conflicts}
+    found: dict[str, str] = {**chosen, **_content_conflicts(records), **conflicts}
+    return list(found.values())
 
 
 def _measure_conflicts(records: Sequence[Record]) -> list[str]:
@@ -358,10 +384,16 @@ def _warnings(records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
     if len({row.seeds for row in rows}) > 1:
         seeds = "; ".join(f"{row.label}: {', '.join(map(str, row.seeds))}" for row in rows)
         lines.append(f"not the same seeds for every method ({seeds})")
+    known = sum("data" in (r.data.get("content") or {}) for r in records)
+    if 0 < known < len(records):
+        lines.append(
+            f"{len(records) - known} of {len(records)} runs say no hash of their data, which may be other data"
+        )
     skipped = sorted({str(i) for r in records for i in r.data["network"].get("skipped_images") or []})
     if skipped:
         shown = ", ".join(skipped[:3]) + (", ..." if len(skipped) > 3 else "")
         lines.append(f"unreadable images were left out ({len(skipped)}): {shown}")
+    lines += sorted({str(n) for r in records for n in r.data["network"].get("notes") or []})
     for key, what in {"dualcl": "versions of dualcl", "commit": "commits", "torch": "versions of torch"}.items():
         if len(values := _values(records, key)) > 1:
             lines.append(f"mixed {what}: {', '.join(v[:12] for v in values)}")
@@ -374,11 +406,12 @@ def _warnings(records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _subtitle(record: Record) -> str:
-    identity = record.data["identity"]
+def _subtitle(records: Sequence[Record]) -> str:
+    record, identity = records[0], records[0].data["identity"]
     parts = [_count(record.n_tasks, record.kind.item)]
     parts += [f"{k.split('_')[0]} {identity[k]}" for k in ("data", "split_name", "backbone") if identity.get(k)]
-    return ", ".join(parts)
+    same = dict.fromkeys(str(line) for r in records for line in r.data["network"].get("repeated_pictures") or [])
+    return ", ".join(parts) + (f"; same pictures: {'; '.join(same)}" if same else "")
 
 
 def _count(n: int, item: str) -> str:
@@ -517,7 +550,7 @@ def make_table(
     ]
     table = Table(
         preset,
-        _subtitle((finished or list(records))[0]),
+        _subtitle(finished or list(records)),
         _measured(finished or list(records)),
         kind,
         rows,

@@ -16,7 +16,7 @@ def main(args: argparse.Namespace) -> int:
         raise UserError(f"unknown --to {args.kind!r}; {nearest(args.kind, EXPORT_FORMATS, 'formats')}")
     args.place = args.out
 
-    card = export(args.run_dir, args.kind, args.out, args.rank, method=args.method, data=args.data)
+    card = export(args.run_dir, args.kind, args.out, args.rank, method=args.method, data=args.data, base=args.base)
     for line in describe(card, args.out):
         say(line)
     print(args.out)

@@ -239,7 +239,9 @@ def _generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--scheduler", metavar="|".join(SCHEDULERS), help="default: the run's eval.scheduler")
     command.add_argument("--negative", metavar="TEXT", help="negative prompt (default: the run's eval.negative_prompt)")
     command.add_argument("--after", type=_positive, metavar="K", help="the state after task K, where the run keeps it")
-    command.add_argument("--base", metavar="MODEL", help="the model to put an exported LoRA on (default: its own)")
+    command.add_argument(
+        "--base", metavar="MODEL", help="where a run's base model is now; the model to put an exported LoRA on"
+    )
     command.add_argument("--batch-size", type=_positive, default=8, metavar="N", help="images at once (default 8)")
     command.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, mps (default auto)")
     _add_files(command)
@@ -256,6 +258,7 @@ def _export(command: argparse.ArgumentParser) -> None:
         metavar="R",
         help="largest rank of a LoRA (default: as many as hold the update exactly)",
     )
+    command.add_argument("--base", metavar="MODEL", help="where the run's base model is now")
     _add_files(command)
 
 
@@ -270,13 +273,24 @@ def _list(command: argparse.ArgumentParser) -> None:
 
 
 def _check(command: argparse.ArgumentParser) -> None:
-    command.add_argument("method", metavar="METHOD", help="FILE.py, FILE.py:NAME, or a name of `dualcl list methods`")
+    command.add_argument(
+        "method", nargs="?", metavar="METHOD", help="FILE.py, FILE.py:NAME, or a name of `dualcl list methods`"
+    )
+    command.add_argument(
+        "--backbones",
+        nargs="*",
+        metavar="GLOB",
+        help="instead: timm's transformers, each made small with random weights; all take some minutes",
+    )
     _add_sets(command)
 
 
 def _show(command: argparse.ArgumentParser) -> None:
     command.add_argument("preset", metavar="PRESET", help="a bundled preset or a YAML file")
     command.add_argument("method", nargs="?", metavar="METHOD", help="a name or file; default: what all share")
+    command.add_argument(
+        "--order", action="store_true", help="all classes of all tasks, in the order in which they run"
+    )
     _add_sets(command)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +12,11 @@ from typing import Any
 from dualcl.benchmark.config.presets import Preset, load_preset
 from dualcl.benchmark.config.resolve import help_text, own_values, resolve, resolve_shared
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.core.text import align
+from dualcl.benchmark.core.settings import Resolved
+from dualcl.benchmark.core.text import align, printable
+from dualcl.benchmark.domains import domain_class
 from dualcl.benchmark.grids.sweep import axes_of, typed
+from dualcl.datasets import dataset_class
 from dualcl.methods import method_info
 
 
@@ -38,6 +43,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"search space: {_shown_space(loaded, resolved.method)}")
     print()
     print("\n".join(align([["key", "value", "from", "what it is"], *rows])))
+    print()
+    print("\n".join(_order(resolved, whole=args.order)))
     if shared:
         print()
         if loaded.compare:
@@ -49,6 +56,29 @@ def main(args: argparse.Namespace) -> int:
             print(f"search spaces, {loaded.points} points each (dualcl sweep {args.preset} METHOD):")
             print("\n".join(align([[name, _shown_space(loaded, name)] for name in loaded.search])))
     return 0
+
+
+def _order(resolved: Resolved, *, whole: bool) -> list[str]:
+    """What is learnt in which order, a line for each task; `whole`: all of it, however long."""
+    config = resolved.sections["data"]
+    if hasattr(config, "verify"):
+        config = dataclasses.replace(config, verify=False)  # names are all that is asked for
+    try:
+        data = dataset_class(resolved.data_reference, resolved.domain).load(config)
+    except UserError as error:
+        return [f"order: not known without the data ({printable(str(error))})"]
+    tasks = domain_class(resolved.domain).ordered(resolved, data)  # type: ignore[attr-defined]
+    sizes = [len(names) for names in tasks]
+    runs = [f"{n} of {size}" for size, group in itertools.groupby(sizes) if (n := len([*group]))]
+    lines = [f"order with seed {resolved.general.seed}: {len(tasks)} tasks ({', '.join(runs)})"]
+    most, shown = (None, tasks) if whole else (5, tasks[:20])
+    for i, names in enumerate(shown, start=1):
+        lines.append(
+            f"  task {i} ({len(names)}): {printable(', '.join(names[:most]))}" + ", ..." * (names[:most] != names)
+        )
+    if len(shown) < len(tasks):
+        lines.append(f"  ... and {len(tasks) - len(shown)} more tasks (--order shows all)")
+    return lines
 
 
 def _shown_space(preset: Preset, method: str) -> str:

@@ -124,14 +124,17 @@ def resolve(
             if typing.get_origin(annotation) is not dict:
                 errors.append(str(_unknown(key, [*known_keys, "data.name"])))
                 continue
-            values[section].setdefault(spec.name, {})[key[len(owner) + 1 :]] = value
-            sources[key] = source
-            continue
+            annotation = Any
         try:
-            values[section][spec.name] = coerce(value, annotation, key)
+            given_value = coerce(value, annotation, key)
             sources[key] = source
         except UserError as error:
             errors.append(str(error))
+            continue
+        if owner != key:
+            values[section].setdefault(spec.name, {})[key[len(owner) + 1 :]] = given_value
+        else:
+            values[section][spec.name] = given_value
     sections: dict[str, Any] = {}
     for name, cls in classes.items():
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -13,6 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dualcl.benchmark.core.processes import ALONE, Processes
+from dualcl.benchmark.core.settings import Resolved
+
+#: what is read from files -> its digest, made when asked for
+Contents = dict[str, Callable[[], str]]
 
 
 @dataclass(frozen=True)
@@ -155,12 +159,18 @@ class Domain(ABC):
     micro_batch_size: int | None = None
     #: of the network's own passes; all else is float32
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    #: the run whose exported model this one goes on from, for the record
+    extends: Mapping[str, Any] | None = None
     #: the method built on the domain last, which reads its images
     method: ReadOut | None = None
 
     def attach(self, method: ReadOut) -> None:
         """Called by each method that is built on the domain."""
         self.method = method
+
+    def check_new(self) -> list[str]:
+        """Raises UserError for what only a run from before the check may have; what a user must know, in lines."""
+        return []
 
     def autocast(self) -> torch.autocast:
         """The precision of the network's own passes, which a domain alone switches on."""
@@ -193,6 +203,9 @@ class Domain(ABC):
     @abstractmethod
     def loss(self, batch: Any) -> Tensor:
         """The task loss of a batch, a scalar."""
+
+    def check_loss(self, task: int | None, scope: Literal["task", "seen"]) -> None:  # noqa: B027 - few domains refuse
+        """UserError for a task whose loss can teach nothing; called before anything is trained."""
 
     @abstractmethod
     def samples(self, batch: Any) -> Iterator[Any]:
@@ -250,6 +263,22 @@ class Domain(ABC):
     @abstractmethod
     def summary(self, row: Mapping[str, Any]) -> str:
         """An evaluation in a few words, for the progress line."""
+
+    @classmethod
+    def contents(cls, resolved: Resolved, data: Any = None, known: Iterable[str] = ()) -> Contents:
+        """What a run reads from files, and of what is configured is there now: its name -> how to get its digest.
+
+        `data` is loaded when it is needed and not given. `known`: names that a record has.
+        """
+        return {}
+
+    def content(self) -> dict[str, str]:
+        """The digests of what this run read from files."""
+        return {}
+
+    def repeated(self) -> list[str]:
+        """Pictures of the data that are there more than once, a line for each kind."""
+        return []
 
     def adapted_parameters(self) -> int:
         """Size of the adapted network: the 100 % of N_train and N_store."""

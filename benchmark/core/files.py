@@ -7,7 +7,9 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
@@ -55,11 +57,44 @@ def as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
+class Growing(list[Any]):
+    """A list that is appended to and never changed else: `json_text` makes the text of each entry once."""
+
+    def __init__(self, entries: Iterable[Any] = ()) -> None:
+        super().__init__(entries)
+        self._texts: dict[bool, list[str]] = {False: [], True: []}
+
+    def text(self, sort_keys: bool) -> str:
+        """In JSON: as `json.dumps(sort_keys=True)`, or an entry a line and without NaN."""
+        texts, between = self._texts[sort_keys], ", " if sort_keys else ",\n"
+        new = as_json(self[len(texts) :]) if sort_keys else self[len(texts) :]
+        texts += [json.dumps(entry, sort_keys=sort_keys, allow_nan=sort_keys) for entry in new]
+        return f"[{between.join(texts)}]"
+
+
+def json_text(value: Any, *, sort_keys: bool = False) -> str:
+    """As `json.dumps(sort_keys=True)`, for a checksum, or indented and without NaN, for a file."""
+    mark, growing = uuid.uuid4().hex, list[Growing]()
+
+    def marked(node: Any) -> Any:
+        if isinstance(node, Growing):
+            growing.append(node)
+            return f"{mark}{len(growing) - 1}"
+        return {k: marked(v) for k, v in node.items()} if isinstance(node, dict) else node
+
+    tree = marked(value)
+    if sort_keys:
+        text = json.dumps(as_json(tree) if growing else tree, sort_keys=True)
+    else:
+        text = json.dumps(tree, indent=1, allow_nan=False)
+    return re.sub(rf'"{mark}(\d+)"', lambda found: growing[int(found[1])].text(sort_keys), text) if growing else text
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as JSON, atomically. NaN is an error: JSON has none."""
     with atomic_write(path) as handle:
-        handle.write(json.dumps(value, indent=1, allow_nan=False).encode() + b"\n")
+        handle.write(json_text(value).encode() + b"\n")
 
 
 def _checksum(blob: bytes, state: Mapping[str, Any]) -> str:
-    return hashlib.sha256(blob + json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(blob + json_text(state, sort_keys=True).encode()).hexdigest()

@@ -47,6 +47,26 @@ def check_name(text: str, where: str) -> None:
         raise UserError(f"{where} is {text[:80]!r}, which has control characters; write it on one line without")
 
 
+def read_names(path: Path, key: str) -> list[str]:
+    """The names in a text file, one a line; UserError naming `key` for a file that cannot be read or holds none."""
+    try:
+        lines = path.expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise UserError(f"{key}: cannot read {path} ({why}); give a text file with one name a line") from None
+    if not (names := [name for line in lines if (name := line.strip())]):
+        raise UserError(f"{key}: {path} holds no names; write one a line")
+    return names
+
+
+def is_file(text: str) -> bool:
+    """Whether `text` is the path of a file here."""
+    try:
+        return Path(text).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):
+        return False
+
+
 def parse_json(text: str) -> Any:
     """The value of a JSON text. ValueError for what is none, infinite, an integer from 2^64 on, or nested too deep."""
     try:

@@ -18,6 +18,24 @@ class MissingValueError(UserError):
     """A mapping with a key that has no value."""
 
 
+class WrittenInt(int):
+    """An integer that as text is what was written: 001 may be a name."""
+
+    text = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class WrittenFloat(float):
+    """A number that as text is what was written: 1e3 may be a name."""
+
+    text = ""
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class _Loader(yaml.SafeLoader):
     """SafeLoader that reads 1e-3 as a float, as YAML 1.2 does, and refuses duplicate keys and what has no end."""
 
@@ -71,10 +89,21 @@ class _Loader(yaml.SafeLoader):
         # 20 digits, or 64 bits, a sign and `0b`, with as many underscores
         if len(node.value) > 132 or abs(value := int(super().construct_yaml_int(node))) >= TOO_LARGE:
             raise ValueError(f"the integer {node.value[:20]}... is too large")
+        if str(value) == node.value:
+            return value
+        written = WrittenInt(value)
+        written.text = str(node.value)
+        return written
+
+    def construct_yaml_float(self, node: yaml.ScalarNode) -> float:
+        """As SafeLoader's, and knows how it was written."""
+        value = WrittenFloat(super().construct_yaml_float(node))
+        value.text = str(node.value)
         return value
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_yaml_float)
 _Loader.yaml_implicit_resolvers = {
     key: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
     for key, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()

@@ -19,7 +19,7 @@ from typing import Any, Literal, TypeVar, Union
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.reading import TOO_LARGE, check_name, check_text
 from dualcl.benchmark.core.registry import Plugin
-from dualcl.benchmark.core.safe_yaml import MissingValueError, read_yaml
+from dualcl.benchmark.core.safe_yaml import MissingValueError, WrittenFloat, WrittenInt, read_yaml
 
 VOLATILE = {"volatile": True}  #: metadata of keys that cannot change a result and may differ on resume
 
@@ -33,7 +33,17 @@ def positive(name: str, value: float | None, minimum: float = 1) -> None:
 
 
 #: keys that came when runs had been recorded, with their defaults: left unsaid, so that older runs go on
-LATER: Mapping[str, Any] = {"train.milestones": []}
+LATER: Mapping[str, Any] = {
+    "train.milestones": [],
+    "stream.sizes": [],
+    "stream.first": None,
+    "stream.increment": None,
+    "input.mean": None,
+    "input.std": None,
+    "data.use_captions": True,
+}
+#: a later default that stands for an older one where that was right
+SAID_AS: Mapping[str, tuple[Any, Any]] = {"input.interpolation": ("auto", "bicubic")}
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,7 @@ def _coerce(value: Any, annotation: Any) -> Any:
             json.dumps(value, allow_nan=False)  # what no record can hold: dates, sets, bytes
         except (TypeError, ValueError):
             raise _Mismatch from None
-        return value
+        return _plain(value)
     if origin is Literal:
         for choice in args:
             if value == choice or str(value) == str(choice):
@@ -163,8 +173,11 @@ def _coerce(value: Any, annotation: Any) -> Any:
     if origin in (Union, types.UnionType):
         if type(None) in args and isinstance(value, str) and value.lower() in ("none", "null"):
             return None
+        lists = [a for a in args if typing.get_origin(a) is list]
+        if len(lists) > 1 and isinstance(value, list):  # numbers are not names, nor names numbers: no guess
+            args = tuple(a for a in lists if all(type(v) is typing.get_args(a)[0] for v in value))
         # the exact types first, so that `int | str` keeps 3 an int and `float | None` keeps null None
-        for arg in sorted(args, key=lambda a: not (isinstance(a, type) and type(value) is a)):
+        for arg in sorted(args, key=lambda a: not (isinstance(a, type) and type(_plain(value)) is a)):
             try:
                 return _coerce(value, arg)
             except _Mismatch:
@@ -210,7 +223,9 @@ def coerce(value: Any, annotation: Any, key: str) -> Any:
     try:
         return _coerce(value, annotation)
     except _Mismatch:
-        raise UserError(f"{key} must be {_describe(annotation)}, got {value!r}") from None
+        wanted = _describe(annotation)
+        hint = "; text that YAML takes for something else wants quotes" if "text" in wanted else ""
+        raise UserError(f"{key} must be {wanted}, got {value!r}{hint}") from None
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -259,6 +274,8 @@ class Resolved:
     check_stream: Callable[[str, Iterable[str]], bool] | None = None
     #: "method" and "data", where they are not built in
     plugins: Mapping[str, Plugin] = field(default_factory=dict)
+    #: the record of the run that goes on
+    earlier: Mapping[str, Any] | None = None
 
     def section(self, name: str, cls: type[C]) -> C:
         """The section `name`, checked to be a `cls`."""
@@ -319,7 +336,8 @@ class Resolved:
 
     def telling(self, flat: Mapping[str, Any]) -> dict[str, Any]:
         """What of dotted keys and values can change a result, and was not left unsaid by older records."""
-        return {k: v for k, v in flat.items() if k not in self.volatile and not (k in LATER and v == LATER[k])}
+        told = {k: v for k, v in flat.items() if k not in self.volatile and not (k in LATER and v == LATER[k])}
+        return {**told, **{k: old for k, (new, old) in SAID_AS.items() if told.get(k) == new}}
 
     def hash(self) -> str:
         """Hash of everything that can change a result."""
@@ -333,6 +351,8 @@ def _plain(value: Any) -> Any:
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
+    if isinstance(value, (WrittenInt, WrittenFloat)):
+        return int(value) if isinstance(value, int) else float(value)
     return value
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 
@@ -20,6 +21,11 @@ def duration(seconds: float) -> str:
 def printable(text: str) -> str:
     """`text` on one line without control characters: names of classes and folders are the user's."""
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
+def composed(name: str) -> str:
+    """`name` in the form in which names are compared: a Mac stores é as two characters, others as one."""
+    return unicodedata.normalize("NFC", name)
 
 
 def say(text: str) -> None:

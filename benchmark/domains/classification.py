@@ -8,8 +8,9 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -17,15 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualcl.benchmark.core.domain import Domain, Images, Place, ReadOut, Site, Task
+from dualcl.benchmark.core.content import digest, file_hashes
+from dualcl.benchmark.core.domain import Contents, Domain, Images, Place, ReadOut, Site, Task
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.settings import Resolved, positive
+from dualcl.benchmark.domains.content import data_contents
 from dualcl.benchmark.domains.kept_features import KeptNetwork
 from dualcl.benchmark.models.vit import BackboneConfig, attention_sites, load_backbone
-from dualcl.benchmark.models.vit_blocks import checkpoint_blocks, read_class_token_only
+from dualcl.benchmark.models.vit_blocks import NO_SITES, Unserved, checkpoint_blocks, read_class_token_only
 from dualcl.datasets import dataset_class
-from dualcl.datasets.base import ClassData, ClassStream, ImageSet, make_class_stream
+from dualcl.datasets.base import ClassData, ClassStream, ImageSet, given_order, make_class_stream, task_sizes
+from dualcl.datasets.reading.content import pictures, repeated
 from dualcl.datasets.reading.kept import KeptImages
 from dualcl.datasets.reading.loader import Batch, ImageLoader
 from dualcl.datasets.reading.views import View
@@ -35,6 +39,8 @@ PREPROCESS = {
     "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+#: what a run says whose record does not
+OLDER = "an older version"
 
 
 @dataclass(frozen=True)
@@ -42,12 +48,30 @@ class StreamConfig:
     """How classes become tasks."""
 
     tasks: int = 5
-    class_order: str | list[int] = field(
-        default="shuffle", metadata={"help": "shuffle, natural, coda (CODA-Prompt's), or a list of all classes"}
+    class_order: str | list[int] | list[str] = field(
+        default="shuffle",
+        metadata={
+            "help": "shuffle, natural, coda (CODA-Prompt's), a list of all classes (numbers or names), a file of names"
+        },
     )
     order_seed: int | None = field(default=None, metadata={"help": "seed of the class order; default: the run's seed"})
+    sizes: tuple[int, ...] = field(default=(), metadata={"help": "classes of each task, in place of stream.tasks"})
+    first: int | None = field(
+        default=None, metadata={"help": "classes of the first task (init_cls of PILOT); the rest in equal parts"}
+    )
+    increment: int | None = field(
+        default=None, metadata={"help": "classes of each further task (B50 Inc10: first 50, increment 10)"}
+    )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "class_order", given_order(self.class_order))
+        for key in ("first", "increment"):
+            positive(f"stream.{key}", getattr(self, key))
+        if self.sizes and (min(self.sizes) < 1 or (self.first, self.increment) != (None, None)):
+            raise UserError(
+                f"stream.sizes must be numbers of at least 1, without stream.first and stream.increment, got "
+                f"{list(self.sizes)}"
+            )
         positive("stream.tasks", self.tasks)
         positive("stream.order_seed", self.order_seed, 0)
 
@@ -63,7 +87,13 @@ class InputConfig:
         default="flip", metadata={"help": "training only; crop_flip: RandomResizedCrop and flip"}
     )
     resize: int | None = field(default=None, metadata={"help": "evaluation: shorter side before the centre crop"})
-    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    interpolation: Literal["auto", "bilinear", "bicubic"] = field(
+        default="auto", metadata={"help": "auto: as a file of weights says, else bicubic"}
+    )
+    mean: tuple[float, ...] | None = field(
+        default=None, metadata={"help": "of red, green, blue in [0, 1], with input.std; null: as input.preprocess says"}
+    )
+    std: tuple[float, ...] | None = field(default=None, metadata={"help": "see input.mean"})
     cache_size: int | None = field(
         default=None,
         metadata={"help": "crop_flip: crops are cut from images kept with this shorter side; null: decoded each time"},
@@ -79,6 +109,8 @@ class InputConfig:
     )
 
     def __post_init__(self) -> None:
+        if (self.mean is None) != (self.std is None) or (self.mean is not None and self.preprocess != "backbone"):
+            raise UserError("input.mean and input.std go together, and with input.preprocess=backbone alone")
         positive("input.resize", self.resize)
         positive("input.cache_size", self.cache_size)
         positive("input.cache_mib", self.cache_mib, 0)
@@ -132,13 +164,11 @@ class Classification(Domain):
         self.resolved = resolved
         self.device = device
         self.seed = resolved.general.seed
-        stream_config = resolved.section("stream", StreamConfig)
-        self.order_seed = self.seed if stream_config.order_seed is None else stream_config.order_seed
+        order_seed = resolved.section("stream", StreamConfig).order_seed
+        self.order_seed = self.seed if order_seed is None else order_seed
         if data is None:
             data = dataset_class(resolved.data_reference, self.name).load(resolved.sections["data"])
-        self.stream: ClassStream = make_class_stream(
-            data, stream_config.tasks, stream_config.class_order, self.order_seed
-        )
+        self.stream = self.make_stream(resolved, data, self.order_seed)
         backbone_config = resolved.section("backbone", BackboneConfig)
         self.model, self.backbone = load_backbone(backbone_config)
         read_class_token_only(self.model)
@@ -160,6 +190,10 @@ class Classification(Domain):
             for t in self.stream.tasks
         ]
         self.heads = nn.ModuleList()
+        #: those of the begun task, or all
+        self._learning: list[nn.Module] = []
+        #: weight and bias of all heads, while an evaluation reads them
+        self._joined: tuple[Tensor, Tensor] | None = None
         self._current: int | None = None
         self._scope: Literal["task", "seen"] = "task"
         self._train_loader: tuple[int | None, ImageLoader] | None = None
@@ -168,14 +202,36 @@ class Classification(Domain):
         self._kept: dict[str, KeptImages] = {}
         #: the training batch given out last
         self._latest: Batch | None = None
+        #: whether features were looked at: those of the first step are the backbone's own
+        self._looked = False
+
+    @staticmethod
+    def make_stream(resolved: Resolved, data: ClassData, order_seed: int) -> ClassStream:
+        """The tasks that a configuration cuts the data into."""
+        config = resolved.section("stream", StreamConfig)
+        given = config.sizes, config.first, config.increment
+        stream = make_class_stream(data, config.tasks, config.class_order, order_seed, *given)
+        if len(stream.tasks) != config.tasks and resolved.sources.get("stream.tasks") == "--set":
+            raise UserError(
+                f"stream.tasks={config.tasks}, but other keys of stream make {len(stream.tasks)} tasks; leave it out"
+            )
+        return stream
+
+    @classmethod
+    def ordered(cls, resolved: Resolved, data: ClassData) -> list[tuple[str, ...]]:
+        """Names of the classes of each task, in the order in which they are learnt."""
+        seed = resolved.section("stream", StreamConfig).order_seed
+        stream = cls.make_stream(resolved, data, resolved.general.seed if seed is None else seed)
+        return [task.names for task in stream.tasks]
 
     # --- what is learnt ---------------------------------------------------------------------------------------------
 
     def sites(self) -> dict[str, Site]:
         """Q, K and V of every block."""
         if not self._sites:
-            raise UserError(
-                f"backbone {self.backbone.name} has no qkv or q_proj/k_proj/v_proj Linear to adapt; choose a ViT"
+            raise Unserved(
+                f"backbone {self.backbone.name} has no qkv or q_proj/k_proj/v_proj Linear to adapt; choose a ViT",
+                NO_SITES,
             )
         return dict(self._sites)
 
@@ -202,11 +258,10 @@ class Classification(Domain):
             self.heads.append(head.to(self.device))
         self._current, self._scope = task, scope
         self.network.begin_task()
-        every = task is None or scope == "seen"
-        for index, rows in enumerate(self.heads):
-            rows.requires_grad_(every or index == task)
-        self.heads.zero_grad(set_to_none=True)  # finished rows would keep their last gradients for good
-        return [p for p in self.heads.parameters() if p.requires_grad]
+        for rows in self._learning:  # finished rows would keep their last gradients for good
+            rows.requires_grad_(False).zero_grad(set_to_none=True)
+        self._learning = [*self.heads] if task is None or scope == "seen" else [self.heads[task]]
+        return [p for rows in self._learning for p in rows.requires_grad_(True).parameters()]
 
     def attach(self, method: ReadOut) -> None:
         """The method reads images from now on."""
@@ -288,12 +343,29 @@ class Classification(Domain):
             self._latest = batch
             yield batch
 
+    def check_loss(self, task: int | None, scope: Literal["task", "seen"]) -> None:
+        """UserError where the cross entropy is over one class: it is 0, and nothing is learnt."""
+        if task is None or scope == "seen":
+            if len(self.stream.class_order) == 1:
+                raise UserError(
+                    f"the stream has one class ({self.stream.tasks[0].names[0]}): cross entropy over it is 0, and "
+                    "nothing would be learnt; give it two or more"
+                )
+        elif len(names := self.stream.tasks[task].names) == 1:
+            raise UserError(
+                f"task {task + 1} has one class ({names[0]}), and the method's loss is over the task's classes: "
+                "cross entropy over one class is 0, and nothing would be learnt; give each task two classes or more "
+                "(stream.tasks, stream.sizes), or take a method whose loss is over all classes seen, such as replay, "
+                "or that takes no steps, such as class means"
+            )
+
     def loss(self, batch: Batch) -> Tensor:
         """Cross entropy over the current task's classes, or over all seen ones under scope "seen"."""
-        features = self._read(self.images(batch))
+        features = self._of_step(batch)
         labels = self.targets(batch)
         if self._current is None or self._scope == "seen":
             return F.cross_entropy(self.rows(features), labels)
+        self.check_loss(self._current, "task")
         outputs = self.stream.tasks[self._current].outputs
         return F.cross_entropy(self.heads[self._current](features), labels - outputs.start)
 
@@ -315,14 +387,24 @@ class Classification(Domain):
         """What the method reads of images; without one, the plain network's features."""
         return self.network(images) if self.method is None else self.method.features(images, self.network)
 
+    def _of_step(self, batch: Batch) -> Tensor:
+        """`_read` of a training batch; UserError where the network's features are no numbers before it learnt."""
+        features = self._read(self.images(batch))
+        if not self._looked:
+            if not bool(features.detach().isfinite().all()):
+                raise self._no_numbers("features", "the first training batch")
+            self._looked = True
+        return features
+
+    def _no_numbers(self, what: str, where: str) -> UserError:
+        return UserError(
+            f"backbone {self.backbone.name}: {what} of {where} are NaN or infinite (precision {self.precision}); check "
+            "its weights and precision, or lower method.lr where it was trained"
+        )
+
     def rows(self, features: Tensor) -> Tensor:
         """(B, C) = features W' + b over all classes begun, float32."""
-        return self._rows(features, self.heads)
-
-    def _rows(self, features: Tensor, heads: nn.ModuleList) -> Tensor:
-        weight = torch.cat([h.weight for h in heads])  # type: ignore[misc]
-        bias = torch.cat([h.bias for h in heads])  # type: ignore[misc]
-        return F.linear(features, weight, bias)
+        return F.linear(features, *(self._joined or _joined(self.heads)))
 
     def ways(self) -> int:
         """Ways in which a training image is seen, as it is and mirrored, if fewer than it is seen; else 0."""
@@ -365,9 +447,11 @@ class Classification(Domain):
     def evaluate(self, seen: Sequence[int]) -> dict[str, Any]:
         """Correct and total test images per seen task; all classes seen so far are candidates."""
         correct, total = [], []
-        with self.network.evaluation(), self._counted():
+        with self.network.evaluation(), self._counted(), self._rows_at_rest():
             for task in seen:
                 predictions = torch.cat(self._predictions(task))
+                if bool((predictions < 0).any()):
+                    raise self._no_numbers("scores", f"test images of task {task + 1}")
                 labels = torch.from_numpy(self.stream.tasks[task].test.labels)
                 correct.append(int((predictions.cpu() == labels).sum()))
                 total.append(len(labels))
@@ -384,7 +468,16 @@ class Classification(Domain):
             return Images(lambda: decoded[turn].images.to(self.device), place=place)
 
         with share.apart():
-            return share.together(self._scores(images(*pair)).argmax(1) for pair in enumerate(chunks))
+            return share.together(best(self._scores(images(*pair))) for pair in enumerate(chunks))
+
+    @contextlib.contextmanager
+    def _rows_at_rest(self) -> Iterator[None]:
+        """Joins the rows once: the cost of a task's images does not grow with the number of tasks."""
+        self._joined = _joined(self.heads)
+        try:
+            yield
+        finally:
+            self._joined = None
 
     @contextlib.contextmanager
     def _counted(self) -> Iterator[None]:
@@ -418,6 +511,8 @@ class Classification(Domain):
             return self._read(Images(batch.images.to(self.device), place=place))
 
         parts = self._of_each(loader, read)
+        if not all(bool(part.isfinite().all()) for part in parts):
+            raise self._no_numbers("features", f"training images of task {(task or 0) + 1}")
         yield from zip(parts, labels.split([len(part) for part in parts]), strict=True)
 
     def outputs(self, task: int) -> range:
@@ -430,7 +525,9 @@ class Classification(Domain):
         return head.weight.detach().clone(), head.bias.detach().clone()
 
     def set_output_rows(self, task: int, weight: Tensor, bias: Tensor) -> None:
-        """Sets the classifier rows of the task: weight (n, D), bias (n,)."""
+        """Sets the classifier rows of the task: weight (n, D), bias (n,); UserError where they are no numbers."""
+        if not bool(weight.isfinite().all() and bias.isfinite().all()):
+            raise self._no_numbers("classifier rows", f"task {task + 1}")
         head = self.heads[task]
         with torch.no_grad():
             head.weight.copy_(weight)  # type: ignore[operator]
@@ -440,7 +537,7 @@ class Classification(Domain):
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (B, number of classes begun) of a batch, float32, with gradient."""
-        return self.rows(self._read(self.images(batch)))
+        return self.rows(self._of_step(batch))
 
     def targets(self, batch: Batch) -> Tensor:
         """Output index (B,) of each image, on the domain's device."""
@@ -457,7 +554,7 @@ class Classification(Domain):
 
         @torch.no_grad()
         def logits(batch: Batch) -> Tensor:
-            return self._rows(self.network.run(batch.images.to(self.device), model=model), heads)
+            return F.linear(self.network.run(batch.images.to(self.device), model=model), *_joined(heads))
 
         return logits
 
@@ -503,38 +600,98 @@ class Classification(Domain):
             "class_order": list(self.stream.class_order),
             "class_order_hash": hashlib.sha256(order.encode()).hexdigest()[:16],
             "order_seed": self.order_seed,
+            **self._sizes(),
             "backbone": self.backbone.name,
             "weights": self.backbone.weights,
             "weights_sha256": self.backbone.weights_sha256,
             "preprocess": preprocess,
         }
 
+    def _sizes(self) -> dict[str, Any]:
+        """Classes of each task, where they are not as equal as can be."""
+        sizes = [len(task.classes) for task in self.stream.tasks]
+        return {} if sizes == task_sizes(sum(sizes), len(sizes)) else {"task_sizes": sizes}
+
     def facts(self) -> dict[str, Any]:
         """What a reader of the record may want to know beyond the identity."""
         data = self.stream.data
-        return {"skipped_images": list(data.skipped), "class_names": list(data.class_names), **data.facts}
+        notes = {"notes": list(data.notes)} if data.notes else {}
+        said = {"skipped_images": list(data.skipped), "class_names": list(data.class_names), **notes}
+        return {**said, "prepared_as": self._prepared_as, **data.facts}
+
+    @classmethod
+    def contents(cls, resolved: Resolved, data: ClassData | None = None, known: Iterable[str] = ()) -> Contents:
+        """The pictures, the names of classes, the file of weights."""
+        found = data_contents(resolved, cls.name, data)
+        weights = resolved.section("backbone", BackboneConfig).weights
+        if weights is not None and (file := Path(weights)).is_file():
+            # what lies beside it may say how its images are prepared; its own name says nothing
+            names = [file.name, *["config.json"] * (file.parent / "config.json").is_file()]
+            found["weights"] = lambda: digest([file_hashes(file.parent, names)])
+        return found
+
+    def content(self) -> dict[str, str]:
+        """See Domain."""
+        return {name: found() for name, found in self.contents(self.resolved, self.stream.data).items()}
+
+    def repeated(self) -> list[str]:
+        """See Domain; nothing is said of what is drawn."""
+        known = "data" in self.contents(self.resolved)
+        return repeated(pictures(self.stream.data)[1]) if known else []
 
     def summary(self, row: Mapping[str, Any]) -> str:
         """Mean accuracy over the tasks seen so far."""
         shares = [100 * c / t for c, t in zip(row["correct"], row["total"], strict=True)]
         return f"accuracy over {len(shares)} task{'s' * (len(shares) > 1)} so far {sum(shares) / len(shares):.1f} %"
 
+    def _prepared(self) -> tuple[tuple[float, ...], tuple[float, ...], str, str]:
+        """Mean, std and interpolation of the input, and who says so."""
+        config, found = self.resolved.section("input", InputConfig), self.backbone
+        file = self.resolved.section("backbone", BackboneConfig).weights
+        earlier = self.resolved.earlier
+        mean, std, said_by = found.mean, found.std, found.described_by
+        # a run of a version that took ImageNet's for every file goes on as it was begun
+        if file is not None and earlier is not None and earlier["network"].get("prepared_as", OLDER) == OLDER:
+            mean, std, said_by = *PREPROCESS["imagenet"], OLDER
+            found = dataclasses.replace(found, interpolation="bicubic")
+        if config.mean is not None and config.std is not None:
+            mean, std, said_by = config.mean, config.std, "input.mean"
+        elif config.preprocess != "backbone":
+            mean, std, said_by = *PREPROCESS[config.preprocess], "input.preprocess"
+        elif said_by is None:
+            raise UserError(
+                f"backbone.weights: {file} does not say for which mean and std it was trained: no pretrained_cfg in "
+                "its metadata, no config.json beside it, no tag in backbone.name; set input.mean and input.std"
+            )
+        says = file is not None and found.described_by is not None
+        interpolation = (
+            config.interpolation if config.interpolation != "auto" else found.interpolation if says else "bicubic"
+        )
+        return mean, std, interpolation, said_by
+
     def _make_view(self) -> View:
         config = self.resolved.section("input", InputConfig)
-        mean, std = (
-            (self.backbone.mean, self.backbone.std)
-            if config.preprocess == "backbone"
-            else PREPROCESS[config.preprocess]
-        )
+        mean, std, interpolation, self._prepared_as = self._prepared()
         return View(
             size=self.backbone.input_size,
             resize=config.resize,
-            interpolation=config.interpolation,
+            interpolation=interpolation,
             mean=tuple(mean),
             std=tuple(std),
             augment=config.augment,
             cache_size=config.cache_size,
         )
+
+
+def _joined(heads: Iterable[nn.Module]) -> tuple[Tensor, Tensor]:
+    """Weight (C, D) and bias (C,) of all rows."""
+    weights, biases = zip(*((head.weight, head.bias) for head in heads), strict=True)
+    return torch.cat(weights), torch.cat(biases)
+
+
+def best(scores: Tensor) -> Tensor:
+    """The output of the highest score in each row (B, C); -1 where that is NaN or infinite."""
+    return scores.argmax(1).where(scores.amax(1).isfinite(), -1)
 
 
 class InTurn:

@@ -145,7 +145,8 @@ class ConceptEvaluator:
         concept just learnt; None for joint training, or where those images are not known); image_similarity,
         text_similarity: mean cosines over all pairs, over images and their own prompts (None without a text tower);
         nearest_correct of `generated` images are nearest to their own concept's mean real feature, of the stream's;
-        requests with one anchor count as one concept.
+        requests with one anchor count as one concept; attribute_share: what of the concept's attributes the images
+        show, where the data set tells them and the feature model judges them.
         Raises UserError when images right after learning are missing from the run folder or cannot be read.
         """
         last = seen[-1]
@@ -174,6 +175,8 @@ class ConceptEvaluator:
             closeness = found.double() @ means.T
             row["nearest_correct"][at] = sum(labels[i] == labels[j] for i in closeness.argmax(1).tolist())
             row["generated"][at] = len(found)
+            if (share := self._attribute_share(j, made)) is not None:
+                row.setdefault("attribute_share", [None] * len(seen))[at] = share
         return row
 
     def identity(self) -> dict[str, object]:
@@ -286,6 +289,14 @@ class ConceptEvaluator:
                 )
             images.append(torch.from_numpy(pixels))
         return torch.stack(images)
+
+    def _attribute_share(self, j: int, images: Tensor) -> float | None:
+        """Share of the concept's attributes that the judge sees on the images; None without them or a judge."""
+        wanted = self.domain.stream.concepts[j].attributes
+        read = self.features.attributes(images) if wanted else None
+        if read is None:
+            return None
+        return float(np.mean([one.get(name) == value for one in read for name, value in wanted.items()]))
 
     def _text_similarity(self, j: int, prompts: list[str], found: Tensor) -> float | None:
         concept = self.domain.stream.concepts[j]

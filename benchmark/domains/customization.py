@@ -6,27 +6,36 @@ import copy
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dualcl.benchmark.core.domain import Domain, ReadOut, Site, Task
+from dualcl.benchmark.core.content import files_digest, settings_digest
+from dualcl.benchmark.core.domain import Contents, Domain, ReadOut, Site, Task
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.settings import Resolved, positive
 from dualcl.benchmark.domains.concept_batches import ConceptBatch, Entries, square
 from dualcl.benchmark.domains.concept_evaluation import ConceptEvaluator, EvalConfig
-from dualcl.benchmark.domains.prior import PriorConfig, prior_images
-from dualcl.benchmark.models.families import load
+from dualcl.benchmark.domains.content import data_contents
+from dualcl.benchmark.domains.prior import PriorConfig, prior_content, prior_images
+from dualcl.benchmark.models.bundled import bundled_diffusion
+from dualcl.benchmark.models.families import MODEL_FILES, SETTING_FILES, load, part_files
 from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.text_to_image import BaseConfig, TextToImage
-from dualcl.benchmark.models.tokens import ConceptTokens
+from dualcl.benchmark.models.tokens import ConceptTokens, card_words, exported_card
 from dualcl.datasets import dataset_class
+from dualcl.datasets.base import given_order
 from dualcl.datasets.concepts import ConceptData, ConceptStream, Request, check_template, make_concept_stream
+from dualcl.datasets.reading.captions import as_template
+from dualcl.datasets.reading.content import pictures, repeated
 
 
 @dataclass(frozen=True)
@@ -34,12 +43,14 @@ class ConceptStreamConfig:
     """Which concepts are learnt, in which order."""
 
     tasks: int | None = field(default=None, metadata={"help": "the first so many concepts of the order; default: all"})
-    class_order: str | list[int] = field(
-        default="shuffle", metadata={"help": "order of the concepts: shuffle, natural, or a list of all concepts"}
+    class_order: str | list[int] | list[str] = field(
+        default="shuffle",
+        metadata={"help": "shuffle, natural, a list of all concepts by number or name, or a file of names"},
     )
     order_seed: int | None = field(default=None, metadata={"help": "seed of the order; default: the run's seed"})
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "class_order", given_order(self.class_order))
         positive("stream.tasks", self.tasks)
         positive("stream.order_seed", self.order_seed, 0)
 
@@ -107,13 +118,11 @@ class Customization(Domain):
         self.precision = resolved.general.precision
         self.seed = resolved.general.seed
         self.concept_config = resolved.section("concept", ConceptConfig)
-        stream_config = resolved.section("stream", ConceptStreamConfig)
-        self.order_seed = self.seed if stream_config.order_seed is None else stream_config.order_seed
+        order_seed = resolved.section("stream", ConceptStreamConfig).order_seed
+        self.order_seed = self.seed if order_seed is None else order_seed
         if data is None:
             data = dataset_class(resolved.data_reference, self.name).load(resolved.sections["data"])
-        self.stream: ConceptStream = make_concept_stream(
-            data, stream_config.tasks, stream_config.class_order, self.order_seed
-        )
+        self.stream = self.make_stream(resolved, data, self.order_seed)
         base = resolved.section("base", BaseConfig)
         if base.weights_dtype != "fp32" and resolved.general.precision == "fp32":
             raise UserError(
@@ -132,7 +141,14 @@ class Customization(Domain):
         }
         self._network = dict(self.model.named_parameters())
         self._network_size = sum(p.numel() for p in self._network.values())
-        self.tokens = ConceptTokens(self.diffusion.vocabularies[0], self.concept_config.n_tokens)
+        card = exported_card(base.model)
+        earlier = [] if card is None else card_words(card)
+        if card is not None:
+            told = {key: card["run"].get(key) for key in ("preset", "method", "label", "seed", "config_hash")}
+            self.extends = {**told, "weights_sha256": self.diffusion.info.weights_sha256}
+        self.tokens = ConceptTokens(self.diffusion.vocabularies[0], self.concept_config.n_tokens, earlier)
+        #: the word that each concept is to have
+        self.words = self.tokens.next_free(self.concept_config.placeholder, len(self.stream.concepts))
         self.tokens.to(device)
         self.tasks = [
             Task(
@@ -175,6 +191,29 @@ class Customization(Domain):
         if self.makes_pictures:
             self._picture_requests()
 
+    @staticmethod
+    def make_stream(resolved: Resolved, data: ConceptData, order_seed: int) -> ConceptStream:
+        """The concepts in the order in which they are learnt."""
+        config = resolved.section("stream", ConceptStreamConfig)
+        return make_concept_stream(data, config.tasks, config.class_order, order_seed)
+
+    @classmethod
+    def ordered(cls, resolved: Resolved, data: ConceptData) -> list[tuple[str, ...]]:
+        """Name of the concept of each task, in the order in which they are learnt."""
+        seed = resolved.section("stream", ConceptStreamConfig).order_seed
+        stream = cls.make_stream(resolved, data, resolved.general.seed if seed is None else seed)
+        return [(concept.name,) for concept in stream.concepts]
+
+    def check_new(self) -> list[str]:
+        """Refuses words that what is exported would not hold; says which words stay and which come."""
+        if self.stream.requests:
+            return []
+        self.tokens.check_exports(self.words)
+        if not self.tokens.earlier:
+            return []
+        known = ", ".join(word.placeholder for word in self.tokens.earlier)
+        return [f"the model knows {known}; the new words are {', '.join(self.words)}"]
+
     # --- what is learnt ---------------------------------------------------------------------------------------------
 
     def sites(self) -> dict[str, Site]:
@@ -205,7 +244,7 @@ class Customization(Domain):
             concept = self.stream.concepts[index]
             config = self.concept_config
             rows = self.tokens.add(
-                self._wanted_placeholder(index),
+                self.words[index],
                 config.init,
                 concept.noun,
                 torch_generator(self.seed, "token", index),
@@ -284,10 +323,12 @@ class Customization(Domain):
         timesteps = self.diffusion.info.timesteps
         if evaluation.steps >= timesteps:
             raise UserError(f"eval.steps must be below the {timesteps} steps of the model, got {evaluation.steps}")
+        self.diffusion.sampler(evaluation.scheduler, evaluation.steps)
         for vocabulary in self.diffusion.vocabularies:
             vocabulary.ids([evaluation.negative_prompt])
         for index, concept in enumerate(self.stream.concepts):
             templates = (*(concept.prompts or (config.prompt,)), *(concept.eval_prompts or (evaluation.prompt,)))
+            templates += tuple(t for t in self._caption_templates(index) if t)
             if not concept.noun:
                 asking = ["concept.class_noun=true"] if config.class_noun else []
                 asking += ["concept.init=word"] if config.init == "word" else []
@@ -300,7 +341,7 @@ class Customization(Domain):
             if config.init == "word":
                 self.tokens.word_id(concept.noun)
             if not self._renames and concept.request is None:
-                self.tokens.check_free(self._wanted_placeholder(index))
+                self.tokens.check_free(self.words[index])
             for template in templates:
                 if concept.request is None:
                     self._check_length(template, index)
@@ -319,9 +360,6 @@ class Customization(Domain):
                 f"the prompt {template!r} has {size} tokens for concept {concept.name!r}, the model takes "
                 f"{vocabulary.length}; shorten it, or lower concept.n_tokens={n_tokens}"
             )
-
-    def _wanted_placeholder(self, task: int) -> str:
-        return self.concept_config.placeholder.replace("{number}", str(task + 1))
 
     @property
     def _renames(self) -> bool:
@@ -358,7 +396,7 @@ class Customization(Domain):
         """The task's encoded images, made once per task, and what is replayed in it."""
         if self._entries is None or self._entries[0] != task:
             concepts = range(len(self.tasks)) if task is None else [task]
-            own = {j: self._captions.get(j) or [self.prompts(j)] * len(self.pixels(j)) for j in concepts}
+            own = {j: self._captions.get(j) or self._texts(j) for j in concepts}
             parts = [self._encode(self.pixels(j), own[j], True) for j in concepts]
             parts += [self._encode(images, [self.prompts(j)] * len(images), False) for j, images in self._replayed]
             entries = parts[0]
@@ -366,6 +404,32 @@ class Customization(Domain):
                 entries = entries + part
             self._entries = (task, entries)
         return self._entries[1]
+
+    def _texts(self, task: int) -> list[tuple[str, ...]]:
+        """The prompts of each of a concept's photographs: its caption, or else those of the concept."""
+        prompts = self.prompts(task)
+        filled = [self.tokens.expand(self.fill(t, task)) if t else "" for t in self._caption_templates(task)]
+        return [(text,) if text else prompts for text in filled] or [prompts] * len(self.pixels(task))
+
+    def _caption_templates(self, task: int) -> list[str]:
+        """Captions of a concept's photographs with {token} where it stands; UserError where nothing tells where."""
+        concept, wanted = self.stream.concepts[task], self.words[task]
+        bare = re.sub(r"^\d+_", "", concept.name)  # 10_sks dog: kohya's folders begin with a number of repeats
+        names = list(dict.fromkeys([concept.name, bare, re.sub("[_-]", " ", bare)]))
+        other = re.compile(re.escape(self.concept_config.placeholder).replace(re.escape("{number}"), r"\d+"))
+        templates = []
+        for image, caption in zip(concept.images.ids, concept.captions, strict=False):
+            strange = [word for word in other.findall(caption) if word != wanted]
+            template = as_template(caption, wanted, concept.noun, names) if caption and not strange else ""
+            if strange or template is None:
+                why = f"names {strange[0]}, but the concept is {wanted}" if strange else "does not say where it stands"
+                raise UserError(
+                    f"concept {concept.name!r}: the caption {caption!r} of {image} {why}; write {{token}} for the "
+                    f"concept{f', or its noun {concept.noun!r}' if concept.noun else ''}, or set "
+                    "data.use_captions=false"
+                )
+            templates.append(template)
+        return templates
 
     def _size(self, task: int | None) -> int:
         concepts = self.tasks if task is None else [self.tasks[task]]
@@ -648,6 +712,12 @@ class Customization(Domain):
         """What a reader of the record may want to know beyond the identity."""
         data = self.stream.data
         info = self.diffusion.info
+        captions = {
+            image: template
+            for j, concept in enumerate(self.stream.concepts)
+            for image, template in zip(concept.images.ids, self._caption_templates(j), strict=False)
+            if template
+        }
         return {
             "skipped_images": list(data.skipped),
             "concepts": [c.name for c in self.stream.concepts],
@@ -655,11 +725,44 @@ class Customization(Domain):
             "prompts": [list(c.prompts) for c in self.stream.concepts],
             "parts_sha256": info.parts,
             "prediction_type": info.prediction_type,
+            **({"half_precision_files": list(self.diffusion.halves)} if self.diffusion.halves else {}),
             "token_table_sha256": self.tokens.base_hash,
+            **({"words": self.words} if self.tokens.earlier else {}),
             "prior": {"weight": self._prior_weight, "images_sha256": dict(self._prior_hashes)},
             **({"requests": [asdict(r) for r in self.stream.requests]} if self.stream.requests else {}),
+            **({"notes": list(data.notes)} if data.notes else {}),
+            **({"captions": captions} if captions else {}),
             **data.facts,
         }
+
+    @classmethod
+    def contents(cls, resolved: Resolved, data: ConceptData | None = None, known: Iterable[str] = ()) -> Contents:
+        """The photographs and their words, a base model and a feature model in directories, a folder of prior images.
+
+        `settings` is what a model's small files say, which its weights do not.
+        """
+        found = data_contents(resolved, cls.name, data)
+        model, features = resolved.section("base", BaseConfig).model, resolved.section("eval", EvalConfig).features
+        if model not in bundled_diffusion() and (base := Path(model).expanduser()).is_dir():
+            found["base"] = lambda: files_digest(base, part_files(MODEL_FILES))
+            found["settings"] = lambda: settings_digest(base, part_files(SETTING_FILES))
+        if (tower := Path(features).expanduser()).is_dir():
+            found["features"] = lambda: files_digest(tower, MODEL_FILES)
+        if (folder := Path(resolved.section("prior", PriorConfig).images).expanduser()).is_dir():
+            prior = (name for name in known if name.startswith("prior."))
+            found |= {name: partial(prior_content, folder, name.removeprefix("prior.")) for name in prior}
+        return found
+
+    def content(self) -> dict[str, str]:
+        """See Domain; of prior images those of the stream's nouns, where they are used."""
+        used = {*self._prior, *(request.anchor for request in self.stream.requests)}
+        found = self.contents(self.resolved, self.stream.data, [f"prior.{noun}" for noun in sorted(used)])
+        return {name: made() for name, made in found.items()}
+
+    def repeated(self) -> list[str]:
+        """See Domain; nothing is said of what is drawn."""
+        known = "data" in self.contents(self.resolved)
+        return repeated(pictures(self.stream.data)[1]) if known else []
 
     def summary(self, row: Mapping[str, Any]) -> str:
         """Mean distance to the photographs and drift of the concepts so far."""

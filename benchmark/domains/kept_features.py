@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from dualcl.benchmark.core.devices import is_out_of_memory
 from dualcl.benchmark.core.domain import Images, Place, Prefixes, Sides
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.models.vit_blocks import Additions
+from dualcl.benchmark.models.vit_blocks import NO_PASS, NO_VECTOR, Additions, Unserved, backbone_name
 
 #: part of the data, task, the method's key
 _At = tuple[str, "int | None", Hashable]
@@ -63,8 +64,7 @@ class KeptNetwork:
         self._views: dict[_At, Tensor | None] = {}
         self._asked: set[_At] = set()
         self._compared: set[Hashable] = set()
-        with torch.no_grad():
-            self.width = int(self.run(torch.zeros(1, 3, image_size, image_size, device=sets.device)).shape[1])
+        self.width = self._width(torch.zeros(1, 3, image_size, image_size, device=sets.device))
 
     def __call__(
         self,
@@ -97,6 +97,33 @@ class KeptNetwork:
             return out.float()
 
         return self._sets.passed(len(pixels), features)
+
+    @torch.no_grad()
+    def _width(self, image: Tensor) -> int:
+        """Length of an image's features; Unserved where the model gives no such vector."""
+        name = backbone_name(self.model)
+        try:
+            out = self.run(image)
+        except (RuntimeError, ValueError, TypeError, AssertionError, AttributeError, LookupError) as error:
+            if is_out_of_memory(error):
+                raise
+            if isinstance(error, NotImplementedError):
+                raise Unserved(
+                    f"{name} gives no features for classification ({error}); choose another ViT", NO_VECTOR
+                ) from error
+            said = (str(error) or type(error).__name__).splitlines()[0][:160]
+            raise Unserved(
+                f"{name} does not take an image of {image.shape[-1]} px ({said}); see backbone.kwargs", NO_PASS
+            ) from error
+        if out.dim() != 2:
+            raise Unserved(
+                f"{name} gives features of shape {tuple(out.shape[1:])} for an image, not one vector; set "
+                "backbone.kwargs.global_pool to one that timm knows for it",
+                NO_VECTOR,
+            )
+        if not bool(out.isfinite().all()):
+            raise UserError(f"{name} gives features that are NaN or infinite; check its weights")
+        return int(out.shape[1])
 
     def begin_task(self) -> None:
         """The training images are others now."""

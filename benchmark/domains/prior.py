@@ -14,16 +14,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dualcl.benchmark.core.content import digest, file_hashes
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import atomic_write, cache_dir, write_json
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.processes import ALONE, Processes
 from dualcl.benchmark.core.reading import read_json
 from dualcl.benchmark.core.settings import positive
+from dualcl.benchmark.core.text import composed, say
 from dualcl.benchmark.domains.concept_batches import square
 from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.text_to_image import TextToImage
-from dualcl.datasets.reading.folders import class_folders, image_files
+from dualcl.datasets.reading.folders import class_folders, image_files, loose_images
 from dualcl.datasets.reading.verify import why_unreadable
 from dualcl.datasets.reading.views import decode_image
 
@@ -64,7 +66,7 @@ def prior_images(
     `prior.prompt`. Raises UserError for a folder without usable images.
     """
     if config.images != "generated":
-        images = _from_folder(Path(config.images).expanduser(), noun, model.info.image_size)
+        images = _from_folder(Path(config.images).expanduser(), noun, model.info.image_size, processes)
         return images, _digest(images)
     text = config.text(noun) if prompt is None else prompt
     key = json.dumps([asdict(config), text, model.info.weights_sha256], sort_keys=True)
@@ -91,6 +93,20 @@ def prior_images(
     if processes.main:
         _write(folder, images, text)
     return images, _digest(images)
+
+
+def _files(root: Path, noun: str) -> tuple[Path, list[str], list[str]]:
+    """Where the images of a noun are, in its own folder or in `root`; their names; folders of other nouns, if not."""
+    folders = {composed(name): name for name in class_folders(root)}
+    if (own := folders.get(composed(noun))) is not None:  # a name there, not a path that leads out
+        return root / own, image_files(root / own), []
+    return root, loose_images(root), list(folders)
+
+
+def prior_content(root: Path, noun: str) -> str:
+    """Digest of the files of a noun's prior images."""
+    folder, names, _ = _files(root, noun)
+    return digest(zip(names, file_hashes(folder, names), strict=True))
 
 
 def _digest(images: Tensor) -> str:
@@ -121,15 +137,18 @@ def _write(folder: Path, images: Tensor, prompt: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _from_folder(root: Path, noun: str, size: int) -> Tensor:
-    folder = root
-    if not folder.is_dir():
+def _from_folder(root: Path, noun: str, size: int, processes: Processes) -> Tensor:
+    if not root.is_dir():
         raise UserError(f"prior.images={root} is no folder; give one with images, or prior.images=generated")
-    if noun in class_folders(root):  # a name there, not a path that leads out
-        folder = root / noun
-    names = image_files(folder)
+    folder, names, others = _files(root, noun)
     if not names:
-        raise UserError(f"prior.images: {folder} holds no images; add some, or set prior.images=generated")
+        hint = f" (no folder is called {noun!r}: {', '.join(others)})" if others else ""
+        raise UserError(f"prior.images: {folder} holds no images; add some, or set prior.images=generated{hint}")
+    if others and processes.main:
+        say(
+            f"prior.images: {root} has no folder for {noun!r} ({', '.join(others)}): the {len(names)} image(s) beside "
+            "the folders are used for it"
+        )
     for name in names:
         if (reason := why_unreadable(folder / name)) is not None:
             raise UserError(f"prior.images: {folder / name} cannot be read ({reason}); replace or remove it")

@@ -28,11 +28,11 @@ from dualcl.benchmark.core.machine import package_version
 from dualcl.benchmark.domains.concept_evaluation import EvalConfig
 from dualcl.benchmark.domains.customization import Customization
 from dualcl.benchmark.models.text_to_image import BaseConfig
+from dualcl.benchmark.models.tokens import CARD, exported_card
 from dualcl.benchmark.runs.restore import restore
 from dualcl.benchmark.runs.runner import Run
 
 FORMAT, VERSION = "dualcl-export", 1
-CARD = "dualcl.json"
 EMBEDDINGS = "learned_embeds"
 #: weight file of each LoRA format, named as its readers expect
 LORA_FILES = {
@@ -176,8 +176,12 @@ class Learnt:
                 "precision": resolved.general.precision,
                 "tasks": len(tokens.placeholders),
                 "joint": self.run.joint,
+                "config_hash": (self.run.folder.read_record() or {}).get("config_hash"),
+                **({"extends": self.domain.extends} if self.domain.extends else {}),
             },
-            "concepts": [
+            # an export that is put on the base finds its words there
+            "concepts": ((exported_card(base.model) or {}).get("concepts", []) if kind == "merged" else [])
+            + [
                 {"name": c.name, "noun": c.noun, "placeholder": name, "words": tokens.words(i)}
                 for i, (c, name) in enumerate(zip(self.domain.stream.concepts, tokens.placeholders, strict=False))
             ],
@@ -208,7 +212,12 @@ def header(card: Mapping[str, Any]) -> dict[str, str]:
 
 
 def learnt(
-    run_dir: str | Path, rank: int | None = None, *, method: str | None = None, data: str | None = None
+    run_dir: str | Path,
+    rank: int | None = None,
+    *,
+    method: str | None = None,
+    data: str | None = None,
+    base: str | None = None,
 ) -> Learnt:
     """Restores a run, see `restore`, and finds what it changed; `rank` limits the rank of the factors."""
     before: list[Pretrained] = []
@@ -218,7 +227,7 @@ def learnt(
             raise UserError(f"{run_dir} is a run of the domain {domain.name}; only customization runs can be exported")
         before.append(Pretrained(domain))
 
-    run = restore(run_dir, loaded=loaded, method=method, data=data)
+    run = restore(run_dir, loaded=loaded, method=method, data=data, base=base)
     domain: Any = run.domain
     state = plain_state(domain)
     factors = {name: factorise(w, state[f"{name}.weight"], rank) for name, w in before[0].weights.items()}
@@ -335,10 +344,11 @@ def export(
     *,
     method: str | None = None,
     data: str | None = None,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Writes the run's state after its last finished task as `kind` to the folder `out`; returns its card.
 
-    `rank` limits the rank of a LoRA; the card then says the relative error. `method`, `data`: files of plug-ins, see
+    `rank` limits the rank of a LoRA; the card then says the relative error. `method`, `data`, `base`: see
     `restore`. Raises UserError for an unknown format, a run that the format cannot hold, or an `out` that is not empty.
     """
     if kind not in WRITERS:
@@ -346,7 +356,7 @@ def export(
     if rank is not None and kind not in LORA_FILES:
         raise UserError(f"--rank is for LoRA formats ({', '.join(LORA_FILES)}), not for {kind}")
     with new_folder(Path(out)) as folder:
-        found = learnt(run_dir, rank, method=method, data=data)
+        found = learnt(run_dir, rank, method=method, data=data, base=base)
         card = found.card(kind)
         WRITERS[kind](found, folder, card)
         write_json(folder / CARD, card)

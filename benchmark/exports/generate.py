@@ -17,13 +17,13 @@ from torch import Tensor
 from dualcl.benchmark.core.devices import pick_device
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import atomic_write
-from dualcl.benchmark.core.reading import read_json
+from dualcl.benchmark.core.reading import check_text, read_json
 from dualcl.benchmark.domains.concept_evaluation import EvalConfig
-from dualcl.benchmark.exports.export import CARD, EMBEDDINGS, FORMAT, LORA_FILES, VERSION, embedding_file
+from dualcl.benchmark.exports.export import EMBEDDINGS, FORMAT, LORA_FILES, VERSION, embedding_file
 from dualcl.benchmark.models.families import load
 from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.text_to_image import DTYPES, BaseConfig, SchedulerName, TextToImage
-from dualcl.benchmark.models.tokens import ConceptTokens
+from dualcl.benchmark.models.tokens import CARD, ConceptTokens, Word, as_read, card_words, expand, exported_card
 from dualcl.benchmark.runs.folder import RECORD
 from dualcl.benchmark.runs.restore import restore
 from dualcl.datasets.reading.views import open_image
@@ -45,15 +45,6 @@ _CARD: dict[str, Any] = {
     "concepts": list,
 }
 _WORD = {"placeholder": str, "words": list, "name": str}
-
-
-@dataclass(frozen=True)
-class Word:
-    """How a concept is written: its placeholder, the tokens that it stands for, and the concept's name."""
-
-    placeholder: str
-    tokens: tuple[str, ...]
-    name: str
 
 
 @dataclass
@@ -84,32 +75,33 @@ def _slug(text: str) -> str:
     return re.sub(r"[\W_]+", "-", text.lower()).strip("-")
 
 
-def expand_prompt(prompt: str, words: Sequence[Word]) -> tuple[str, list[Word]]:
-    """The prompt with every concept's tokens in place of its tag, and the concepts it holds.
+def expand_prompt(prompt: str, words: Sequence[Word], tokenizer: Any) -> tuple[str, list[Word]]:
+    """The prompt with every concept's tokens in place of its tag, and the concepts it holds, as `tokenizer` finds them.
 
     A tag is a placeholder (`<c1>`) or a concept's name (`<cat>`). Raises UserError for a tag that is neither, or a
     name that two concepts share.
     """
-    used: list[Word] = []
+    placeholders = {as_read(tokenizer, w.placeholder) for w in words}
 
     def replace(match: re.Match[str]) -> str:
         tag = match.group()
         wanted = _slug(tag)
-        found = [w for w in words if w.placeholder == tag] or [w for w in words if wanted and _slug(w.name) == wanted]
+        if as_read(tokenizer, tag) in placeholders:
+            return tag
+        found = [w for w in words if wanted and _slug(w.name) == wanted]
         if len(found) > 1:
             shared = " or ".join(w.placeholder for w in found)
             raise UserError(f"{tag} may be {shared}: {len(found)} concepts are called so; write the placeholder")
         if not found:
             known = ", ".join(f"{w.placeholder} ({w.name})" for w in words)
             raise UserError(f"unknown placeholder {tag} in {prompt!r}; this model knows: {known or 'none'}")
-        if found[0] not in used:
-            used.append(found[0])
-        return " ".join(found[0].tokens)
+        beside = prompt[: match.start()][-1:], prompt[match.end() :][:1]
+        before, after = (" " if c.strip() else "" for c in beside)  # a word may have to stand alone
+        return f"{before}{found[0].placeholder}{after}"
 
-    # placeholders that are not written in angle brackets are set by concept.placeholder
-    bare = [w for w in words if not TAG.fullmatch(w.placeholder)]
-    pattern = "|".join([*(re.escape(w.placeholder) + r"(?!\w)" for w in bare), TAG.pattern])
-    return re.sub(pattern, replace, prompt), used
+    check_text(prompt, "a prompt")
+    text, held = expand(tokenizer, TAG.sub(replace, prompt), [w.tokens for w in words])
+    return text, [words[i] for i in held]
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -128,8 +120,8 @@ def open_model(
     """The model of a run's folder or of an exported one.
 
     `base` names the model that an exported LoRA or embedding is put on (default: the one it was made on); `say` is told
-    when that is another one. `method`, `data`: files of plug-ins, see `restore`. Raises UserError when the folder is
-    neither, or does not fit the base.
+    when that is another one. Of a run it is where its own base is now. `method`, `data`: files of plug-ins, see
+    `restore`. Raises UserError when the folder is neither, or does not fit the base.
     """
     path = Path(folder)
     if (path / CARD).is_file():
@@ -138,11 +130,9 @@ def open_model(
         if method is not None or data is not None:
             raise UserError(f"{path} is an exported model and needs neither --method nor --data; leave them out")
         return _open_export(path, device, base, say)
-    if base is not None:
-        raise UserError(f"--base is for exported folders; a run has its own base model, and {path} has no {CARD}")
     if not (path / RECORD).is_file():
         raise UserError(f"{path} is neither a run (no {RECORD}) nor an exported model (no {CARD})")
-    return _open_run(path, device, after, method=method, data=data)
+    return _open_run(path, device, after, method=method, data=data, base=base)
 
 
 def _open_run(path: Path, device: str, after: int | None, **files: str | None) -> Model:
@@ -153,8 +143,11 @@ def _open_run(path: Path, device: str, after: int | None, **files: str | None) -
     return Model(
         diffusion=domain.diffusion,
         words=[
-            Word(name, tuple(tokens.words(i)), domain.stream.concepts[i].name)
-            for i, name in enumerate(tokens.placeholders)
+            *tokens.earlier,
+            *(
+                Word(name, tuple(tokens.words(i)), domain.stream.concepts[i].name)
+                for i, name in enumerate(tokens.placeholders)
+            ),
         ],
         precision=run.resolved.general.precision,
         scheduler=shown.scheduler,
@@ -216,18 +209,21 @@ def _open_export(path: Path, device: str, base: str | None, say: Say) -> Model:
     else:
         config = BaseConfig(made_on["name"], made_on.get("revision"), made_on.get("variant"), made_on["weights_dtype"])
     diffusion = load(config, pick_device(device))
+    words = [tuple(concept["words"]) for concept in card["concepts"]]
+    earlier: list[Word] = []
     if kind != "merged":
+        earlier = card_words(exported_card(config.model) or {"concepts": []})
         if diffusion.info.weights_sha256 != made_on["weights_sha256"]:
             say(
                 f"note: {diffusion.info.name} (sha256 {diffusion.info.weights_sha256[:12]}) is not the model this was "
                 f"made on, {made_on['name']} (sha256 {made_on['weights_sha256'][:12]}): expect other images"
             )
-        _add_words(diffusion, card["concepts"], path)
+        words = _add_words(diffusion, card["concepts"], path)
         if kind in LORA_FILES:
             _add_lora(diffusion, _read_tensors(path / LORA_FILES[kind]), kind, path)
     return Model(
         diffusion=diffusion,
-        words=[Word(c["placeholder"], tuple(c["words"]), c["name"]) for c in card["concepts"]],
+        words=earlier + [Word(own[0], own, c["name"]) for own, c in zip(words, card["concepts"], strict=True)],
         precision=card["run"]["precision"],
         **{key: card["sampling"][key] for key in ("scheduler", "steps", "guidance", "negative_prompt")},
         source=f"{card['run']['method']}, exported as {kind}",
@@ -241,10 +237,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} cannot be read ({error}); export again") from None
 
 
-def _add_words(diffusion: TextToImage, concepts: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Puts the exported embeddings in the text encoder."""
+def _add_words(diffusion: TextToImage, concepts: Sequence[Mapping[str, Any]], path: Path) -> list[tuple[str, ...]]:
+    """Puts the exported embeddings in the text encoder; the tokens of each concept."""
     if not concepts:
-        return
+        return []
     tokens = ConceptTokens(diffusion.vocabularies[0], len(concepts[0]["words"]))
     for concept in concepts:
         placeholder = concept["placeholder"]
@@ -261,6 +257,7 @@ def _add_words(diffusion: TextToImage, concepts: Sequence[Mapping[str, Any]], pa
             tokens.rows[-1].copy_(rows)
     tokens.requires_grad_(False)
     tokens.to(diffusion.device)
+    return [tuple(tokens.words(i)) for i in range(len(concepts))]
 
 
 @torch.no_grad()
@@ -314,15 +311,16 @@ def generate(
     if seed + n > 2**63:
         raise UserError(f"--seed must be less than 2^63 - n, got {seed}")
     negative = model.negative_prompt if negative_prompt is None else negative_prompt
-    expanded = []
+    tokenizer = model.diffusion.vocabularies[0].tokenizer
+    expanded, unlike = [], expand_prompt(negative, model.words, tokenizer)[0]
     for prompt in prompts:
-        text, used = expand_prompt(prompt, model.words)
+        text, used = expand_prompt(prompt, model.words, tokenizer)
         if not used:
             known = ", ".join(w.placeholder for w in model.words)
             say(f"note: the prompt {prompt!r} holds no concept; this model knows: {known or 'none'}")
         expanded.append(text)
     for vocabulary in model.diffusion.vocabularies:  # too long a prompt is found here
-        vocabulary.ids([*expanded, expand_prompt(negative, model.words)[0]])
+        vocabulary.ids([*expanded, unlike])
 
     folder, paths = Path(out), []
     for prompt, text in zip(prompts, expanded, strict=True):
@@ -345,7 +343,7 @@ def generate(
                     steps=steps,
                     guidance=guidance,
                     batch_size=batch_size,
-                    negative_prompt=expand_prompt(negative, model.words)[0],
+                    negative_prompt=unlike,
                 )
             paths += [_save(folder, image, {**facts, "seed": str(s)}) for image, s in zip(images, seeds, strict=True)]
     return paths

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.text import say
-from dualcl.benchmark.grids.plan import Engine, Outcome, Planned, is_finished
+from dualcl.benchmark.grids.plan import Engine, Outcome, Planned, finished
 from dualcl.benchmark.grids.survey import write_plan
 from dualcl.benchmark.runs.mirror import PLAN, pull_records, push_files
 from dualcl.benchmark.runs.progress import Reporter
@@ -36,16 +36,17 @@ def execute(
     if refresh is not None:
         refresh()
     overview = Reporter(quiet=quiet)
-    finished = [planned for planned in plan if is_finished(planned)]
-    done = {planned.out for planned in finished}
+    checked = {planned.out: finished(planned) for planned in plan}
+    done = {out: why for out, why in checked.items() if why is not None}
     waiting = [planned for planned in plan if planned.out not in done]
     if root is not None:
         write_plan(root, plan)
         if url is not None:
             push_files(root / PLAN, url)
-    for planned in finished:
-        overview.note(f"{planned.label}: finished already, in {planned.remote or planned.out}")
-    outcomes = {planned.out: Outcome(planned, 0) for planned in finished}
+    outcomes = {planned.out: Outcome(planned, 0) for planned in plan if planned.out in done}
+    for out, outcome in outcomes.items():
+        unsure = f"; its files could not be checked ({done[out]})" if done[out] else ""
+        overview.note(f"{outcome.planned.label}: finished already, in {outcome.planned.remote or out}{unsure}")
     if waiting:
         outcomes.update({outcome.planned.out: outcome for outcome in doer.do(waiting)})
         if refresh is not None:

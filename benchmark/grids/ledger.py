@@ -21,7 +21,7 @@ from dualcl.benchmark.models.bundled import bundled_backbones, bundled_diffusion
 from dualcl.datasets import available_datasets
 from dualcl.results.files import write_text
 from dualcl.results.metrics import KINDS, METRICS
-from dualcl.results.published import Group, Number, groups, numbers_for, our_metric
+from dualcl.results.published import Group, Number, groups, numbers_beside, numbers_for, our_metric
 from dualcl.results.published.differences import compare_number, is_of, variant
 from dualcl.results.records import Record, assignments, comparable, scan_records, set_words
 from dualcl.results.tables import DASH, PER_SEED, tell_apart
@@ -303,7 +303,8 @@ def _identity(record: Record) -> str:
         for key, value in flatten(record.data["identity"]).items()
         if key.split(".")[-1] not in PER_SEED and not (drawn and key == "weights_sha256")
     }
-    return json.dumps([record.n_tasks, record.data["matrix"]["kind"], flat], sort_keys=True, default=str)
+    pictures = (record.data.get("content") or {}).get("data")
+    return json.dumps([record.n_tasks, record.data["matrix"]["kind"], flat, pictures], sort_keys=True, default=str)
 
 
 def _streams(records: Sequence[Record], here: Path) -> list[list[Record]]:
@@ -324,7 +325,7 @@ def sections(records: Sequence[Record], here: Path) -> list[Section]:
     for stream in _streams(records, here):
         first = stream[0]
         identity = first.data["identity"]
-        numbers = numbers_for(str(identity.get("data")), first.n_tasks) if first.kind is KINDS["accuracy"] else []
+        numbers = numbers_beside(first) if first.kind is KINDS["accuracy"] else []
         runs = _by_label(stream)
         lines = [line for run in runs for line in _lines_of_run(run, numbers)]
         preset = presets.get(first.table)

@@ -15,8 +15,9 @@ from dualcl.benchmark.config.tuned import read_tuned
 from dualcl.benchmark.core.errors import EXIT_FAILED, EXIT_USER, UserError
 from dualcl.benchmark.core.reading import parse_names
 from dualcl.benchmark.core.registry import check_plugins, is_file
-from dualcl.benchmark.core.settings import Resolved, flatten, parse_assignment
+from dualcl.benchmark.core.settings import Resolved, parse_assignment
 from dualcl.benchmark.core.text import printable
+from dualcl.benchmark.runs.content import located, look, moved_keys
 from dualcl.methods import method_info
 from dualcl.results.records import load_record
 
@@ -127,24 +128,22 @@ def default_methods(preset: str) -> list[str]:
     return methods
 
 
-def is_finished(planned: Planned) -> bool:
-    """Whether the directory holds a finished record of this configuration.
+def finished(planned: Planned) -> str | None:
+    """None unless the directory holds a finished record of this configuration; else what could not be checked of it.
 
-    Raises UserError when it holds a damaged record, or one of another configuration.
+    Raises UserError when it holds a damaged record, one of another configuration, or one of other data.
     """
     path = planned.out / "record.json"
     if not path.is_file():
-        return False
+        return None
     record = load_record(path)
     mend = "choose another --out or remove that folder"
     check_plugins(record.data["run"], planned.resolved.plugins, f"the run in {planned.out}", mend)
-    if record.data.get("config_hash") != planned.resolved.hash():
-        old, new = flatten(record.data["config"]), planned.resolved.flat(volatile=False)
-        differ = [f"{k} (there {old.get(k)!r}, now {v!r})" for k, v in new.items() if old.get(k) != v]
-        raise UserError(
-            f"{planned.out} holds a run with another configuration: {', '.join(differ[:3]) or 'older keys'}; {mend}"
-        )
-    return record.finished
+    moved_keys(record.data, planned.resolved, planned.out, mend)
+    if not record.finished:
+        return None
+    why, doubtful = look(record.data, located(planned.resolved, record.data), planned.out)
+    return None if doubtful else why
 
 
 class Engine(Protocol):

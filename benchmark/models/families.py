@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,22 @@ from dualcl.benchmark.core.reading import read_json
 from dualcl.benchmark.models.bundled import bundled_diffusion, check_bundled
 from dualcl.benchmark.models.stable_diffusion import StableDiffusion
 from dualcl.benchmark.models.text_to_image import DTYPES, BaseConfig, TextToImage
-from dualcl.benchmark.models.weights import no_pickles, offline
+from dualcl.benchmark.models.weights import CONVERT, finite, no_pickles, offline
 
 INDEX = "model_index.json"
+HALF = "fp16"
+#: how the libraries say that there are no weights of a form
+NO_FILE = re.compile(r"no file named|(have|contain) a file named", re.IGNORECASE)
 #: asked in turn
 FAMILIES: tuple[type[TextToImage], ...] = (StableDiffusion,)
+#: weights and all that goes with them; what a model's small files say beside its weights
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt")
+SETTING_FILES = ("config.json", "scheduler_config.json", "vocab.json", "merges.txt")
+
+
+def part_files(patterns: Sequence[str]) -> list[str]:
+    """Patterns of such files in the folders of a model's parts, of any family."""
+    return [f"{part}/{pattern}" for part in sorted({p for f in FAMILIES for p in f.parts}) for pattern in patterns]
 
 
 def load(config: BaseConfig, device: torch.device | str = "cpu") -> TextToImage:
@@ -47,8 +59,10 @@ def load(config: BaseConfig, device: torch.device | str = "cpu") -> TextToImage:
     if missing:
         lacking = ", ".join(f"{p}/" for p in missing)
         raise UserError(f"{config.model} lacks {lacking}; a directory of {family.title} has {', '.join(family.parts)}")
-    parts = _load_parts(source, config, family.parts)
-    return family.built(parts, config, name=name, weights=weights, device=device)
+    parts, halves = _load_parts(source, config, family.parts)
+    model = family.built(parts, config, name=name, weights=weights, device=device)
+    model.halves = tuple(halves)
+    return model
 
 
 def _locate(model: str, bundled: dict[str, Path]) -> tuple[Path | str, str, str]:
@@ -91,8 +105,12 @@ def _index(source: Path | str, config: BaseConfig) -> dict[str, Any] | None:
     return index
 
 
-def _load_parts(source: Path | str, config: BaseConfig, classes: Mapping[str, Any]) -> dict[str, Any]:
-    """The parts of a model in diffusers layout, networks in `config.weights_dtype`; UserError names one that lacks."""
+def _load_parts(source: Path | str, config: BaseConfig, classes: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The parts of a model in diffusers layout, networks in `config.weights_dtype`; UserError names one that lacks.
+
+    Parts of which there is a file variant `fp16` alone are read from that, unless `config.variant` asks for another;
+    they are named.
+    """
     common: dict[str, Any] = {}
     if isinstance(source, str):
         common = {"revision": config.revision, "local_files_only": offline()}
@@ -100,6 +118,7 @@ def _load_parts(source: Path | str, config: BaseConfig, classes: Mapping[str, An
         logging.set_verbosity_error()
         logging.disable_progress_bar()
     parts: dict[str, Any] = {}
+    halves = []
     for part, cls in classes.items():
         extra: dict[str, Any] = {}
         if issubclass(cls, nn.Module):
@@ -107,11 +126,25 @@ def _load_parts(source: Path | str, config: BaseConfig, classes: Mapping[str, An
             extra = {"use_safetensors": True, "variant": config.variant, "output_loading_info": True}
         try:
             with no_pickles(f"base.model={config.model}"):
-                loaded = cls.from_pretrained(source, subfolder=part, **common, **extra)
+                try:
+                    loaded = cls.from_pretrained(source, subfolder=part, **common, **extra)
+                except (OSError, ValueError) as error:
+                    if not (extra and config.variant is None and NO_FILE.search(str(error))):
+                        raise
+                    try:
+                        loaded = cls.from_pretrained(source, subfolder=part, **common, **{**extra, "variant": HALF})
+                    except (OSError, ValueError):
+                        raise error from None
+                    halves.append(part)
         except UserError:
             raise
         except Exception as error:  # each of the libraries raises kinds of its own
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            if extra and NO_FILE.search(first) and (pickle := _pickle(source, part)):
+                raise UserError(
+                    f"cannot load {part} of the model {config.model}: {pickle} is a pickle file, which is never "
+                    f"loaded; {CONVERT}, with NEW a .safetensors of the same name"
+                ) from None
             raise _unusable(part, config.model, source, first if len(first) <= 200 else f"{first[:200]}...") from None
         # where its files are missing, the library makes up a tokenizer of a few tokens
         if part.startswith("tokenizer") and len(loaded) < 256:
@@ -121,7 +154,22 @@ def _load_parts(source: Path | str, config: BaseConfig, classes: Mapping[str, An
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             raise _unusable(part, config.model, source, f"its file lacks {lacking[0]}{more}")
         parts[part] = loaded[0] if extra else loaded
-    return {n: p.to(DTYPES[config.weights_dtype]) if isinstance(p, nn.Module) else p for n, p in parts.items()}
+    for name, part in parts.items():
+        if isinstance(part, nn.Module):
+            finite(part.state_dict(), f"{name} of the model {config.model}")
+            part.to(DTYPES[config.weights_dtype])
+            if not all(bool(torch.isfinite(t).all()) for t in part.state_dict().values()):
+                raise UserError(
+                    f"{name} of the model {config.model} has weights too large for base.weights_dtype="
+                    f"{config.weights_dtype}; set bf16 or fp32"
+                )
+    return parts, halves
+
+
+def _pickle(source: Path | str, part: str) -> str | None:
+    """The part's weights as a pickle file in a directory, if there are any."""
+    found = sorted((source / part).glob("*.bin")) if isinstance(source, Path) else []
+    return f"{part}/{found[0].name}" if found else None
 
 
 def _unusable(part: str, model: str, source: Path | str, reason: str) -> UserError:
@@ -129,5 +177,5 @@ def _unusable(part: str, model: str, source: Path | str, reason: str) -> UserErr
     mend = "save or download the model again"
     if isinstance(source, str):
         unset = ", or unset HF_HUB_OFFLINE and DUALCL_OFFLINE" if offline() else ""
-        mend = f"check the id, give base.model a local directory{unset}"
+        mend = f"check the id (a model of .bin files alone is never loaded), give base.model a local directory{unset}"
     return UserError(f"cannot load {part} of the model {model}: {reason.rstrip('.')}; {mend}")

@@ -21,13 +21,15 @@ from transformers.utils import logging as transformers_logging
 
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.models.bundled import bundled_backbones, bundled_diffusion
+from dualcl.benchmark.models.portraits_judge import SIZE, WIDTH, load_judge
 from dualcl.benchmark.models.vit import BackboneConfig, load_backbone
-from dualcl.benchmark.models.weights import no_pickles, offline, state_hash
+from dualcl.benchmark.models.weights import finite, no_pickles, offline, state_hash
 
 Estimator = Literal["biased", "unbiased"]
 
 CLIP = "openai/clip-vit-base-patch32"
 BUNDLED = "glyph-vit"
+JUDGE = "portraits-judge"
 #: images or texts in a forward pass
 BATCH = 64
 
@@ -53,7 +55,7 @@ class ImageFeatures(ABC):
         """Features (N, D) float32 on the CPU, of L2 norm 1, of uint8 images (N, H, W, 3)."""
         with torch.autocast(self.device.type, enabled=False):
             rows = [F.normalize(self._images(self._pixels(p)).float(), dim=1).cpu() for p in images.split(BATCH)]
-        return torch.cat([torch.empty(0, self.dim), *rows])
+        return self._checked(torch.cat([torch.empty(0, self.dim), *rows]), "images")
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor | None:
@@ -65,7 +67,16 @@ class ImageFeatures(ABC):
                 if rows is None:
                     return None
                 parts.append(F.normalize(rows.float(), dim=1).cpu())
-        return torch.cat(parts)
+        return self._checked(torch.cat(parts), "prompts")
+
+    def _checked(self, rows: Tensor, what: str) -> Tensor:
+        if not bool(torch.isfinite(rows).all()):
+            raise UserError(f"the features of {what} by {self.name} are not finite; choose another eval.features")
+        return rows
+
+    def attributes(self, images: Tensor) -> list[dict[str, str]] | None:
+        """What uint8 images (N, H, W, 3) show, value by attribute; None for a model that judges none."""
+        return None
 
     @abstractmethod
     def _images(self, pixels: Tensor) -> Tensor:
@@ -101,6 +112,33 @@ class BackboneFeatures(ImageFeatures):
         return features
 
 
+class JudgeFeatures(ImageFeatures):
+    """The hidden layer of the portraits' judge, which also reads attributes; reads no text."""
+
+    name, dim, size, interpolation = JUDGE, WIDTH, SIZE, "bicubic"
+    mean = std = (0.5, 0.5, 0.5)
+
+    def __init__(self, device: torch.device) -> None:
+        judge, card = load_judge()
+        self.judge, self.device, self.sha256 = judge.to(device), device, card["sha256"]
+
+    def _images(self, pixels: Tensor) -> Tensor:
+        return self.judge.features(pixels)
+
+    @torch.no_grad()
+    def attributes(self, images: Tensor) -> list[dict[str, str]]:
+        """What uint8 images (N, H, W, 3) show, value by attribute."""
+        with torch.autocast(self.device.type, enabled=False):
+            pixels = [self._pixels(chunk) for chunk in images.split(BATCH)]
+            scores = [{k: s.argmax(1).tolist() for k, s in self.judge(p).items()} for p in pixels]
+        known = self.judge.attributes
+        return [
+            {name: known[name][places[i]] for name, places in part.items()}
+            for part in scores
+            for i in range(len(next(iter(part.values()))))
+        ]
+
+
 class ClipFeatures(ImageFeatures):
     """Projected image and text features of a CLIP model (transformers), as compared by CLIP itself (cosine)."""
 
@@ -132,6 +170,7 @@ class ClipFeatures(ImageFeatures):
             raise UserError(f"cannot load the CLIP model {source} ({first[:200]}); {mend}") from None
         self.model = model.requires_grad_(False).float().eval().to(device)
         self.name, self.device = Path(where).name if local else source, device
+        finite(self.model.state_dict(), f"the CLIP model {source}")
         self.sha256 = state_hash(self.model.state_dict())
         self.dim = int(model.config.projection_dim)
         self.size = int(model.config.vision_config.image_size)
@@ -153,9 +192,11 @@ class ClipFeatures(ImageFeatures):
 
 
 def features_name(name: str, base_name: str) -> str:
-    """`name`, or what "auto" stands for: the bundled ViT for a bundled base model, else CLIP ViT-B/32."""
+    """`name`, or what "auto" stands for: for a bundled base model the bundled ViT or judge, else CLIP ViT-B/32."""
     if name != "auto":
         return name
+    if base_name == "portraits-diffusion":
+        return JUDGE
     return BUNDLED if base_name in bundled_diffusion() else CLIP
 
 
@@ -167,13 +208,15 @@ def load_features(name: str, device: torch.device | str, base_name: str) -> Imag
     """
     device = torch.device(device)
     name = features_name(name, base_name)
+    if name == JUDGE:
+        return JudgeFeatures(device)
     if Path(name).expanduser().is_dir():
         return ClipFeatures(name, device)
     if name in bundled_backbones() or timm.is_model(name):
         return BackboneFeatures(name, device)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         return ClipFeatures(name, device)
-    known = ["auto", CLIP, *bundled_backbones(), *timm.list_models("*vit*", pretrained=True)]
+    known = ["auto", CLIP, JUDGE, *bundled_backbones(), *timm.list_models("*vit*", pretrained=True)]
     raise UserError(
         f"unknown eval.features {name!r}; {nearest(name, known).split(' (')[0]}, or give a CLIP directory or hub id"
     )
@@ -187,7 +230,7 @@ def plain_prompt(prompt: str, placeholders: Iterable[str], noun: str) -> str:
     names = sorted((p for p in placeholders if p), key=len, reverse=True)
     if not names:
         return " ".join(prompt.split())
-    one = "|".join(map(re.escape, names))
+    one = "|".join(rf"(?<!\w){re.escape(n)}" if n[0].isalnum() else re.escape(n) for n in names)
     again = rf"(?:\s+{re.escape(noun)}(?!\w))?" if noun else ""
     pattern = rf"(?:{one})(?!\w)(?:\s+(?:{one})(?!\w))*{again}"
     return " ".join(re.sub(pattern, lambda _: f" {noun} ", prompt).split())
@@ -208,8 +251,8 @@ def mmd(x: Tensor, y: Tensor, *, estimator: Estimator, kernel: Literal["poly2"] 
     x, y = x.double(), y.double()
     xx, yy, xy = ((a @ b.T + 1).square() for a, b in ((x, x), (y, y), (x, y)))
     if estimator == "biased":
-        # of equal sets too the sums may differ in the last bit
-        return max(0.0, float(xx.mean() + yy.mean() - 2 * xy.mean()))
+        # of equal sets too the sums may differ in the last bit; in this order a NaN stays one
+        return max(float(xx.mean() + yy.mean() - 2 * xy.mean()), 0.0)
     n, m = len(x), len(y)
     if min(n, m) < 2:
         raise UserError(

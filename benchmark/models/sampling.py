@@ -76,8 +76,8 @@ def sample(
 ) -> Tensor:
     """One image per prompt, uint8 (N, S, S, 3) on the CPU; batches are shared out to `processes`, which all get all.
 
-    `prompts` hold expanded concept tokens; `generators` (CPU, one per image) draw the first latents. `guidance` <= 1
-    leaves out the unconditional pass. Runs under the caller's autocast, which the passes alone notice. Raises UserError
+    `prompts` hold expanded concept tokens; `generators` (CPU, one per image) draw all noise. `guidance` <= 1 leaves
+    out the unconditional pass. Runs under the caller's autocast, which the passes alone notice. Raises UserError
     when latents are not finite.
     """
     if len(prompts) != len(generators):
@@ -90,18 +90,24 @@ def sample(
     with processes.apart(), shared_text(model.network, model.text_only) as projections:
         for start in processes.mine(range(0, len(prompts), batch_size)):
             batch = list(prompts[start : start + batch_size])
-            drawn = [torch.randn(info.latent_shape, generator=g) for g in generators[start : start + batch_size]]
+            own = list(generators[start : start + batch_size])
+            drawn = [torch.randn(info.latent_shape, generator=g) for g in own]
             rows = [negative_prompt] * len(batch) + batch if guidance > 1 else batch
             unique = list(dict.fromkeys(rows))
             keep = unique == kept
             if text is None or not keep:
                 text, kept = model.encode_text(unique), unique
+                if not bool(torch.isfinite(text.states).all()):
+                    raise UserError(
+                        f"what the text encoder makes of {batch[0]!r} is not finite: its words have diverged, or are "
+                        "too large for this precision; lower method.lr, or set precision=fp32"
+                    )
             first = torch.tensor([rows.index(p) for p in unique], device=model.device)
             index = torch.tensor([unique.index(p) for p in rows], device=model.device)
             for projection in projections:
                 projection.share(first, index, keep)
             noise = torch.stack(drawn).to(model.device)
-            latents = _denoise(model, noise, text[index], model.sampler(scheduler, steps), guidance)
+            latents = _denoise(model, noise, text[index], model.sampler(scheduler, steps), guidance, own)
             if not bool(torch.isfinite(latents).all()):
                 raise UserError(
                     f"the images of {batch[0]!r} are not finite: the weights have diverged, or are too large for this "
@@ -113,8 +119,13 @@ def sample(
     return torch.cat(decoded) if decoded else torch.empty(0, info.image_size, info.image_size, 3, dtype=torch.uint8)
 
 
-def _denoise(model: TextToImage, noise: Tensor, text: Text, scheduler: Any, guidance: float) -> Tensor:
-    """Latents (B, C, h, w) float32 from noise of that shape; text of B or 2 B rows, the unconditional half first."""
+def _denoise(
+    model: TextToImage, noise: Tensor, text: Text, scheduler: Any, guidance: float, generators: list[torch.Generator]
+) -> Tensor:
+    """Latents (B, C, h, w) float32 from noise of that shape; text of B or 2 B rows, the unconditional half first.
+
+    A scheduler that draws more noise on its way draws each image's from the image's own generator.
+    """
     latents = noise * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
         doubled = torch.cat([latents, latents]) if guidance > 1 else latents
@@ -122,5 +133,5 @@ def _denoise(model: TextToImage, noise: Tensor, text: Text, scheduler: Any, guid
         if guidance > 1:
             unconditional, conditional = predicted.chunk(2)
             predicted = unconditional + guidance * (conditional - unconditional)
-        latents = scheduler.step(predicted, t, latents).prev_sample
+        latents = scheduler.step(predicted, t, latents, generator=generators).prev_sample
     return latents

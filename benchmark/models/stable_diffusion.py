@@ -14,14 +14,26 @@ from torch import Tensor, nn
 import dualcl.benchmark.core.compat  # noqa: F401 - before diffusers
 
 # isort: split
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from dualcl.benchmark.core.domain import Site
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.models.lean import make_lean
+from dualcl.benchmark.models.noise_schedule import NoiseSchedule
 from dualcl.benchmark.models.text_to_image import BaseConfig, ModelInfo, Text, TextToImage, Vocabulary
 from dualcl.benchmark.models.weights import state_hash
+
+#: settings of a U-Net that ask for further inputs, which it does without in silence, or else fails; and what does not
+MORE_INPUTS: Mapping[str, tuple[Any, ...]] = {
+    "time_cond_proj_dim": (None,),
+    "class_embed_type": (None,),
+    "num_class_embeds": (None,),
+    "addition_embed_type": (None, "text"),
+    "encoder_hid_dim_type": (None, "text_proj"),
+    "attention_type": (None, "default"),
+    "dual_cross_attention": (None, False),
+}
 
 
 class StableDiffusion(TextToImage):
@@ -31,7 +43,7 @@ class StableDiffusion(TextToImage):
     pipeline = StableDiffusionPipeline.__name__
     parts: ClassVar[Mapping[str, Any]] = {
         "tokenizer": CLIPTokenizer,
-        "scheduler": DDPMScheduler,
+        "scheduler": NoiseSchedule,
         "text_encoder": CLIPTextModel,
         "unet": UNet2DConditionModel,
         "vae": AutoencoderKL,
@@ -54,6 +66,8 @@ class StableDiffusion(TextToImage):
         attentions = {n: unet.get_submodule(n.rpartition(".")[0]) for n in cross_attention_sites(unet)}
         # some U-Nets have a second self-attention there
         self.text_only = frozenset(n for n, a in attentions.items() if getattr(a, "is_cross_attention", True))
+        if unet.config.get("encoder_hid_dim_type"):  # what they read is projected first
+            self.text_only = frozenset()
         self.device = torch.device(device)
         for part in (text_encoder, unet, vae):
             part.requires_grad_(False).eval().to(self.device)
@@ -140,16 +154,24 @@ def _check_fit(parts: dict[str, Any], given: str) -> None:
             f"{given}: the U-Net takes {unet.in_channels} channels and gives {unet.out_channels}, the VAE has "
             f"{vae.latent_channels}; give a text-to-image model (no inpainting or depth variant)"
         )
-    if unet.cross_attention_dim != text.hidden_size:
+    for key, harmless in MORE_INPUTS.items():
+        if (value := unet.get(key)) not in harmless:
+            raise UserError(
+                f"{given}: {key}={value!r} in unet/config.json makes the U-Net want more than noise, time and text; "
+                f"give a model without it ({StableDiffusion.title})"
+            )
+    if getattr(text, "use_attention_mask", False):
         raise UserError(
-            f"{given}: the U-Net attends to width {unet.cross_attention_dim}, the text encoder has {text.hidden_size}; "
+            f"{given}: use_attention_mask in text_encoder/config.json is not supported; give a model without"
+        )
+    width = unet.encoder_hid_dim if unet.get("encoder_hid_dim_type") else unet.cross_attention_dim
+    if width != text.hidden_size:
+        raise UserError(
+            f"{given}: the U-Net attends to width {width}, the text encoder has {text.hidden_size}; "
             "the parts are of different models"
         )
     if not isinstance(unet.sample_size, int):
         raise UserError(f"{given}: unet/config.json must give sample_size as one number, not {unet.sample_size}")
-    kind = parts["scheduler"].config.prediction_type
-    if kind not in ("epsilon", "v_prediction"):
-        raise UserError(f"{given}: prediction type {kind!r} is not supported; epsilon and v_prediction are")
 
 
 def cross_attention_sites(unet: nn.Module) -> dict[str, Site]:

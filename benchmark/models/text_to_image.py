@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -115,6 +116,8 @@ class TextToImage(ABC):
     #: modules of the network whose input is `Text.states` alone: sampling runs them once per prompt
     text_only: frozenset[str]
     device: torch.device
+    #: parts that were there in half precision alone
+    halves: tuple[str, ...] = ()
 
     @classmethod
     @abstractmethod
@@ -151,17 +154,39 @@ class TextToImage(ABC):
             return f"lora_unet_{site.replace('.', '_')}"
         return f"{self.part if form == 'diffusers-lora' else 'base_model.model'}.{site}"
 
+    @contextlib.contextmanager
+    def _vae_in_range(self) -> Iterator[None]:
+        """Within it the VAE runs in float32 if float16 would overflow, as its `force_upcast` says."""
+        own, kind = self.vae.dtype, self.device.type
+        half = own == torch.float16 or (
+            torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+        )
+        if not (half and self.vae.config.force_upcast):
+            yield
+            return
+        self.vae.float()
+        try:
+            with torch.autocast(kind, enabled=False):
+                yield
+        finally:
+            self.vae.to(own)
+
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the scaled latents (N, C, h, w), float32, of pixels (N, 3, S, S) in [-1, 1]."""
         scale = self.vae.config.scaling_factor
-        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        return posterior.mean.float() * scale, posterior.std.float() * scale
+        with self._vae_in_range():
+            posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        mean, std = posterior.mean.float() * scale, posterior.std.float() * scale
+        _check_range(mean + std, "the latents that the VAE makes of images")
+        return mean, std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Images (N, S, S, 3) uint8 on the CPU of scaled latents (N, C, h, w)."""
-        pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
+        with self._vae_in_range():
+            pixels = self.vae.decode(latents.to(self.vae.dtype) / self.vae.config.scaling_factor).sample.float()
+        _check_range(pixels, "the images that the VAE makes")
         levels = (pixels / 2 + 0.5).clamp(0, 1).mul(255).round()
         return levels.permute(0, 2, 3, 1).to("cpu", torch.uint8)
 
@@ -176,14 +201,29 @@ class TextToImage(ABC):
         return self.scheduler.add_noise(clean, noise, times), target
 
     def sampler(self, name: SchedulerName, steps: int) -> Any:
-        """A diffusers scheduler with its timesteps set; UserError for too many steps.
+        """A diffusers scheduler with its timesteps set; UserError for too many steps, or settings it cannot do with.
 
-        As diffusers' pipelines: latents are never clipped, and timesteps are shifted by one.
+        What `step` draws comes from its `generator`, a list with one for each image. As diffusers' pipelines: latents
+        are never clipped, and timesteps are shifted by one.
         """
         if not 1 <= steps < self.info.timesteps:
             raise UserError(f"denoising steps must be from 1 to {self.info.timesteps - 1}, got {steps}")
         cls: Any = {"ddim": DDIMScheduler, "dpm": DPMSolverMultistepScheduler}[name]
         fixed: dict[str, Any] = {"ddim": {"clip_sample": False}, "dpm": {}}[name]
-        scheduler = cls.from_config(self.scheduler.config, steps_offset=1, **fixed)
-        scheduler.set_timesteps(steps)
+        try:
+            scheduler = cls.from_config(self.scheduler.config, steps_offset=1, **fixed)
+            scheduler.set_timesteps(steps)
+        except (NotImplementedError, ValueError, ImportError) as error:
+            raise UserError(
+                f"the sampler {name} does not take what {self.info.name} sets in its scheduler_config.json: "
+                f"{str(error).strip().splitlines()[0]}; choose another sampler, or change it there"
+            ) from None
         return scheduler
+
+
+def _check_range(values: Tensor, what: str) -> None:
+    if not bool(torch.isfinite(values).all()):
+        raise UserError(
+            f"{what} are not finite: its numbers are too large for this precision; set precision=fp32 and "
+            "base.weights_dtype=fp32, or bf16 for both"
+        )

@@ -2,23 +2,91 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import dualcl.benchmark.core.compat  # noqa: F401 - before diffusers
+
+# isort: split
+from diffusers.loaders import TextualInversionLoaderMixin
+from transformers import AddedToken
+
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.core.reading import check_text
+from dualcl.benchmark.core.reading import check_text, read_json
 from dualcl.benchmark.models.text_to_image import Vocabulary
 
 
 def table_hash(table: Tensor) -> str:
     """sha256 of an embedding table's bits."""
     return hashlib.sha256(table.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+#: what an exported model is, in its folder
+CARD = "dualcl.json"
+
+
+@dataclass(frozen=True)
+class Word:
+    """How a concept is written: its placeholder, the tokens that it stands for, and the concept's name."""
+
+    placeholder: str
+    tokens: tuple[str, ...]
+    name: str
+
+
+def exported_card(model: str) -> dict[str, Any] | None:
+    """The card of a merged export in the directory `model`; None for other models. UserError for a damaged one."""
+    path = Path(model) / CARD
+    if not path.is_file():
+        return None
+    try:
+        card: dict[str, Any] = read_json(path)
+        card_words(card)
+        return {**card, "run": {**card["run"]}, "base": {**card["base"]}} if card["kind"] == "merged" else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as the card of an exported model ({error!r}); export again") from None
+
+
+def card_words(card: Mapping[str, Any]) -> list[Word]:
+    """The concepts that an exported model knows."""
+    return [Word(str(c["placeholder"]), tuple(map(str, c["words"])), str(c["name"])) for c in card["concepts"]]
+
+
+def as_read(tokenizer: Any, text: str) -> str:
+    """The text as the tokenizer reads it: CLIP's composes Unicode and lower-cases."""
+    check_text(text, "a placeholder or prompt")
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    return text if normalizer is None else str(normalizer.normalize_str(text))
+
+
+def expand(tokenizer: Any, prompt: str, words: Sequence[Sequence[str]]) -> tuple[str, list[int]]:
+    """The prompt with all tokens of a concept where its first stands alone, and the concepts it holds, in their order.
+
+    The tokenizer alone says where a concept is: `TOY1` may be one, `toy12` none.
+    """
+    check_text(prompt, "a prompt")
+    known = tokenizer.get_added_vocab()
+    rows = [[known.get(token) for token in tokens] for tokens in words]
+    owner = {row: i for i, own in enumerate(rows) for row in own if row is not None}
+    read = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    parts, end, held = [], 0, []
+    for at, (row, (start, stop)) in enumerate(zip(read.input_ids, read.offset_mapping, strict=True)):
+        if (i := owner.get(row)) is None:
+            continue
+        held.append(i)
+        if row == rows[i][0] and read.input_ids[at : at + len(rows[i])] != rows[i]:
+            parts += [prompt[end:start], " ".join(words[i])]
+            end = stop
+    return "".join([*parts, prompt[end:]]), list(dict.fromkeys(held))
 
 
 class ConceptTokens(nn.Module):
@@ -29,8 +97,10 @@ class ConceptTokens(nn.Module):
     `<c1>` stands for `<c1> <c1>_1 <c1>_2`, the convention of diffusers' `load_textual_inversion`.
     """
 
-    def __init__(self, vocabulary: Vocabulary, n_tokens: int = 1) -> None:
+    def __init__(self, vocabulary: Vocabulary, n_tokens: int = 1, earlier: Sequence[Word] = ()) -> None:
         super().__init__()
+        #: concepts that the model knew before
+        self.earlier = list(earlier)
         embedding = vocabulary.encoder.get_input_embeddings()
         self.tokenizer = vocabulary.tokenizer
         self.n_tokens = n_tokens
@@ -92,7 +162,8 @@ class ConceptTokens(nn.Module):
         check_text(word, "a class noun")
         if not rename:
             self.check_free(placeholder)
-        name, tried = placeholder, 1
+        placeholder = name = as_read(self.tokenizer, placeholder)
+        tried = 1
         while self._taken(name):
             tried += 1
             name = re.sub(r">?$", f"-{tried}>" if placeholder.endswith(">") else f"-{tried}", placeholder, count=1)
@@ -106,7 +177,9 @@ class ConceptTokens(nn.Module):
         rows = nn.Parameter(start.clone())
         self.rows.append(rows)
         words = self.words(len(self.placeholders) - 1)
-        if self.tokenizer.add_tokens(words) != self.n_tokens:
+        # one without brackets is no part of another word
+        whole = any(c.isalnum() or c == "_" for c in (name[0], name[-1]))
+        if self.tokenizer.add_tokens([AddedToken(w, single_word=whole) for w in words]) != self.n_tokens:
             raise UserError(f"the tokenizer did not take {', '.join(words)}; choose another concept.placeholder")
         return rows
 
@@ -116,9 +189,46 @@ class ConceptTokens(nn.Module):
             raise UserError(f"the vocabulary has {placeholder!r} already; choose another concept.placeholder")
 
     def _taken(self, placeholder: str) -> bool:
-        vocabulary = self.tokenizer.get_vocab()
-        # a whole word is there in lower case, with its end marked
-        return any(w in vocabulary or f"{w.lower()}</w>" in vocabulary for w in self._names(placeholder))
+        vocabulary, added = self.tokenizer.get_vocab(), self.tokenizer.get_added_vocab()
+        taken = {*vocabulary, *(as_read(self.tokenizer, token) for token in added)}
+        # a whole word is there with its end marked
+        return any(w in taken or f"{w}</w>" in taken for w in self._names(as_read(self.tokenizer, placeholder)))
+
+    def check_exports(self, placeholders: Sequence[str]) -> None:
+        """Raises UserError for placeholders that diffusers' pipelines, given what is exported, would read otherwise."""
+        pipeline, stock = TextualInversionLoaderMixin(), copy.deepcopy(self.tokenizer)
+        older = [token for token in self.tokenizer.get_added_vocab() if token not in stock.all_special_tokens]
+
+        def ids(text: str) -> list[int]:
+            found: list[int] = stock(pipeline.maybe_convert_prompt(text, stock), add_special_tokens=False).input_ids
+            return found
+
+        before = [ids(token) for token in older]
+        names = [self._names(as_read(stock, placeholder)) for placeholder in placeholders]
+        stock.add_tokens([token for own in names for token in own])
+        wanted = [stock.convert_tokens_to_ids(own) for own in names]
+        for placeholder, own, rows in zip(placeholders, names, wanted, strict=True):
+            if ids(placeholder) == rows:
+                continue
+            mend = f"write it {own[0]!r}" if own[0] != placeholder else "choose another, such as <c{number}>"
+            raise UserError(
+                f"concept.placeholder: {placeholder!r} with {self.n_tokens} tokens is not what the model's tokenizer "
+                f"reads, and exports would lack some of them; {mend}"
+            )
+        if len({row for rows in wanted for row in rows}) != len(names) * self.n_tokens:
+            raise UserError(
+                f"concept.placeholder: two concepts would share a token ({', '.join(placeholders[:2])}, ...)"
+            )
+        if ids(" ".join(own[0] for own in names)) != [row for rows in wanted for row in rows]:
+            raise UserError(
+                f"concept.placeholder: of {placeholders[0]!r} to {placeholders[-1]!r} one is a part of another, and "
+                f"with {self.n_tokens} tokens each, exports would mix them up; write it in <brackets>"
+            )
+        if before != [ids(token) for token in older]:
+            raise UserError(
+                f"concept.placeholder: {placeholders[0]!r} changes how a word that the model knows is read; choose "
+                "another"
+            )
 
     def word_id(self, word: str) -> int:
         """Token id of a word; UserError when it is not one token of the pretrained vocabulary."""
@@ -134,21 +244,22 @@ class ConceptTokens(nn.Module):
 
     def expand(self, prompt: str) -> str:
         """The prompt with every placeholder followed by its further tokens."""
-        if self.n_tokens == 1:
-            return prompt
-        for concept, name in enumerate(self.placeholders):
-            words = " ".join(self.words(concept))
-            prompt = self._pattern(name).sub(lambda _, words=words: words, prompt)  # type: ignore[misc]
-        return prompt
+        single = all(len(tokens) == 1 for tokens in self._all())
+        return prompt if single else expand(self.tokenizer, prompt, self._all())[0]
 
     def used(self, prompt: str) -> list[int]:
         """Concepts whose placeholder the prompt holds."""
-        return [i for i, name in enumerate(self.placeholders) if self._pattern(name).search(prompt)]
+        return sorted(i for i in expand(self.tokenizer, prompt, self._all())[1] if i < len(self.placeholders))
 
-    @staticmethod
-    def _pattern(placeholder: str) -> re.Pattern[str]:
-        """Where a prompt holds the placeholder: not in its further tokens, nor in `sks10` that of `sks1`."""
-        return re.compile(re.escape(placeholder) + (r"(?!\w)" if placeholder[-1].isalnum() else r"(?!_\d)"))
+    def _all(self) -> list[Sequence[str]]:
+        return [*(self._names(name) for name in self.placeholders), *(word.tokens for word in self.earlier)]
+
+    def next_free(self, template: str, count: int) -> list[str]:
+        """The first `count` words of a template with {number} behind those that the model knew before."""
+        numbered = re.compile(re.escape(as_read(self.tokenizer, template)).replace(r"\{number\}", "([0-9]{1,9})", 1))
+        taken = [numbered.fullmatch(as_read(self.tokenizer, word.placeholder)) for word in self.earlier]
+        first = 1 + max((int(match[1]) for match in taken if match), default=0)
+        return [template.replace("{number}", str(first + i)) for i in range(count)]
 
     def check_table(self) -> None:
         """Raises RuntimeError when a bit of the pretrained table has changed."""

@@ -17,13 +17,45 @@ import dualcl.benchmark.core.compat  # noqa: F401 - before timm
 
 # isort: split
 import timm.layers
+import timm.models
 from timm.layers import apply_rot_embed_cat
-from timm.models import beit
+from timm.models import beit, cait, vision_transformer, vision_transformer_sam
 from timm.models.eva import EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from timm.models.vision_transformer_relpos import RelPosAttention
+from torch.overrides import TorchFunctionMode
 
 from dualcl.benchmark.core.errors import UserError
+
+#: why a backbone is refused
+NO_BLOCKS = "no flat list of transformer blocks"
+NO_ATTENTION = "blocks without attention"
+NO_VECTOR = "no vector for an image"
+NOT_SQUARE = "images that are not square, or have no 3 channels"
+TOO_SMALL = "patches larger than the image"
+NO_PASS = "timm fails to pass an image through it"
+NO_SITES = "no Linear for each of Q, K and V"
+NO_PREFIXES = "attention that takes no prompts"
+OTHER_HEADS = "heads narrower or wider than the tokens, or shared keys"
+
+
+class Unserved(UserError):
+    """A backbone that is not understood; `reason` is one of those above."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def backbone_name(model: Any) -> str:
+    """What messages call the model."""
+    return f"backbone {getattr(model, 'backbone_name', type(model).__name__)}"
+
+
+def has_attention(block: nn.Module) -> bool:
+    """Whether it is a block of a ViT."""
+    return isinstance(getattr(block, "attn", getattr(block, "attns", getattr(block, "in_proj", None))), nn.Module)
+
 
 #: not in older versions of timm
 _DIFFERENTIAL: Any = getattr(timm.layers, "DiffAttention", None)
@@ -33,8 +65,16 @@ _SERVED = {
     EvaAttention,
     beit.Attention,
     RelPosAttention,
+    cait.TalkingHeadAttn,
     _DIFFERENTIAL,
     getattr(timm.layers, "AttentionRope", None),
+}
+#: those whose own forward is one call of torch's attention for each half of the heads: it is given the prefix there
+_EXTENDED = {
+    vision_transformer_sam.Attention,
+    vision_transformer.ParallelScalingBlock,
+    getattr(vision_transformer, "DiffParallelScalingBlock", None),
+    getattr(getattr(timm.models, "gemma4_vit", None), "Gemma4Attention", None),
 }
 
 
@@ -81,16 +121,16 @@ class PrefixAttention(nn.Module):
         #: keys and values (B, L, D) of the pass that is on
         self.added: tuple[Tensor, Tensor] | None = None
         kind = type(attn).__name__
-        if type(attn) not in _SERVED:
-            raise UserError(
-                f"{backbone}: blocks.{block}.attn is a {kind}, which takes no prefixes; prompts need another ViT"
+        if type(attn) not in _SERVED | _EXTENDED:
+            raise Unserved(
+                f"{backbone}: blocks.{block}.attn is a {kind}, which takes no prefixes; prompts need another ViT",
+                NO_PREFIXES,
             )
-        parts: Any = attn
-        keys = parts.qkv.out_features // 3 if parts.qkv is not None else parts.k_proj.out_features
-        if not keys == parts.proj.in_features == (parts.qkv or parts.q_proj).in_features:
-            raise UserError(
+        if not _plain_heads(attn):
+            raise Unserved(
                 f"{backbone}: blocks.{block}.attn ({kind}) has heads narrower or wider than its tokens, or shared keys,"
-                " which take no prefixes; prompts need another ViT"
+                " which take no prefixes; prompts need another ViT",
+                OTHER_HEADS,
             )
         self._names = list(inspect.signature(type(attn).forward).parameters)[2:]
 
@@ -99,12 +139,99 @@ class PrefixAttention(nn.Module):
         attn: Any = self.attn
         if self.added is None:
             return attn(x, *args, **kwargs)
+        if type(attn) in _EXTENDED:
+            return extended(attn, self.added, attn, x, *args, **kwargs)
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
         rope = given.pop("rope", None)
         shared = given.pop("shared_rel_pos_bias" if "shared_rel_pos_bias" in given else "shared_rel_pos", None)
         if any(v is not None and v is not False for v in given.values()):
             raise UserError(f"attention arguments {sorted(given)} cannot be combined with prefixes")
         return attend(attn, x, prefix=self.added, rope=rope, shared=shared)
+
+
+def _plain_heads(attn: Any) -> bool:
+    """Whether keys and values are as wide as the tokens, each head with its own."""
+    if hasattr(attn, "in_proj"):
+        return True
+    fused, out = getattr(attn, "qkv", None), getattr(attn, "proj", None) or attn.o_proj.linear
+    if fused is not None:
+        return bool(fused.out_features == 3 * out.in_features and fused.in_features == out.in_features)
+    q, k, v = (getattr(p, "linear", p) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+    return bool({k.out_features, v.out_features, out.in_features} == {q.in_features})
+
+
+class _Extended(TorchFunctionMode):
+    """Inside, calls of torch's attention also see the keys and values of a prefix, each (B, L, D)."""
+
+    def __init__(self, heads: int, prefix: tuple[Tensor, Tensor]) -> None:
+        super().__init__()
+        self.heads, self.prefix, self.calls = heads, prefix, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        q, k, v = args
+        keys, values = (self._like(own, given) for own, given in zip((k, v), self.prefix, strict=True))
+        mask, self.calls = kwargs.get("attn_mask"), self.calls + 1
+        if mask is not None:
+            kwargs = {**kwargs, "attn_mask": F.pad(mask, (keys.shape[-2], 0), value=float(mask.dtype == torch.bool))}
+        return func(q, torch.cat([keys, k], dim=-2), torch.cat([values, v], dim=-2), **kwargs)
+
+    def _like(self, own: Tensor, given: Tensor) -> Tensor:
+        """The prefix in the shape (.., L, d) of what it is put before: of each window, and of one half of the heads."""
+        t = given.to(own.dtype).unflatten(-1, (-1, own.shape[-1])).transpose(1, 2)
+        t = t[:, self.calls % (t.shape[1] // self.heads) :: t.shape[1] // self.heads]
+        rows = own.shape[0] // (self.heads if own.dim() == 3 else 1)
+        t = t.repeat_interleave(rows // len(t), dim=0)
+        return t.flatten(0, 1) if own.dim() == 3 else t
+
+
+def extended(
+    module: Any, prefix: tuple[Tensor, Tensor], forward: Callable[..., Tensor], *args: Any, **kw: Any
+) -> Tensor:
+    """`forward` of a module of `_EXTENDED`, with extra keys and values at no position, in every window."""
+    if any(v is not None and v is not False for k, v in kw.items() if k in ("attn_mask", "is_causal")):
+        raise UserError("an attention mask cannot be combined with prefixes")
+    with _Extended(int(module.num_heads), prefix) as mode:
+        out = forward(*args, **kw)
+    if not mode.calls:
+        raise UserError("prompts need torch's fused attention here; leave TIMM_FUSED_ATTN unset")
+    return out
+
+
+class PrefixBlock:
+    """The slot of a block that is its own attention: the parallel ones, with MLP and attention in one."""
+
+    def __init__(self, block: Any) -> None:
+        self.added: tuple[Tensor, Tensor] | None = None
+        self._block = block
+        whole = block.forward
+        inner = whole.args[1] if isinstance(whole, functools.partial) else whole
+        own = functools.partial(self._forward, inner)
+        # below a checkpoint, so that the backward's pass has the prefix too
+        block.forward = functools.partial(_checkpointed, block, own) if inner is not whole else own
+        block.prefix_slot = self
+
+    def _forward(self, inner: Callable[..., Tensor], x: Tensor, **kwargs: Any) -> Tensor:
+        return inner(x, **kwargs) if self.added is None else extended(self._block, self.added, inner, x, **kwargs)
+
+
+class PrefixSeveral:
+    """The slot of a block with several attentions side by side, which all get the same prefix."""
+
+    def __init__(self, wrapped: list[PrefixAttention]) -> None:
+        self.wrapped = wrapped
+
+    @property
+    def added(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values of the pass that is on."""
+        return self.wrapped[0].added
+
+    @added.setter
+    def added(self, value: tuple[Tensor, Tensor] | None) -> None:
+        for attention in self.wrapped:
+            attention.added = value
 
 
 def _position_bias(attn: Any, shared: Tensor | None) -> Tensor | None:
@@ -168,7 +295,11 @@ def attend(
         v = torch.cat([heads(values.to(v.dtype)), v], dim=2)
         if bias is not None:
             bias = F.pad(bias, (keys.shape[1], 0))
-    if differential:
+    if type(attn) is cait.TalkingHeadAttn:
+        weights = (q * attn.scale) @ k.mT  # mixed over the heads before and after the softmax
+        weights = attn.proj_l(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).softmax(dim=-1)
+        x = attn.proj_w(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) @ v
+    elif differential:
         first, second = (F.scaled_dot_product_attention(q[:, i::2], k[:, i::2], v) for i in (0, 1))
         x = first - attn._compute_lambda().type_as(q) * second
         x = attn.sub_norm(x) * (1 - attn.lambda_init)
@@ -212,30 +343,41 @@ def read_class_token_only(model: Any) -> None:
         last.__class__ = ClassTokenBlock
 
 
-def wrap_prefix_attention(model: nn.Module) -> list[PrefixAttention]:
-    """Wraps the attention of every block (once) and returns the wrappers in block order."""
-    wrapped = []
-    backbone = f"backbone {getattr(model, 'backbone_name', type(model).__name__)}"
-    for i, block in enumerate(model.blocks):  # type: ignore[arg-type]
-        if not isinstance(getattr(block, "attn", None), (PrefixAttention, nn.Module)):
-            raise UserError(
-                f"{backbone}: blocks.{i} ({type(block).__name__}) has no attention that takes prefixes; prompts need "
-                "another ViT"
-            )
-        if not isinstance(block.attn, PrefixAttention):
-            block.attn = PrefixAttention(block.attn, i, backbone)
-        wrapped.append(block.attn)
-    return wrapped
+def wrap_prefix_attention(model: nn.Module) -> list[Any]:
+    """Makes the attention of every block take prefixes (once) and returns what they are set on, in block order."""
+    return [_prefix_slot(block, i, backbone_name(model)) for i, block in enumerate(model.blocks)]  # type: ignore[arg-type]
+
+
+def _prefix_slot(block: Any, i: int, backbone: str) -> Any:
+    if hasattr(block, "prefix_slot"):
+        return block.prefix_slot
+    if type(block) in _EXTENDED:
+        return PrefixBlock(block)
+    if isinstance(getattr(block, "attns", None), nn.ModuleList):
+        for part in block.attns:
+            part.attn = PrefixAttention(part.attn, i, backbone)
+        block.prefix_slot = PrefixSeveral([part.attn for part in block.attns])
+        return block.prefix_slot
+    if not isinstance(getattr(block, "attn", None), nn.Module):
+        raise Unserved(
+            f"{backbone}: blocks.{i} ({type(block).__name__}) has no attention that takes prefixes; prompts need "
+            "another ViT",
+            NO_PREFIXES,
+        )
+    if not isinstance(block.attn, PrefixAttention):
+        block.attn = PrefixAttention(block.attn, i, backbone)
+    return block.attn
 
 
 class SideSlot:
     """Where a block takes a side module: it reads the residual stream after attention and adds to what the MLP adds."""
 
-    def __init__(self, block: Any, index: int) -> None:
+    def __init__(self, block: Any, index: int, backbone: str = "the backbone") -> None:
         # others order norm, MLP and sum in another way
         if type(block) not in (Block, ClassTokenBlock, EvaBlock):
             raise UserError(
-                f"blocks.{index} is a {type(block).__name__}, which takes no side modules; they need another ViT"
+                f"{backbone}: blocks.{index} is a {type(block).__name__}, which takes no side modules; they need "
+                "another ViT"
             )
         self.added: Callable[[Tensor], Tensor] | None = None
         self._seen: Tensor | None = None
@@ -262,7 +404,8 @@ class Additions:
         if "prefixes" in requires and "prefixes" not in self._slots:
             self._slots["prefixes"] = wrap_prefix_attention(self._model)
         if "sides" in requires and "sides" not in self._slots:
-            self._slots["sides"] = [SideSlot(block, i) for i, block in enumerate(self._model.blocks)]
+            name = backbone_name(self._model)
+            self._slots["sides"] = [SideSlot(block, i, name) for i, block in enumerate(self._model.blocks)]
             for block, slot in zip(self._model.blocks, self._slots["sides"], strict=True):
                 block.side_slot = slot
 
@@ -284,5 +427,6 @@ class Additions:
 
 
 def _slots(block: Any) -> list[Any]:
-    slots = [block.attn] if isinstance(getattr(block, "attn", None), PrefixAttention) else []
+    prefix = getattr(block, "prefix_slot", None) or getattr(block, "attn", None)
+    slots = [prefix] if isinstance(prefix, (PrefixAttention, PrefixBlock, PrefixSeveral)) else []
     return [*slots, block.side_slot] if hasattr(block, "side_slot") else slots

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -33,6 +33,13 @@ def state_hash(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def finite(state: Mapping[str, Tensor], name: str) -> None:
+    """UserError that names the first tensor of `name` that holds a NaN or an infinity."""
+    for key, tensor in state.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{name}: its weight {key} holds NaN or infinity; save or download it again")
+
+
 def offline() -> bool:
     """Whether the hub must not be asked."""
     return any(
@@ -51,6 +58,12 @@ def read_safetensors(path: str | Path, key: str = "backbone.weights") -> dict[st
         return load_file(file)
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{key}: {file} is no valid safetensors file (truncated?): {error}; replace it") from None
+
+
+def read_metadata(file: str | Path) -> dict[str, str]:
+    """The metadata of a safetensors file that could be read."""
+    with safe_open(file, "pt") as opened:
+        return dict(opened.metadata() or {})
 
 
 @contextlib.contextmanager

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
-import math
 import shutil
 import textwrap
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +23,27 @@ import dualcl.benchmark.core.compat  # noqa: F401 - before diffusers
 # isort: split
 import diffusers
 import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image, ImageDraw, ImageFont
-from tokenizers import pre_tokenizers
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from dualcl.benchmark.core.files import atomic_write
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.seeding import derive_seed, numpy_generator
+from dualcl.benchmark.pretraining.text_to_image import (
+    TextAndUNet,
+    batches,
+    contact_sheet,
+    cosine,
+    encode,
+    make_scheduler,
+    make_tokenizer,
+    pipeline,
+    psnr,
+    restored,
+    save_pipeline,
+    to_input,
+    weight_hashes,
+)
 from dualcl.datasets.drawing.captions import (
     CLASS_NOUN,
     INK_AND_PAPER,
@@ -46,7 +55,7 @@ from dualcl.datasets.drawing.captions import (
     sample_look,
     sample_scene,
 )
-from dualcl.datasets.drawing.glyphs import COLOURS, draw_glyph, font_path
+from dualcl.datasets.drawing.glyphs import COLOURS, draw_glyph
 
 Say = Callable[[str], None]
 
@@ -106,58 +115,29 @@ def draw(names: list[str], part: str, per_class: int, seed: int, size: int) -> D
     return Drawn(torch.from_numpy(images), captions, torch.tensor(glyphs), torch.tensor(ink))
 
 
-def _to_input(images: Tensor) -> Tensor:
-    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-
-
-def _batches(n: int, batch: int, seed: int, *key: int | str) -> Iterator[Tensor]:
-    """Index batches without end: shuffled passes, the last short batch of each left out."""
-    epoch = 0
-    while True:
-        order = torch.randperm(n, generator=torch_generator(seed, *key, epoch))
-        yield from (b for b in order.split(batch) if len(b) == min(batch, n))
-        epoch += 1
-
-
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def _learn_merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, the most frequent pair first, until every word is one token.
-
-    The tokenizers library breaks ties by an order that differs between processes, and with it all token ids.
-    """
-    split = [[*word[:-1], word[-1] + "</w>"] for word in words]
-    merges: list[tuple[str, str]] = []
-    while True:
-        counts = Counter(pair for symbols in split for pair in pairwise(symbols))
-        if not counts:
-            return merges
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        merges.append(best)
-        for symbols in split:
-            at = 0
-            while at < len(symbols) - 1:
-                if (symbols[at], symbols[at + 1]) == best:
-                    symbols[at : at + 2] = ["".join(best)]
-                at += 1
-
-
-def make_tokenizer(folder: Path, length: int) -> CLIPTokenizer:
-    """A CLIP tokenizer whose byte-pair merges were learnt on the words of the captions; unknown words fall to bytes."""
+def _words() -> set[str]:
+    """The words of the captions, and some more."""
     words = {w for name in caption_names() for w in name.split()}
     words |= {*COLOURS, *KINDS, *(w for w in RENDITION_WORDS.values() if w), CLASS_NOUN}
-    words |= {"a", "an", "of", "on", "the", "with", "and", "my", "face", "image", "toy", "object", "animal", "person"}
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = _learn_merges(sorted(words))
-    tokens = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges)]
-    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{a} {b}\n" for a, b in merges), encoding="utf-8")
-    made: Any = CLIPTokenizer
-    return made(vocab=vocab, merges=merges, model_max_length=length)
+    return words | {
+        "a",
+        "an",
+        "of",
+        "on",
+        "the",
+        "with",
+        "and",
+        "my",
+        "face",
+        "image",
+        "toy",
+        "object",
+        "animal",
+        "person",
+    }
 
 
 def make_models(recipe: GlyphDiffusionRecipe, tokenizer: CLIPTokenizer) -> tuple[Any, Any, Any]:
@@ -200,42 +180,24 @@ def make_models(recipe: GlyphDiffusionRecipe, tokenizer: CLIPTokenizer) -> tuple
     return text, unet, vae
 
 
-def make_scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule with v prediction (as Stable Diffusion 2)."""
-    return DDIMScheduler(
-        num_train_timesteps=1000,
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-        prediction_type="v_prediction",
-    )
-
-
 # --- training --------------------------------------------------------------------------------------------------------
-
-
-def _cosine(step: int, steps: int, warm: int) -> float:
-    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def _train_vae(vae: Any, images: Tensor, seed: int, recipe: GlyphDiffusionRecipe, say: Say) -> None:
     """Pixel error, and a light pull of the latents to a normal distribution."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=recipe.vae_lr, weight_decay=0.0)
     started, running = time.monotonic(), 0.0
-    batches = _batches(len(images), recipe.vae_batch, seed, "glyph-diffusion", "vae")
+    order = batches(len(images), recipe.vae_batch, seed, "glyph-diffusion", "vae")
     vae.train()
     for step in range(recipe.vae_steps):
-        inputs = _to_input(images[next(batches)])
+        inputs = to_input(images[next(order)])
         posterior = vae.encode(inputs).latent_dist
         latents = posterior.sample(torch_generator(seed, "glyph-diffusion", "vae-noise", step))
         error = _pixel_error(vae.decode(latents).sample, inputs)
         pull = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
         loss = error + 1e-3 * pull
         for group in optimizer.param_groups:
-            group["lr"] = recipe.vae_lr * _cosine(step, recipe.vae_steps, 30)
+            group["lr"] = recipe.vae_lr * cosine(step, recipe.vae_steps, 30)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -262,17 +224,17 @@ def _train_decoder(
     for p in params:
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(params, lr=recipe.vae_lr, weight_decay=0.0)
-    batches = _batches(len(images), recipe.vae_batch, seed, "glyph-diffusion", "decoder")
+    order = batches(len(images), recipe.vae_batch, seed, "glyph-diffusion", "decoder")
     mean, std = latents
     running, started = 0.0, time.monotonic()
     for step in range(recipe.decoder_steps):
-        index = next(batches)
+        index = next(order)
         noise = torch.randn(
             mean[index].shape, generator=torch_generator(seed, "glyph-diffusion", "decoder-noise", step)
         )
-        error = _pixel_error(vae.decode(mean[index] + std[index] * noise).sample, _to_input(images[index]))
+        error = _pixel_error(vae.decode(mean[index] + std[index] * noise).sample, to_input(images[index]))
         for group in optimizer.param_groups:
-            group["lr"] = recipe.vae_lr * _cosine(step, recipe.decoder_steps, 30)
+            group["lr"] = recipe.vae_lr * cosine(step, recipe.decoder_steps, 30)
         optimizer.zero_grad(set_to_none=True)
         error.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
@@ -284,29 +246,8 @@ def _train_decoder(
     vae.requires_grad_(False)
 
 
-@torch.no_grad()
-def _encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents of all images."""
-    parts = [vae.encode(_to_input(chunk)).latent_dist for chunk in images.split(256)]
-    return torch.cat([p.mean for p in parts]), torch.cat([p.std for p in parts])
-
-
-class _Trained(nn.Module):
-    """The text encoder and U-Net, trained together."""
-
-    def __init__(self, text: Any, unet: Any) -> None:
-        super().__init__()
-        self.text, self.unet = text, unet
-
-    def forward(self, noisy: Tensor, timesteps: Tensor, ids: Tensor) -> Tensor:
-        """Prediction (B, C, h, w) for noisy latents (B, C, h, w), timesteps (B,) and token ids (B, L)."""
-        context = self.text(ids).last_hidden_state
-        predicted: Tensor = self.unet(noisy, timesteps, encoder_hidden_states=context).sample
-        return predicted
-
-
 def _train_unet(
-    model: _Trained,
+    model: TextAndUNet,
     latents: tuple[Tensor, Tensor],
     ids: Tensor,
     empty: Tensor,
@@ -314,8 +255,8 @@ def _train_unet(
     seed: int,
     recipe: GlyphDiffusionRecipe,
     say: Say,
-    snapshot: Callable[[_Trained, int], None] | None,
-) -> _Trained:
+    snapshot: Callable[[TextAndUNet, int], None] | None,
+) -> TextAndUNet:
     """AdamW on the v-prediction error, cosine schedule; returns the moving average of the weights."""
     decayed = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim <= 1]
@@ -325,11 +266,11 @@ def _train_unet(
     average = copy.deepcopy(model).requires_grad_(False)
     pairs = list(zip(average.parameters(), model.parameters(), strict=True))
     mean, std = latents
-    batches = _batches(len(mean), recipe.unet_batch, seed, "glyph-diffusion", "unet")
+    order = batches(len(mean), recipe.unet_batch, seed, "glyph-diffusion", "unet")
     started, running = time.monotonic(), 0.0
     model.train()
     for step in range(recipe.unet_steps):
-        index = next(batches)
+        index = next(order)
         generator = torch_generator(seed, "glyph-diffusion", "unet-noise", step)
         clean = mean[index] + std[index] * torch.randn(mean[index].shape, generator=generator)
         noise = torch.randn(clean.shape, generator=generator)
@@ -341,7 +282,7 @@ def _train_unet(
         target = scheduler.get_velocity(clean, noise, timesteps)
         loss = F.mse_loss(model(noisy, timesteps, torch.where(dropped, empty, ids[index])), target)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.lr * _cosine(step, recipe.unet_steps, 100)
+            group["lr"] = recipe.lr * cosine(step, recipe.unet_steps, 100)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -378,14 +319,14 @@ class _Reader(nn.Module):
 def _train_reader(drawn: Drawn, seed: int, recipe: GlyphDiffusionRecipe, say: Say) -> _Reader:
     reader = _Reader(int(drawn.glyph.max()) + 1, len(COLOURS))
     optimizer = torch.optim.AdamW(reader.parameters(), lr=1e-3, weight_decay=0.05)
-    batches = _batches(len(drawn.images), 128, seed, "glyph-diffusion", "reader")
+    order = batches(len(drawn.images), 128, seed, "glyph-diffusion", "reader")
     steps = max(1, recipe.reader_epochs * len(drawn.images) // 128)
     for step in range(steps):
-        index = next(batches)
-        glyph, ink = reader(_to_input(drawn.images[index]))
+        index = next(order)
+        glyph, ink = reader(to_input(drawn.images[index]))
         loss = F.cross_entropy(glyph, drawn.glyph[index]) + F.cross_entropy(ink, drawn.ink[index])
         for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * _cosine(step, steps, 50)
+            group["lr"] = 1e-3 * cosine(step, steps, 50)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -396,49 +337,11 @@ def _train_reader(drawn: Drawn, seed: int, recipe: GlyphDiffusionRecipe, say: Sa
 
 @torch.no_grad()
 def _read(reader: _Reader, images: Tensor) -> tuple[Tensor, Tensor]:
-    parts = [reader(_to_input(chunk)) for chunk in images.split(256)]
+    parts = [reader(to_input(chunk)) for chunk in images.split(256)]
     return torch.cat([g.argmax(1) for g, _ in parts]), torch.cat([i.argmax(1) for _, i in parts])
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
-
-
-def _pipeline(tokenizer: CLIPTokenizer, text: Any, unet: Any, vae: Any, scheduler: Any) -> Any:
-    pipe: Any = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def save_pipeline(pipe: Any, folder: Path) -> None:
-    """Writes the pipeline in diffusers layout with float16 weights, replacing what is there."""
-    partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    parts = {name: copy.deepcopy(getattr(pipe, name)).half() for name in ("text_encoder", "unet", "vae")}
-    for part in parts.values():  # where a model came from is nobody's business
-        part.config._name_or_path = ""
-    _pipeline(pipe.tokenizer, parts["text_encoder"], parts["unet"], parts["vae"], pipe.scheduler).save_pretrained(
-        partial, safe_serialization=True
-    )
-    write_vocabulary(partial / "tokenizer")
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
-
-
-def write_vocabulary(folder: Path) -> None:
-    """Writes vocab.json and merges.txt from tokenizer.json: what CLIP tokenizers of transformers 4 read."""
-    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
-    merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
 @torch.no_grad()
@@ -459,31 +362,6 @@ def _sample(pipe: Any, prompts: list[str], seed: int, recipe: GlyphDiffusionReci
     return torch.from_numpy((np.concatenate(out) * 255).round().clip(0, 255).astype(np.uint8))
 
 
-def _sheet(images: Tensor, captions: list[str], path: Path, columns: int = 8, zoom: int = 3) -> None:
-    """A grid of samples with their captions below."""
-    size = images.shape[1] * zoom
-    font = ImageFont.truetype(str(font_path()), 10)
-    width, height = size + 16, size + 52
-    rows = math.ceil(len(images) / columns)
-    page = Image.new("RGB", (columns * width + 8, rows * height + 8), "white")
-    pen = ImageDraw.Draw(page)
-    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
-        x, y = 8 + i % columns * width, 8 + i // columns * height
-        page.paste(Image.fromarray(image.numpy()).resize((size, size), Image.Resampling.NEAREST), (x, y))
-        lines = textwrap.wrap(caption, 18)[:4]
-        pen.multiline_text((x, y + size + 2), "\n".join(lines), fill="black", font=font, spacing=1)
-    with atomic_write(path) as handle:
-        page.save(handle, format="PNG", optimize=True)
-
-
-def _folder_hash(folder: Path) -> dict[str, str]:
-    """sha256 of each weight file."""
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(folder.rglob("*.safetensors"))
-    }
-
-
 def make_glyph_diffusion(
     folder: Path, seed: int, recipe: GlyphDiffusionRecipe, command: str, say: Say
 ) -> dict[str, Any]:
@@ -496,12 +374,12 @@ def make_glyph_diffusion(
     drawn = draw(names, "train", recipe.per_class, seed, recipe.image_size)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "glyph-diffusion", "init"))
-        tokenizer = make_tokenizer(scratch, recipe.text_length)
+        tokenizer = make_tokenizer(scratch, _words(), recipe.text_length)
         shutil.rmtree(scratch, ignore_errors=True)
         text, unet, vae = make_models(recipe, tokenizer)
         scheduler: Any = make_scheduler()
         _train_vae(vae, drawn.images, seed, recipe, say)
-        mean, std = _encode(vae, drawn.images)
+        mean, std = encode(vae, drawn.images)
         scale = 1 / float((mean.square() + std.square()).mean().sqrt())
         vae.register_to_config(scaling_factor=scale)
         say(f"latents: mean {float(mean.mean()):.3f}, standard deviation {1 / scale:.3f}")
@@ -512,11 +390,11 @@ def make_glyph_diffusion(
             ).input_ids
             return tokens
 
-        def snapshot(average: _Trained, step: int) -> None:
-            save_pipeline(_pipeline(tokenizer, average.text, average.unet, vae, scheduler), target)
+        def snapshot(average: TextAndUNet, step: int) -> None:
+            save_pipeline(pipeline(tokenizer, average.text, average.unet, vae, scheduler), target)
 
         averaged = _train_unet(
-            _Trained(text, unet),
+            TextAndUNet(text, unet),
             (mean * scale, std * scale),
             ids(drawn.captions),
             ids([""]),
@@ -528,7 +406,7 @@ def make_glyph_diffusion(
         )
         _train_decoder(vae, drawn.images, (mean, std), seed, recipe, say)
         minutes = (time.monotonic() - began) / 60
-        save_pipeline(_pipeline(tokenizer, averaged.text, averaged.unet, vae, scheduler), target)
+        save_pipeline(pipeline(tokenizer, averaged.text, averaged.unet, vae, scheduler), target)
         reader = _train_reader(drawn, seed, recipe, say)
     return measure(target, names, reader, seed, recipe, command, minutes, say)
 
@@ -549,8 +427,8 @@ def measure(
     pipe.set_progress_bar_config(disable=True)
     test = draw(names, "test", recipe.samples_per_class, seed, recipe.image_size)
     read_glyph, read_ink = _read(reader, test.images)
-    restored = _restored(pipe.vae, test.images)
-    again_glyph, again_ink = _read(reader, restored)
+    seen_again = restored(pipe.vae, test.images)
+    again_glyph, again_ink = _read(reader, seen_again)
 
     def share(right: Tensor) -> float:
         return round(float(right.float().mean()), 4)
@@ -561,7 +439,7 @@ def measure(
             "glyph": share(again_glyph == test.glyph),
             "ink": share(again_ink == test.ink),
         },
-        "vae_psnr": round(_psnr(restored, test.images), 2),
+        "vae_psnr": round(psnr(seen_again, test.images), 2),
     }
     scenes = [
         Scene(name, *INK_AND_PAPER[numpy_generator(seed, "sample", name, k).integers(len(INK_AND_PAPER))])
@@ -577,10 +455,10 @@ def measure(
     step = max(1, len(scenes) // 64)
     # another glyph in every column and row
     shown = [(i + i // 8 * 5) % len(scenes) for i in range(0, len(scenes), step)][:64]
-    _sheet(images[shown], [scenes[i].caption() for i in shown], target / "samples.png")
+    contact_sheet(images[shown], [scenes[i].caption() for i in shown], target / "samples.png")
     card = {
         "name": "glyph-diffusion",
-        "weights_sha256": _folder_hash(target),
+        "weights_sha256": weight_hashes(target),
         "trained_on": f"{len(names)} glyphs of DejaVu Sans x {recipe.per_class} captioned drawings, none a concept",
         "command": command,
         "seed": seed,
@@ -603,18 +481,6 @@ def measure(
         handle.write(_card_text(card).encode())
     say(json.dumps(measured))
     return card
-
-
-@torch.no_grad()
-def _restored(vae: Any, images: Tensor) -> Tensor:
-    """Images (N, S, S, 3) uint8 encoded and decoded again."""
-    parts = [vae.decode(vae.encode(_to_input(c)).latent_dist.mean).sample.clamp(-1, 1) for c in images.split(256)]
-    return torch.cat(parts).add(1).mul(127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def _psnr(a: Tensor, b: Tensor) -> float:
-    """Peak signal-to-noise ratio of uint8 images, in dB."""
-    return float(10 * torch.log10(255**2 / F.mse_loss(a.float(), b.float())))
 
 
 def _card_text(card: dict[str, Any]) -> str:

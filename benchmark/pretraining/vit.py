@@ -30,6 +30,7 @@ from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.seeding import derive_seed, numpy_generator
 from dualcl.benchmark.pretraining.diffusion import GlyphDiffusionRecipe, make_glyph_diffusion
+from dualcl.benchmark.pretraining.portraits import JudgeRecipe, PortraitsRecipe, make_judge, make_portraits
 from dualcl.datasets.drawing.glyphs import (
     PRETRAINING_GLYPHS,
     STREAM_GLYPHS,
@@ -308,10 +309,22 @@ def _make_diffusion(folder: Path, seed: int, recipe: Any, settings: dict[str, An
     return make_glyph_diffusion(folder, seed, recipe, _command("glyph-diffusion", seed, settings), _say)
 
 
+def _make_judge(folder: Path, seed: int, recipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Trains the judge of portraits and writes the folder portraits_judge."""
+    return make_judge(folder, seed, recipe, _command("portraits-judge", seed, settings), _say)
+
+
+def _make_portraits(folder: Path, seed: int, recipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Trains the small Stable Diffusion on portraits, or goes on, and writes the folder portraits_diffusion."""
+    return make_portraits(folder, seed, recipe, _command("portraits-diffusion", seed, settings), _say)
+
+
 Maker = Callable[[Path, int, Any, dict[str, Any]], dict[str, Any]]
 
 #: name -> (settings with their defaults, what trains and writes)
 RECIPES: dict[str, tuple[type[Any], Maker]] = {
     "glyph-vit": (GlyphViTRecipe, _make_glyph_vit),
     "glyph-diffusion": (GlyphDiffusionRecipe, _make_diffusion),
+    "portraits-judge": (JudgeRecipe, _make_judge),
+    "portraits-diffusion": (PortraitsRecipe, _make_portraits),
 }

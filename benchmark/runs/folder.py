@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.core.files import _checksum, as_json, atomic_write, now, sync_folder, write_json
+from dualcl.benchmark.core.files import Growing, _checksum, atomic_write, now, sync_folder, write_json
 from dualcl.benchmark.core.lock import hold
 from dualcl.benchmark.core.reading import read_json
 from dualcl.benchmark.runs.mirror import Mirror, is_url, local_copy, talking_to
@@ -42,6 +42,8 @@ class RunFolder:
         self._log: IO[str] | None = None
         #: over the lines of the log so far; None where none was opened
         self._logged: hashlib._Hash | None = None
+        #: no line of the open log is of a later (task, step)
+        self._last = (-1, -1)
         #: checkpoint -> checksum of the log when it was written
         self._logged_at: dict[str, str] = {}
         #: configuration and data of the run, hashed
@@ -77,7 +79,7 @@ class RunFolder:
 
     def write_record(self, record: Mapping[str, Any]) -> None:
         """Replaces the record."""
-        write_json(self.path / RECORD, {**record, "sha256": record_checksum(as_json(record))})
+        write_json(self.path / RECORD, {**record, "sha256": record_checksum(record)})
         sync_folder(self.path)
 
     def write_config(self, tree: Mapping[str, Any]) -> None:
@@ -92,8 +94,10 @@ class RunFolder:
 
         UserError when the lines before are not those that the checkpoint at (task, step) knew.
         """
-        self.close()
         path = self.path / "log.jsonl"
+        if self._log is not None and self._last < (task, step) and path.exists():
+            return  # all lines are of before
+        self.close()
         kept: list[bytes] = []
         if path.exists():
             for line in path.read_bytes().splitlines():
@@ -113,6 +117,7 @@ class RunFolder:
         with atomic_write(path) as handle:
             handle.write(b"".join(kept))
         self._log = open(path, "a", encoding="utf-8")  # noqa: SIM115 - `close` closes it
+        self._last = task, step - 1
 
     def log(self, **entry: Any) -> None:
         """Appends one line."""
@@ -121,6 +126,7 @@ class RunFolder:
             self._log.write(line)
             self._log.flush()
             self._logged.update(line.encode())
+            self._last = entry["task"], entry["step"]
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -281,9 +287,9 @@ def new_record(
         "run": dict(run),
         "config": dict(config),
         **parts,
-        "tasks": [],
-        "matrix": {"kind": kind, "rows": []},
-        "measured": {"tasks": [], "wall_seconds": 0.0},
+        "tasks": Growing(),
+        "matrix": {"kind": kind, "rows": Growing()},
+        "measured": {"tasks": Growing(), "wall_seconds": 0.0},
         "created": now(),
         "finished": None,
     }

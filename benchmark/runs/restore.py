@@ -21,6 +21,8 @@ from dualcl.benchmark.core.registry import Registered, check_plugins, is_file
 from dualcl.benchmark.core.seeding import derive_seed
 from dualcl.benchmark.core.settings import Resolved, coerce
 from dualcl.benchmark.domains import domain_class
+from dualcl.benchmark.models.text_to_image import BaseConfig
+from dualcl.benchmark.runs.content import WEIGHTS, located, placed
 from dualcl.benchmark.runs.folder import RunFolder
 from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.runner import Run
@@ -96,13 +98,15 @@ def restore(
     loaded: Callable[[Any], None] | None = None,
     method: str | None = None,
     data: str | None = None,
+    base: str | None = None,
 ) -> Run:
     """Rebuilds a finished or partial run as it stood after its last finished task, for use, not to train on.
 
     A customization run needs its base model but neither its photographs nor its prior images. `after` (1, 2, ...) asks
     for the state after that task. `loaded` is called with the domain before the method attaches to it: the pretrained
-    model as it was found. `method` and `data` name the files of plug-ins, which no record can. Raises UserError when
-    there is no such run or checkpoint, or when the pretrained weights are not those of the run.
+    model as it was found. `method` and `data` name the files of plug-ins, which no record can; `base` is where the
+    pretrained weights are now. Raises UserError when there is no such run or checkpoint, or when the pretrained weights
+    are not those of the run.
     """
     folder = RunFolder(Path(run_dir))
     record = folder.read_record() if folder.path.is_dir() else None
@@ -118,7 +122,13 @@ def restore(
     if checkpoint is None:
         raise UserError(f"the checkpoint of task {last} in {run_dir} is gone; call its dualcl run again")
 
-    resolved = recorded_config(record, method, data, device=device, threads=None)
+    resolved = located(recorded_config(record, method, data, device=device, threads=None), record, here=False)
+    if base is not None:
+        resolved = placed(resolved, WEIGHTS[resolved.domain], base)
+    elif record["identity"].get("weights") == "local directory":
+        place = Path(resolved.section("base", BaseConfig).model).expanduser()
+        if not place.is_dir():
+            raise UserError(f"{run_dir} was made on a model in {place}, which is not there; say where: --base DIR")
     domain = _domain(resolved, record, pick_device(device))
     _check_weights(domain, record, folder.path)
     if loaded is not None:
@@ -163,6 +173,9 @@ def _domain(resolved: Resolved, record: Mapping[str, Any], device: torch.device)
     ordered = dataclasses.replace(resolved, sections={**resolved.sections, "stream": stream})
     domain = cls(ordered, device, data=data)
     domain.makes_pictures = False  # type: ignore[attr-defined]  # they serve training only, and would take minutes
+    template = resolved.sections["concept"].placeholder
+    counted = [template.replace("{number}", str(i + 1)) for i in range(count)]  # as all were before words were recorded
+    domain.words = list(map(str, network.get("words") or counted))  # type: ignore[attr-defined]
     return domain
 
 
@@ -171,6 +184,12 @@ def _no_photograph(index: int) -> Image.Image:
 
 
 def _check_weights(domain: Any, record: Mapping[str, Any], path: Path) -> None:
+    known, now = (record.get("content") or {}).get("settings"), domain.contents(domain.resolved).get("settings")
+    if known and now and (digest := now()) != known:
+        raise UserError(
+            f"the pretrained model's scheduler, tokenizer or sizes are not those of {path} (sha256 {digest}, there "
+            f"{known}); put back {record['identity'].get('backbone', 'the model')} as it was"
+        )
     # not the whole identity of a customization domain: it loads the feature network of the evaluation
     info = domain.diffusion.info if domain.name == "customization" else None
     found = info.weights_sha256 if info is not None else domain.identity().get("weights_sha256")
@@ -178,5 +197,5 @@ def _check_weights(domain: Any, record: Mapping[str, Any], path: Path) -> None:
     if found != wanted:
         raise UserError(
             f"the pretrained weights are not those of {path} (sha256 {str(found)[:12]}, there {str(wanted)[:12]}); "
-            f"put back {record['identity'].get('backbone', 'the model')} as it was"
+            f"put back {record['identity'].get('backbone', 'the model')} as it was, or say where it is: --base DIR"
         )

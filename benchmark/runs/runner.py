@@ -7,6 +7,7 @@ step or epoch, sample), so a killed run that is called again ends with the recor
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import traceback
 from pathlib import Path
@@ -18,13 +19,14 @@ from torch import Tensor, nn
 from dualcl.benchmark.core.devices import is_out_of_memory, peak_mib, pick_device, reset_peak
 from dualcl.benchmark.core.domain import Domain
 from dualcl.benchmark.core.errors import RunFailed, UserError
-from dualcl.benchmark.core.files import as_json, now
+from dualcl.benchmark.core.files import Growing, as_json, now
 from dualcl.benchmark.core.machine import Stopwatch, environment
 from dualcl.benchmark.core.processes import ALONE, Processes, join
 from dualcl.benchmark.core.registry import check_plugins
 from dualcl.benchmark.core.seeding import derive_seed
-from dualcl.benchmark.core.settings import Resolved, flatten
+from dualcl.benchmark.core.settings import Resolved
 from dualcl.benchmark.domains import domain_class
+from dualcl.benchmark.runs.content import OLDER, check_same, located, look, moved_keys, relative_places, unchecked
 from dualcl.benchmark.runs.folder import PARTIAL, DamagedCheckpoint, RunFolder, Spectator, new_record
 from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.step import Steps, load_optimizer, lr_factor, make_optimizer, optimizer_tensors
@@ -131,8 +133,10 @@ class Run(Steps):
         """Restores the newest checkpoint; returns the task to go on with and a mid-task checkpoint if there is one."""
         first, boundary, partial = self.processes.from_main(self._newest)
         if boundary is not None:
-            for key in ("tasks", "matrix", "measured"):
-                record[key] = boundary[1][key]
+            tasks, matrix, measured = (boundary[1][key] for key in ("tasks", "matrix", "measured"))
+            record["tasks"] = Growing(tasks)
+            record["matrix"] = {**matrix, "rows": Growing(matrix["rows"])}
+            record["measured"] = {**measured, "tasks": Growing(measured["tasks"])}
             for task in range(first):
                 self.begin(task)
             self.restore(boundary[0], first)
@@ -181,10 +185,13 @@ class Run(Steps):
         clock = Stopwatch()
         seen = range(self.n_tasks) if self.joint else range(task + 1)
         row = self.domain.evaluate(seen)
+        for measure, values in row.items():
+            if not _finite(as_json(values)):
+                raise UserError(f"{measure} is not finite after task {task + 1} ({values}); it is not recorded")
         facts = {} if self.joint else self.domain.tasks[task].facts
         diagnostics = self.method.diagnostics()
-        if not _finite(diagnostics):
-            raise self._diverged(f"the updates are too large for a number after task {task + 1} ({diagnostics})")
+        if not _finite([row, diagnostics]):
+            raise self._diverged(f"the updates are too large for a number after task {task + 1} ({row}, {diagnostics})")
         record["matrix"]["rows"].append({"after_task": seen[-1], **row})
         record["tasks"].append(
             {
@@ -296,17 +303,6 @@ class Run(Steps):
         }
 
 
-def _check_config(record: dict[str, Any], resolved: Resolved, path: Path) -> None:
-    """A folder made with another configuration is refused, with the keys that differ."""
-    old = resolved.telling(flatten(record["config"]))
-    new = resolved.flat(volatile=False)
-    differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    if differ:
-        shown = ", ".join(f"{k} (there {old.get(k)!r}, now {new.get(k)!r})" for k in differ[:4])
-        more = f" and {len(differ) - 4} more" if len(differ) > 4 else ""
-        raise UserError(f"{path} holds a run with another configuration: {shown}{more}; choose another --out")
-
-
 def check_capabilities(resolved: Resolved) -> None:
     """UserError for a method that requires what its domain does not offer."""
     requires = method_class(resolved.method_reference).requires
@@ -350,20 +346,34 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
             held.enter_context(folder.locked())
             old = folder.read_record()
             if old is not None:
-                _check_config(old, resolved, path)
+                moved_keys(old, resolved, path, "choose another --out")
                 check_plugins(old["run"], resolved.plugins, f"the run in {path}", "choose another --out")
             return old
 
         old = processes.from_main(earlier)
+        here = located(resolved, old)
+        doubtful = False
         if old is not None and old["status"] == "finished":
-            reporter.note(f"{path} is finished already")
-            return old
-        work = Run(resolved, folder, reporter, processes=processes)
+            why, doubtful = processes.from_main(lambda: look(old, here, path))
+            if why:
+                reporter.warn(unchecked(path, why))
+            if not doubtful:
+                reporter.note(f"{path} is finished already")
+                return old
+        work = Run(dataclasses.replace(here, earlier=old), folder, reporter, processes=processes)
+        if old is None:
+            for line in work.domain.check_new():
+                reporter.note(line)
         for task in range(1 if work.joint else work.n_tasks):
             if work.method.takes_steps(task):  # a task that is too small is found now, not after the tasks before it
-                work.domain.steps_per_epoch(None if work.joint else task)
+                key = None if work.joint else task
+                if work.method.asks_task_loss():
+                    work.domain.check_loss(key, work.method.output_scope)
+                work.domain.steps_per_epoch(key)
         general = resolved.general
         caveats = [*work.method.caveats(), *_chosen_on_itself(resolved, work.domain)]
+        lines = processes.from_main(work.domain.repeated)
+        repeated = {"repeated_pictures": lines} if lines else {}
         record = new_record(
             {
                 "preset": resolved.preset,
@@ -378,6 +388,7 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
                 "tuning": resolved.tuning,
                 **({"tuned_on": resolved.tuned_on} if resolved.tuned_on else {}),
                 **resolved.plugin_sources(),
+                **({"extends": work.domain.extends} if work.domain.extends else {}),
             },
             resolved.tree(),
             work.domain.matrix_kind,
@@ -391,24 +402,33 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
                     "precision": general.precision,
                 }
             ),
-            network={"parameters": work.domain.adapted_parameters(), **work.domain.facts()},
+            content=processes.from_main(work.domain.content),
+            network={"parameters": work.domain.adapted_parameters(), **work.domain.facts(), **repeated},
             environment={
                 **environment(),
+                **({"places": places} if (places := relative_places(resolved, old)) else {}),
                 "device": device_name(work.device),
                 "threads": torch.get_num_threads(),
                 **({"processes": processes.count} if processes.count > 1 else {}),
             },
         )
         if old is not None:
-            changed = [k for k, v in record["identity"].items() if old["identity"].get(k) != v]
-            facts = {k: v for k, v in as_json(record["network"]).items() if k != "prior"}  # another GPU's prior differs
-            changed += [k for k, v in facts.items() if old["network"].get(k, v) != v]
-            if changed:
-                raise UserError(
-                    f"{path} was begun with another {', '.join(changed)}: the data or weights behind the same "
-                    "configuration have changed; choose another --out"
-                )
-            record["created"] = old["created"]
+            check_same(old, record, path)
+            if doubtful:
+                reporter.note(f"{path} is finished already")
+                return old
+            if "content" not in old and record["content"]:
+                reporter.warn(unchecked(path, OLDER))
+            for moved in moved_keys(old, resolved, path, ""):
+                reporter.note(f"{moved} is another place now, with the same content")
+            # an earlier place or name is no other run; what began without hashes of content was not checked
+            record.update({key: old[key] for key in ("created", "config_hash", "identity")})
+            if "content" not in old:
+                del record["content"]
+        elif repeated:
+            reporter.warn(f"same pictures: {'; '.join(repeated['repeated_pictures'])}")
+        for note in record["network"].get("notes", ()) if processes.main else ():
+            reporter.warn(note)
         folder.bind(record)
         folder.write_config(resolved.tree())
         if old is None:

@@ -96,9 +96,11 @@ def write_inputs(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     config = resolve(PRESET, "linear_probe", settings(args, "classification", PLANNED_TASKS, "fp32"))
     backbone = config.section("backbone", BackboneConfig)
     torch.manual_seed(0)
-    model: Any = load_backbone(backbone)[0]
+    model: Any
+    model, info = load_backbone(backbone)
     weights = folder / "weights.safetensors"
-    save_file(model.state_dict(), weights)
+    prepared = {"mean": json.dumps(info.mean), "std": json.dumps(info.std)}
+    save_file(model.state_dict(), weights, metadata=prepared)
     vit = {
         "img_size": args.image_size,
         "patch_size": model.patch_embed.patch_size[0],

@@ -12,16 +12,17 @@ from typing import Any
 import numpy as np
 
 from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.benchmark.core.reading import is_file, read_names
 from dualcl.benchmark.core.safe_yaml import read_yaml
 from dualcl.benchmark.core.settings import positive
+from dualcl.benchmark.core.text import composed
 from dualcl.datasets.concepts import NOUN, TOKEN, Concept, ConceptData, check_template, concepts_hash
 from dualcl.datasets.reading.folders import (
-    SUFFIXES,
     OnBadImage,
     bad_images,
     check_on_bad_image,
+    folder_notes,
     folder_set,
-    image_files,
 )
 from dualcl.datasets.reading.split import stable_order
 from dualcl.datasets.reading.views import open_image
@@ -73,18 +74,26 @@ class Words:
     eval_prompts: tuple[str, ...] = ()
 
 
+def names_or_file(key: str, chosen: list[str] | None, root: str) -> list[str] | None:
+    """`chosen`, or the names in the file that it names where `root` has no such folder: as they are recorded."""
+    if not chosen or len(chosen) > 1 or Path(chosen[0]).stem == chosen[0] or not is_file(chosen[0]):
+        return chosen
+    return chosen if (Path(root).expanduser() / chosen[0]).is_dir() else read_names(Path(chosen[0]), key)
+
+
 def chosen_folders(key: str, chosen: Sequence[str] | None, there: Sequence[str], root: Path) -> list[str]:
     """The `chosen` folders (None: all) out of those that are there; UserError naming `key` for an unknown one."""
     if chosen is None:
         return list(there)
     if not chosen:
         raise UserError(f"{key} is empty; name at least one folder of {root}")
-    for name in chosen:
-        if name not in there:
+    known, names = {composed(folder): folder for folder in there}, [composed(name) for name in chosen]
+    for name in names:
+        if name not in known:
             raise UserError(f"{key}: {root} has no folder {name!r}; {nearest(name, there, 'folders')}")
-        if list(chosen).count(name) > 1:
+        if names.count(name) > 1:
             raise UserError(f"{key} names {name!r} twice; name each folder once")
-    return list(chosen)
+    return [known[name] for name in names]
 
 
 def check_numbers(key: str, numbers: Sequence[int] | None) -> None:
@@ -103,15 +112,6 @@ def without_validation(concepts: Sequence[str], config: PhotosConfig) -> list[st
     return list(concepts[left:] if config.tuning else concepts[:left])
 
 
-def folder_files(root: Path, folders: Sequence[str]) -> dict[str, list[str]]:
-    """{folder: its images, as paths below `root`}; UserError for a folder without any."""
-    files = {folder: [f"{folder}/{name}" for name in image_files(root / folder)] for folder in folders}
-    for folder, names in files.items():
-        if not names:
-            raise UserError(f"the concept folder {root / folder} has no images ({', '.join(sorted(SUFFIXES))})")
-    return files
-
-
 def photo_concepts(
     name: str,
     root: Path,
@@ -119,6 +119,8 @@ def photo_concepts(
     words: Mapping[str, Words],
     config: PhotosConfig,
     split_name: str,
+    notes: Sequence[str] = (),
+    captions: Mapping[str, str] | None = None,
 ) -> ConceptData:
     """ConceptData of {concept: images below `root`}, all of them decoded once; see `PhotosConfig` for what is refused.
 
@@ -150,7 +152,26 @@ def photo_concepts(
             digest.update(hashlib.sha256((root / image).read_bytes()).digest())
         given = words.get(concept, Words())
         image_set = folder_set(root, good, np.zeros(len(good), dtype=np.int64))
-        concepts.append(Concept(concept, given.noun, image_set, given.prompts, given.eval_prompts))
+        texts = tuple((captions or {}).get(image, "") for image in good)
+        concepts.append(
+            Concept(
+                concept,
+                given.noun,
+                image_set,
+                given.prompts,
+                given.eval_prompts,
+                captions=texts if any(texts) else (),
+            )
+        )
+    if captioned := [c for c in concepts if c.captions]:
+        split_name += "+captions"
+        used = sum(bool(text) for c in captioned for text in c.captions)
+        lacking = sum(len(c.images) for c in concepts) - used
+        rest = f", the other {lacking} have none and are taught with the prompt" if lacking else ""
+        notes = [
+            *notes,
+            f"captions of {used} image(s) are used as their prompts{rest} (data.use_captions=false: without)",
+        ]
     if config.validation:
         split_name += f"+{'validation' if config.tuning else 'without'}-{config.validation}"
     if config.limit is not None:
@@ -161,6 +182,7 @@ def photo_concepts(
         split_name=split_name,
         split_hash=concepts_hash(concepts),
         skipped=tuple(sorted(bad)),
+        notes=(*notes, *folder_notes((), "concept", sorted(bad))),
         facts={
             "images": {c.name: len(c.images) for c in concepts},
             "shortest_side": sides,
@@ -189,11 +211,13 @@ def read_words(path: Path, concepts: Sequence[str], known: Mapping[str, Words]) 
     content = read_yaml(_read_text(path), str(path))
     if not isinstance(content, dict):
         raise UserError(f"{path} must be a mapping such as {{dog: {{noun: dog, prompts: [a photo of {TOKEN}]}}}}")
-    out = dict(known)
+    out, folders = dict(known), {composed(folder): folder for folder in concepts}
     for key, given in content.items():
-        concept = str(key)
-        if concept not in concepts:
-            raise UserError(f"{path}: there is no concept folder {concept!r}; {nearest(concept, concepts)}")
+        if isinstance(key, bool) or key is None:
+            raise UserError(f"{path}: a key is read as {key}, not as text; where it is a folder's name, quote it")
+        if (name := composed(str(key))) not in folders:
+            raise UserError(f"{path}: there is no concept folder {name!r}; {nearest(name, folders)}")
+        concept = folders[name]
         if not isinstance(given, dict):
             raise UserError(f"{path}: {concept} must have keys such as noun and prompts, got {given!r}")
         fields: dict[str, Any] = {str(name): _word(path, concept, str(name), value) for name, value in given.items()}

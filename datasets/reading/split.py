@@ -70,6 +70,7 @@ def select(
     config: SelectConfig,
     skipped: Sequence[str] = (),
     facts: dict[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> ClassData:
     """ClassData of a full split after `config`: first classes, hold-out, then limit; the split name says so."""
     if config.classes is not None:
@@ -98,6 +99,7 @@ def select(
         split_name=split_name,
         split_hash=split_hash(train.ids, train.labels.tolist(), test.ids, test.labels.tolist()),
         skipped=tuple(skipped),
+        notes=tuple(notes),
         facts=dict(facts or {}),
     )
 

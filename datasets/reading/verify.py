@@ -46,7 +46,8 @@ def verify_images(root: Path, ids: Sequence[str]) -> dict[str, str]:
             stat = (root / name).stat()
             stamps[name] = [stat.st_size, stat.st_mtime_ns]
         except OSError as error:
-            bad[name] = error.strerror or str(error)
+            link = (root / name).is_symlink()
+            bad[name] = "a link that leads nowhere" if link else error.strerror or str(error)
     new = [name for name, stamp in stamps.items() if known.get(name) != stamp]
     with warnings.catch_warnings(), Bar("checking images", len(new), "images") as bar:
         # what Pillow only warns of (corrupt EXIF, one to two times its limit of pixels) can be decoded

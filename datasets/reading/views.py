@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
+import warnings
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, get_args
@@ -11,6 +15,14 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dualcl.benchmark.core.errors import UserError, nearest
+
+with contextlib.suppress(ImportError):  # plug-ins of Pillow's, where they are installed
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+with contextlib.suppress(ImportError):
+    import pillow_jxl  # noqa: F401
+Image.init()
 
 Augment = Literal["none", "flip", "crop_flip"]
 
@@ -23,9 +35,34 @@ RESAMPLING = {
 #: longer : shorter side beyond which an image is cropped before it is resized, so that a 1 x 20000 strip stays small
 MAX_ASPECT = 16
 #: of the files that are taken for images, whatever they are called
-FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "WEBP", "TIFF", "PPM")
+FORMATS = tuple(
+    name
+    for name in (
+        "JPEG",
+        "PNG",
+        "BMP",
+        "DIB",
+        "GIF",
+        "WEBP",
+        "TIFF",
+        "PPM",
+        "MPO",
+        "JPEG2000",
+        "QOI",
+        "AVIF",
+        "HEIF",
+        "JXL",
+    )
+    if name in Image.OPEN
+)
 #: of an image, where Pillow too gives up: a file of kilobytes can ask for gigabytes
 MAX_PIXELS = 178_956_970
+# from half of that on, Pillow warns once per picture
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+PNG = b"\x89PNG\r\n\x1a\n"
+#: blocks of a PNG that no pixel depends on, and the texts among them that may say which way is up
+IDLE = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+UPRIGHT = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 
 
 @dataclass(frozen=True)
@@ -93,17 +130,50 @@ class Decoded:
 def open_image(source: str | Path | IO[bytes]) -> Image.Image:
     """Opens an image in one of FORMATS, of 1 to MAX_PIXELS pixels. Raises OSError otherwise."""
     try:
-        # not any format: Pillow gives PostScript, whatever the file is called, to an interpreter
-        image = Image.open(source, formats=FORMATS)
+        image = _opened(source)
     except OSError:
         raise
     except Exception as error:
-        raise _as_os_error(error) from error
+        if (bare := _without_texts(source)) is None:
+            raise _as_os_error(error) from error
+        try:
+            image = _opened(bare)
+        except Exception as again:
+            raise _as_os_error(again) from again
     pixels = image.width * image.height
     if not 0 < pixels <= MAX_PIXELS:
         image.close()
         raise OSError(f"too many pixels: {pixels}, at most {MAX_PIXELS}" if pixels else "it has no pixels")
     return image
+
+
+def _opened(source: str | Path | IO[bytes]) -> Image.Image:
+    # not any format: Pillow gives PostScript, whatever the file is called, to an interpreter
+    return Image.open(source, formats=FORMATS)
+
+
+def _without_texts(source: str | Path | IO[bytes]) -> io.BytesIO | None:
+    """A PNG without its texts, of which Pillow takes 1 MB each, and its colour profile; None for what is none.
+
+    Raises OSError for a block left out that differs from its checksum.
+    """
+    if isinstance(source, (str, Path)):
+        data = Path(source).read_bytes()
+    else:
+        source.seek(0)
+        data = source.read()
+    if not data.startswith(PNG):
+        return None
+    kept, at = [PNG], len(PNG)
+    while at < len(data):
+        end = at + 12 + int.from_bytes(data[at : at + 4], "big")
+        kind, content = data[at + 4 : at + 8], data[at + 8 : end - 4]
+        if kind not in IDLE or content.startswith(UPRIGHT):
+            kept.append(data[at:end])
+        elif zlib.crc32(kind + content) != int.from_bytes(data[end - 4 : end], "big"):
+            raise OSError(f"broken PNG file (bad header checksum in {kind!r})")
+        at = end
+    return io.BytesIO(b"".join(kept))
 
 
 def _as_os_error(error: Exception) -> OSError:
@@ -124,7 +194,15 @@ def decode_image(source: str | Path | IO[bytes]) -> Image.Image:
         except OSError:
             raise
         except Exception as error:
-            raise _as_os_error(error) from error
+            if (bare := _without_texts(source)) is None:
+                raise _as_os_error(error) from error
+    try:  # its texts come after its pixels
+        with open_image(bare) as opened:
+            return _decoded(opened)
+    except OSError:
+        raise
+    except Exception as error:
+        raise _as_os_error(error) from error
 
 
 def _decoded(opened: Image.Image) -> Image.Image:
@@ -153,7 +231,7 @@ def _decoded(opened: Image.Image) -> Image.Image:
 def check_blocks(source: str | Path) -> None:
     """Raises OSError when a block of a PNG differs from its checksum: decoding alone overlooks some of these."""
     try:
-        with Image.open(source) as image:
+        with open_image(source) as image:
             image.verify()
     except Exception as error:  # Pillow raises nearly every type on damaged files
         raise error if isinstance(error, OSError) else OSError(str(error)) from None

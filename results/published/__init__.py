@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.results.records import Record
 
 FOLDER = Path(__file__).parent
 #: benchmark -> its number of classes, in the order shown
@@ -176,6 +177,12 @@ def stream(name: str) -> list[Number]:
 def numbers_for(data: str, tasks: int) -> list[Number]:
     """Published class-incremental numbers on a data set in that many tasks; [] without any."""
     return [n for n in published_numbers() if (n.benchmark, n.tasks, n.scenario) == (data, tasks, "class-incremental")]
+
+
+def numbers_beside(record: Record) -> list[Number]:
+    """Published numbers of a run's stream; [] for tasks of sizes that were asked for."""
+    identity = record.data["identity"]
+    return [] if identity.get("task_sizes") else numbers_for(str(identity.get("data")), record.n_tasks)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dualcl.results.published import (
     Number,
     definitions,
     groups,
-    numbers_for,
+    numbers_beside,
     our_metric,
     stream,
     stream_name,
@@ -154,7 +154,7 @@ def blocks_for(summary: Summary) -> list[Block]:
     blocks = []
     for table in summary.tables:
         records = [r for r in summary.records if r.table == table.preset and r.kind is table.kind]
-        numbers = numbers_for(str(records[0].data["identity"].get("data")), records[0].n_tasks)
+        numbers = numbers_beside(records[0])
         name = stream_name(numbers[0].benchmark, numbers[0].tasks) if numbers else table.preset
         title = table.preset if name == table.preset else f"{table.preset}: {name}"
         blocks.append(Block(title, _parts(numbers, table.records or records)))

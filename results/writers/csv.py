@@ -9,7 +9,7 @@ from dataclasses import fields
 from typing import Any
 
 from dualcl.results.files import csv_cell
-from dualcl.results.published import Number, groups, numbers_for, our_metric
+from dualcl.results.published import Number, groups, numbers_beside, our_metric
 from dualcl.results.published.differences import compare_protocol
 from dualcl.results.records import Record, run_row
 from dualcl.results.tables import Summary, Table
@@ -81,7 +81,7 @@ def published(summary: Summary) -> str:
     rows = []
     for table in summary.tables:
         records = [r for r in summary.records if r.table == table.preset and r.kind is table.kind]
-        for group in groups(numbers_for(str(records[0].data["identity"].get("data")), records[0].n_tasks)):
+        for group in groups(numbers_beside(records[0])):
             found = compare_protocol(group, table.records or records)
             differs = "; ".join(f"{what} {theirs}, ours {ours}" for what, theirs, ours in found.differs)
             for n in group.numbers:

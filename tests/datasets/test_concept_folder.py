@@ -1,3 +1,4 @@
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +9,7 @@ from PIL import Image
 from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets.concept_folder import ConceptFolder
 from dualcl.datasets.concepts import ConceptData
+from dualcl.datasets.reading.captions import as_template
 from dualcl.datasets.reading.photos import read_classes
 
 MakeTree = Callable[..., Path]
@@ -73,6 +75,24 @@ def test_chosen_folders_come_in_the_given_order(tree, make_tree):
     refuses(r"data\.concepts: .* has no folder 'rx'; did you mean 'rex'", tree, concepts=["rx"])
     refuses(r"names 'rex' twice", tree, concepts=["rex", "rex"])
     refuses(r"data\.concepts is empty", tree, concepts=[])
+
+
+def test_chosen_folders_may_stand_in_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = ["zo\u00eb", "mug.txt", "rex"]
+    for name in (*names, "other"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (64, 64)).save(tmp_path / "photos" / name / "1.png")
+    (tmp_path / "list.txt").write_text("zoe\u0308\nmug.txt\n\nrex\n", encoding="utf-8")
+    config = ConceptFolder.Config(root="photos", concepts=["list.txt"])
+    assert config.concepts == ["zoe\u0308", "mug.txt", "rex"]  # as recorded
+    assert [c.name for c in ConceptFolder.load(config).concepts] == names
+    (tmp_path / "mug.txt").write_text("rex")
+    (tmp_path / "other").write_text("rex")
+    for name in ("mug.txt", "other"):  # a folder of that name, or no path of a file: the concept itself
+        assert ConceptFolder.Config(root="photos", concepts=[name]).concepts == [name]
+    (tmp_path / "list.txt").write_text("rex\nrexx\n")
+    refuses("no folder 'rexx'; did you mean 'rex'", "photos", concepts=["list.txt"])
 
 
 def test_photographs_are_upright_rgb(tmp_path):
@@ -251,3 +271,78 @@ def test_a_missing_words_file_is_named(tree):
 def test_wrong_options_name_the_key(options, named):
     with pytest.raises(UserError, match=named):
         ConceptFolder.Config(root="x", **options)
+
+
+def test_what_is_left_out_is_told_and_half_understood_folders_are_refused(tree, make_tree):
+    (tree / "rex" / "x.jxl").write_text("x")
+    make_tree({"rex/garden": 1})
+    data = load(tree)
+    assert data.facts["images"] == {"mug": 5, "rex": 5}
+    assert len(data.notes) == 2
+    assert "1 .jxl (rex/x.jxl" in data.notes[0]
+    make_tree({".": 1})
+    refuses(r"has 1 image\(s\) beside its concept folders", tree)
+    assert len(load(tree, concepts=["rex"]).concepts) == 1
+
+
+def test_folders_are_found_by_names_of_another_unicode_form_and_by_numbers_as_written(make_tree, tmp_path):
+    root = make_tree({unicodedata.normalize("NFD", "café"): 1, "001": 1, "1e3": 1, "010": 1})
+    words = tmp_path / "words.yaml"
+    words.write_text("café: {noun: cup}\n001: {noun: dog}\n1e3: {noun: cat}\n", encoding="utf-8")
+    data = load(root, concepts=["café", "001", "1e3"], prompts=str(words))
+    assert [c.noun for c in data.concepts] == ["cup", "dog", "cat"]
+    words.write_text("yes: {noun: dog}")
+    refuses(r"a key is read as True, not as text; .* quote it", root, prompts=str(words))
+
+
+def test_captions_beside_images_are_read_and_tell_in_hash_and_notes(tree):
+    plain = load(tree)
+    (tree / "rex" / "img00.txt").write_text("a rex in snow\n")
+    (tree / "rex" / "img01.caption").write_text("rex asleep")
+    (tree / "mug" / "metadata.jsonl").write_text('{"file_name": "img04.png", "text": "a mug", "more": 1}\n')
+    (tree / "metadata.jsonl").write_text('{"file_name": "rex/img03.png", "text": "rex runs"}\n')
+    mug, rex = load(tree).concepts
+    assert rex.captions == ("a rex in snow", "rex asleep", "", "rex runs")
+    assert mug.captions == ("", "", "", "", "a mug")
+    assert "captions of 4 image(s) are used as their prompts, the other 5 have none" in load(tree).notes[0]
+    first = load(tree).split_hash
+    (tree / "rex" / "img00.txt").write_text("rex in snow")
+    assert len({plain.split_hash, first, load(tree).split_hash}) == 3
+    without = load(tree, use_captions=False)
+    assert (without.split_hash, without.split_name) == (plain.split_hash, plain.split_name)
+    assert not any(c.captions for c in without.concepts)
+
+
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [
+        ({"img00.txt": "a rex", "img00.caption": "rex"}, r"img00\.caption is a second caption of rex/img00\.png"),
+        (
+            {"img00.txt": "a rex", "metadata.jsonl": '{"file_name": "img00.png", "text": "x"}'},
+            r"metadata\.jsonl is a second caption",
+        ),
+        ({"img00.txt": ""}, r"img00\.txt has 0 lines"),
+        ({"img00.txt": "a\nb"}, r"img00\.txt has 2 lines"),
+        ({"metadata.jsonl": "{"}, r"metadata\.jsonl, line 1 is no JSON"),
+        ({"metadata.jsonl": '{"file_name": "img00.png"}'}, r"line 1 must have file_name and text"),
+        ({"metadata.jsonl": '{"file_name": "gone.png", "text": "x"}'}, r"names 'gone\.png', which is not there"),
+    ],
+)
+def test_captions_that_are_not_understood_are_refused(tree, files, match):
+    for name, text in files.items():
+        (tree / "rex" / name).write_text(text)
+    refuses(match, tree)
+
+
+@pytest.mark.parametrize(
+    ("caption", "template"),
+    [
+        ("a {token} at sea", "a {token} at sea"),
+        ("a <C1> at sea", "a {token} at sea"),
+        ("a Dog beside a dog", "a {token} {noun} beside a dog"),
+        ("sks rex, grass", "sks {token}, grass"),
+        ("a hotdog", None),
+    ],
+)
+def test_where_the_concept_stands_in_a_caption(caption, template):
+    assert as_template(caption, "<c1>", "dog", ["rex"]) == template

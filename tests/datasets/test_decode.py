@@ -1,12 +1,15 @@
 """Files as users have them, made with Pillow, each against the colours it should show."""
 
 import io
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
-from dualcl.datasets.reading.views import decode_image
+from dualcl.datasets.reading import views
+from dualcl.datasets.reading.verify import why_unreadable
+from dualcl.datasets.reading.views import decode_image, open_image
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -116,3 +119,49 @@ def test_pixels_without_a_range_raise():
         decode_image(stored(Image.new("F", (2, 2), 0.5), "TIFF"))
     with pytest.raises(OSError, match="more than 16 bits"):
         decode_image(stored(Image.fromarray(np.full((2, 2), 70000, dtype=np.int32)), "TIFF"))
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+@pytest.mark.parametrize("kind", ["iTXt", "zTXt", "tEXt", "iCCP", "APNG"])
+def test_large_texts_and_profiles_of_a_png_are_no_fault(tmp_path, monkeypatch, kind, where):
+    """As generators of images store their workflows: more than Pillow unpacks, and more than it keeps."""
+    monkeypatch.setattr(PngImagePlugin, "MAX_TEXT_MEMORY", 2**21)  # 64 MB
+    image, text, info = Image.effect_noise((9, 8), 80).convert("RGB"), b"workflow " * 300_000, PngImagePlugin.PngInfo()
+    blocks = {
+        "iTXt": chunk(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(text)),
+        "zTXt": chunk(b"zTXt", b"workflow\0\0" + zlib.compress(text)),
+        "tEXt": chunk(b"tEXt", b"workflow\0" + b"x" * 3 * 2**20),
+        "iCCP": chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(2 * 2**20))),
+        "APNG": chunk(b"zTXt", b"workflow\0\0" + zlib.compress(text)),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    info.add_text("Raw profile type exif", f"\nexif\n{len(exif.tobytes()):8d}\n{exif.tobytes().hex()}", zip=True)
+    more = {"save_all": True, "append_images": [Image.new("RGB", (9, 8))]} if kind == "APNG" else {}
+    whole = stored(image, "PNG", pnginfo=info, **more).getvalue()
+    at = whole.index(b"IDAT") - 4 if where == "before" else whole.index(b"IEND") - 4
+    path = tmp_path / "x.png"
+    path.write_bytes(whole[:at] + blocks[kind] + whole[at:])
+    assert why_unreadable(path) is None
+    assert np.array_equal(np.asarray(decode_image(path)), np.rot90(np.asarray(image), -1))
+    path.write_bytes(path.read_bytes()[:-30])
+    assert why_unreadable(path) is not None
+    damaged = bytearray(blocks[kind])
+    damaged[30] ^= 1
+    path.write_bytes(whole[:at] + damaged + whole[at:])
+    assert why_unreadable(path) is not None
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+def test_large_pictures_are_read_and_larger_ones_refused_in_a_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(views, "MAX_PIXELS", 178_956_970)  # fuzzing in the same process lowers it
+    Image.new("1", (10_000, 10_000)).save(tmp_path / "a.png")
+    assert open_image(tmp_path / "a.png").size == (10_000, 10_000)
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "b.png")
+    reason = why_unreadable(tmp_path / "b.png")
+    assert reason is not None
+    assert reason.startswith("too many pixels")

@@ -1,5 +1,7 @@
 import json
+import os
 import pickle
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets.base import ClassData
 from dualcl.datasets.image_folder import ImageFolder
 from dualcl.datasets.reading import verify
-from dualcl.datasets.reading.folders import class_folders
+from dualcl.datasets.reading.folders import SUFFIXES, class_folders, folder_set
 
 MakeTree = Callable[..., Path]
 
@@ -145,6 +147,16 @@ def test_the_fingerprint_changes_with_an_image(split_tree):
     assert after.split_hash == before.split_hash
 
 
+def test_the_fingerprint_changes_with_an_image_of_the_same_size_and_time(split_tree):
+    before = load(split_tree)
+    path = split_tree / before.train.ids[1]
+    stat, data = path.stat(), path.read_bytes()
+    path.write_bytes(data[:-1] + b"\0")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    after = folder_set(split_tree, before.train.ids, before.train.labels)
+    assert after.fingerprint != before.train.fingerprint
+
+
 def test_missing_and_empty_folders(tmp_path, make_tree):
     refuses("data.root is not set", "")
     refuses("nowhere does not exist", tmp_path / "nowhere")
@@ -199,7 +211,10 @@ def test_what_is_no_image_is_named(split_tree):
     refuses(r"img00\.png \(empty file", split_tree)
     target.unlink()
     target.symlink_to(split_tree / "gone.png")
-    data = load(split_tree)  # a dangling link is no file
+    refuses(r"img00\.png \(a link that leads nowhere\).*data\.on_bad_image=skip", split_tree)
+    data = load(split_tree, on_bad_image="skip")
+    assert data.skipped == ("train/cat/img00.png",)
+    assert data.notes == ("1 image(s) left out that are damaged or missing (train/cat/img00.png)",)
     assert "train/cat/img00.png" not in data.train.ids
 
 
@@ -275,3 +290,119 @@ def test_an_unwritable_cache_is_no_error(split_tree, monkeypatch, tmp_path):
 def test_wrong_options_name_the_key(options, named):
     with pytest.raises(UserError, match=named):
         ImageFolder.Config(root="x", **options)
+
+
+@pytest.mark.parametrize("part", ["valid", "validation", "Val", "TEST", "testing", "dev"])
+def test_a_test_part_of_any_usual_name_is_used(make_tree, part):
+    data = load(make_tree({"Train/a": 2, "Train/b": 2, f"{part}/a": 1, f"{part}/b": 1}))
+    assert (len(data.train), len(data.test), data.split_name) == (4, 2, f"folder:Train/{part}")
+    assert data.notes == ()
+
+
+def test_of_several_test_parts_one_is_used_and_the_others_are_told(make_tree):
+    root = make_tree({f"{part}/{c}": 2 for part in ("train", "valid", "Test", "more") for c in "ab"})
+    data = load(root)
+    assert data.split_name == "folder:train/Test"
+    assert data.notes == tuple(
+        f"train/ and Test/ are read; 4 image(s) in {part}/ left out" for part in ("more", "valid")
+    )
+    (root / "Test").rename(root / "VALID")
+    assert load(root).split_name == "folder:train/valid"
+    (root / "valid").rename(root / "Valid")
+    refuses(r"has VALID/ and Valid/; which is meant", root)
+
+
+def test_images_in_sub_folders_are_of_their_class_and_endings_tell(make_tree):
+    root = make_tree({"train/a": 2, "train/a/s/t": 1, "train/b": 2, "val/a": 1, "val/b": 1})
+    make_tree({"train/b": 1}, suffix=".jfif")
+    make_tree({"train/b": 1}, suffix=".JPE")
+    for name in (
+        "a/x.jxl",
+        "a/clip.mp4",
+        "b/LICENSE",
+        "b/Thumbs.db",
+        "a/._x.jpg",
+        "b/@eaDir/t.jpg",
+        "a/__MACOSX/x.png",
+    ):
+        (root / "train" / name).parent.mkdir(exist_ok=True)
+        (root / "train" / name).write_text("x")
+    data = load(root)
+    assert data.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
+    assert "train/a/s/t/img00.png" in data.train.ids
+    assert len(data.notes) == 2
+    for part in ("3 file(s) left out", "1 .jxl (train/a/x.jxl; to read them: pip install pillow-jxl-plugin)", "1 .mp4"):
+        assert part in data.notes[0]
+    assert data.notes[1] == "1 image(s) in sub-folders count as of their class (train/a/s/t/img00.png)"
+
+
+def test_every_ending_read_is_one_that_pillow_opens(make_tree):
+    assert {".jfif", ".jpe", ".webp", ".bmp", ".tif", ".png", ".jp2"} <= SUFFIXES
+    assert not SUFFIXES & {".eps", ".ps", ".pdf", ".psd", ".txt", ".pfm", ".h5"}
+
+
+@pytest.mark.parametrize(
+    ("places", "match"),
+    [
+        (("a", "b", "."), r"has 2 image\(s\) beside its class folders \(img00\.png\)"),
+        (("train/a", "val/a", "val"), r"val has 2 image\(s\) beside its class folders"),
+        (("a", "b/train", "b/val"), r"b/train is a part of a split inside of a class"),
+        (("data/a", "data/b"), r"data is the only class folder, and all its images are in folders below"),
+        (("set/train/a", "set/val/a"), r"set/train is a part of a split inside"),
+        (("val/a", "b"), r"val has folders of its own, and no train/ is beside it"),
+    ],
+)
+def test_half_understood_trees_are_refused(make_tree, places, match):
+    refuses(match, make_tree(dict.fromkeys(places, 2)))
+
+
+def test_links_that_lead_nowhere_or_back_are_named(split_tree):
+    (split_tree / "val" / "eel").symlink_to(split_tree / "gone")
+    refuses(r"val/eel is a link that leads nowhere", split_tree)
+    (split_tree / "val" / "eel").unlink()
+    (split_tree / "val" / "cat" / "loop").symlink_to(split_tree / "val" / "cat")
+    refuses(r"val/cat/loop is a link that leads back", split_tree)
+
+
+def test_names_of_folders_are_one_in_both_unicode_forms(make_tree):
+    nfc, nfd = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    root = make_tree({f"train/{nfc}": 2, "train/cafz": 2, f"val/{nfd}": 1, "val/cafz": 1})
+    if not (root / "train" / nfd).exists():  # a file system that tells them apart
+        (root / "class_names.json").write_text(json.dumps({nfd: "coffee"}))
+        data = load(root)
+        assert data.class_names == ("cafz", "coffee")
+        assert data.test.labels.tolist() == [0, 1]
+        make_tree({f"train/{nfd}": 1})
+        refuses(r"two folders .* that differ in their Unicode form alone", root)
+
+
+@pytest.mark.parametrize(
+    ("names", "called"),
+    [
+        ('{"0": "Katze", "1": "Hund"}', ("Katze", "Hund")),
+        ('{"cat": "x", "dog": "x"}', ("x", "x")),
+        ('{"cat": "Katze", "owl": "Eule"}', ("Katze", "dog")),
+    ],
+)
+def test_what_a_file_of_names_leaves_open_is_said(split_tree, names, called):
+    (split_tree / "class_names.json").write_text(names)
+    data = load(split_tree)
+    assert data.class_names == called
+    assert len(data.notes) == 1
+    assert "class_names.json" in data.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("names", "match"),
+    [
+        ('{"1": "Katze", "2": "Hund"}', "names no folder that is there, but '1'"),
+        ('{"catt": "Katze"}', "did you mean 'cat'"),
+        ('{"cat": "a", "cat": "b"}', "names the folder 'cat' twice"),
+        ('{"cat": " "}', "an empty name"),
+        ('{"cat": "a\\nb"}', "control characters"),
+        ('{"cat": 3}', "must be a JSON object"),
+    ],
+)
+def test_a_file_of_names_that_does_not_fit_is_refused(split_tree, names, match):
+    (split_tree / "class_names.json").write_text(names)
+    refuses(match, split_tree)

@@ -5,6 +5,7 @@ import sys
 import numpy as np
 import pytest
 
+from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets.base import ClassData, ImageSet, make_class_order, make_class_stream
 from dualcl.datasets.cifar100 import ArrayImages
@@ -45,6 +46,112 @@ def test_orders():
 def test_wrong_orders(order, match):
     with pytest.raises(UserError, match=match):
         make_class_order(3, order, 0)
+
+
+NAMES = ["owl", "cat", "caf\u00e9", "10"]
+
+
+@pytest.mark.parametrize(
+    ("order", "expected"),
+    [
+        (["10", "caf\u00e9", "owl", "cat"], (3, 2, 0, 1)),
+        (["10", "cafe\u0301", "owl", "cat"], (3, 2, 0, 1)),  # as some keyboards and file systems write it
+        ([3, 2, 0, 1], (3, 2, 0, 1)),
+    ],
+)
+def test_an_order_by_name(order, expected):
+    assert make_class_order(4, order, 0, NAMES) == expected
+
+
+@pytest.mark.parametrize(
+    ("order", "match"),
+    [
+        (["owl", "cat", "cafe", "10"], r"no class 'cafe'; did you mean 'caf\u00e9'"),
+        (["owl", "cat", "Cat", "10"], "no class 'Cat'"),
+        (["owl", "cat", "10"], r"lacks 1 of 4 names \('caf\u00e9'\)"),
+        (["owl", "cat", "owl", "10"], "names 'owl' 2 times"),
+        (["0", "1", "2", "3"], "no class '0'"),
+    ],
+)
+def test_wrong_orders_by_name(order, match):
+    with pytest.raises(UserError, match=match):
+        make_class_order(4, order, 0, NAMES)
+    assert make_class_order(2, ["1", "0"], 0, ["0", "1"]) == (1, 0)  # names, though they look like numbers
+    with pytest.raises(UserError, match="want quotes"):
+        make_class_order(2, [10, 11], 0, ["10", "11"])
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("[owl,cat]", ["owl", "cat"]),
+        ("owl,cat", ["owl", "cat"]),
+        ("['1','0']", ["1", "0"]),
+        ("[1,0]", [1, 0]),
+        ("1,0", [1, 0]),
+        ("order.txt", ["b c", "a", "#1"]),
+        ("coda", "coda"),
+    ],
+)
+def test_an_order_is_recorded_as_the_list_that_it_is(text, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "order.txt").write_bytes("\ufeffb c\r\na\r\n\r\n#1".encode())
+    for preset, method in (("glyphs", "ncm"), ("concept-folder", "lora")):
+        resolved = resolve(preset, method, [f"stream.class_order={text}"])
+        assert resolved.tree()["stream"]["class_order"] == found
+
+
+@pytest.mark.parametrize(
+    "text", ["[1,cat]", "[001,cat]", "[no,cat]", "no-file.txt", "shufle", "empty.txt", "binary.txt"]
+)
+def test_an_order_that_is_not_understood_is_one_line(text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match=r"^stream\.class_order[^\n]*$"):
+        resolve("glyphs", "ncm", [f"stream.class_order={text}"])
+
+
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ({"tasks": 3}, [4, 3, 3]),
+        ({"sizes": [1, 7, 2]}, [1, 7, 2]),
+        ({"tasks": 6, "first": 5}, [5, 1, 1, 1, 1, 1]),
+        ({"tasks": 3, "first": 5}, [5, 3, 2]),
+        ({"first": 4, "increment": 3}, [4, 3, 3]),
+        ({"first": 5, "increment": 3}, [5, 3, 2]),
+        ({"increment": 2}, [2] * 5),
+        ({"tasks": 1, "first": 10}, [10]),
+    ],
+)
+def test_tasks_of_the_sizes_asked_for(given, sizes):
+    stream = make_class_stream(toy(10), **{"tasks": 5, **given})
+    assert [len(task.classes) for task in stream.tasks] == [len(task.outputs) for task in stream.tasks] == sizes
+    assert [c for task in stream.tasks for c in task.classes] == list(stream.class_order)
+    assert [i for task in stream.tasks for i in task.outputs] == list(range(10))
+    assert [len(task.train) for task in stream.tasks] == [3 * size for size in sizes]
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"sizes": [5, 4]}, "stream.sizes add up to 9 but toy has 10 classes"),
+        ({"sizes": [5, 6]}, "add up to 11"),
+        ({"first": 11}, "stream.first is 11 but toy has only 10"),
+        ({"first": 8, "tasks": 4}, "leaves 2 of 10 classes for 3 further tasks"),
+        ({"first": 8, "tasks": 1}, "leaves 2 of 10 classes for 0 further tasks"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_one_line(given, match):
+    with pytest.raises(UserError, match=match):
+        make_class_stream(toy(10), **{"tasks": 5, **given})
+
+
+@pytest.mark.parametrize("sets", ["stream.sizes=[3,0]", "stream.sizes=[3,1] stream.first=3", "stream.increment=0"])
+def test_keys_of_sizes_that_contradict_each_other_are_refused(sets):
+    with pytest.raises(UserError, match="stream"):
+        resolve("glyphs", "ncm", sets.split())
 
 
 def test_tasks_are_disjoint_complete_and_relabelled_by_position():

@@ -313,7 +313,7 @@ def tokens(data: bytes) -> None:
         plain_prompt(text, added.words(0), word)
         assert torch.isfinite(added(read.ids([text]))).all()
     with contextlib.suppress(UserError):
-        expand_prompt(prompt, [Word(name, (name,), word) for name in added.placeholders])
+        expand_prompt(prompt, [Word(name, (name,), word) for name in added.placeholders], tokenizer)
 
 
 def _token_seeds() -> list[bytes]:

@@ -216,6 +216,14 @@ def test_other_identities_and_folders_have_sections_of_their_own(write_run: Writ
     assert sorted(s.place for s in found) == ["more", "runs", "runs"]
 
 
+def test_runs_of_other_pictures_under_the_same_names_have_sections_of_their_own(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    write_run(edit=lambda data: data.update(content={"data": "one"}))
+    write_run(seed=1, edit=lambda data: data.update(content={"data": "two"}))
+    assert len([s for s in sections(find_records([tmp_path / "runs"]), tmp_path) if s.place]) == 2
+
+
 def test_what_is_there_twice_with_other_results_is_refused(write_run: WriteRun, tmp_path: Path) -> None:
     write_run()
     write_run([[90], [70, 80], [60, 50, 99]], name="again")

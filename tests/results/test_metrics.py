@@ -12,10 +12,13 @@ from dualcl.results.metrics import (
     KINDS,
     METRICS,
     a_avg,
+    a_avg_weighted,
     a_last,
     a_last_weighted,
     a_mmd,
     accuracies,
+    attribute_accuracy,
+    attribute_accuracy_last,
     bwt,
     concept_accuracy,
     concept_accuracy_last,
@@ -38,10 +41,12 @@ CONCEPTS = (
     "text_similarity",
     "concept_accuracy",
     "concept_accuracy_last",
+    "attribute_accuracy",
+    "attribute_accuracy_last",
 )
 #: a busy machine is no failure
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-ALL = ("A_last", "A_last_weighted", "A_avg", "F_step", "F_max", "BWT", "plasticity")
+ALL = ("A_last", "A_last_weighted", "A_avg", "A_avg_weighted", "F_step", "F_max", "BWT", "plasticity")
 # after 1: 90; after 2: 70 80; after 3: 60 50 100
 HAND = [[90.0], [70.0, 80.0], [60.0, 50.0, 100.0]]
 
@@ -85,6 +90,8 @@ def test_weighted_and_plain_last_accuracy_differ_on_unequal_tasks() -> None:
     recorded = matrix({0: [(9, 10)], 1: [(9, 10), (10, 100)]})
     assert a_last(accuracies(recorded, 2)) == pytest.approx((90 + 10) / 2)
     assert a_last_weighted(recorded, 2) == pytest.approx(100 * 19 / 110)
+    assert a_avg_weighted(recorded, 2) == pytest.approx((90 + 100 * 19 / 110) / 2)
+    assert a_avg_weighted(matrix({1: [(9, 10), (10, 100)]}), 2) is None
 
 
 def test_one_task_has_no_forgetting() -> None:
@@ -205,6 +212,7 @@ GENERATED: dict[int, dict[str, Any]] = {
         "text_similarity": [0.3],
         "nearest_correct": [8],
         "generated": [8],
+        "attribute_share": [0.9],
     },
     1: {
         "after_task": 1,
@@ -214,6 +222,7 @@ GENERATED: dict[int, dict[str, Any]] = {
         "text_similarity": [None, 0.2],
         "nearest_correct": [None, 5],
         "generated": [None, 8],
+        "attribute_share": [None, 0.8],
     },
     2: {
         "after_task": 2,
@@ -223,6 +232,7 @@ GENERATED: dict[int, dict[str, Any]] = {
         "text_similarity": [0.1, 0.2, 0.3],
         "nearest_correct": [2, 4, 8],
         "generated": [8, 8, 16],
+        "attribute_share": [0.5, 0.6, 0.7],
     },
 }
 
@@ -234,6 +244,8 @@ def test_every_concept_metric_on_rows_worked_out_by_hand() -> None:
     assert text_similarity(GENERATED, 3) == pytest.approx(0.2)
     assert concept_accuracy(GENERATED, 3) == pytest.approx(100 * (8 + 5 + 8) / (8 + 8 + 16))
     assert concept_accuracy_last(GENERATED, 3) == pytest.approx(100 * (2 + 4 + 8) / 32)
+    assert attribute_accuracy(GENERATED, 3) == pytest.approx(100 * (0.9 + 0.8 + 0.7) / 3)
+    assert attribute_accuracy_last(GENERATED, 3) == pytest.approx(60)
     recorded = {"kind": "mmd", "rows": list(GENERATED.values())}
     assert distances(recorded, 3) == [[10], [None, 20], [40, 30, 5]]
     assert drifts(recorded, 3) == [[], [None], [30, 10]]
@@ -244,7 +256,7 @@ def test_every_concept_metric_on_rows_worked_out_by_hand() -> None:
     ("rows", "undefined"),
     [
         # joint training: a last row without drift
-        ({2: {**GENERATED[2], "drift": [None] * 3}}, {"F_mmd", "concept_accuracy"}),
+        ({2: {**GENERATED[2], "drift": [None] * 3}}, {"F_mmd", "concept_accuracy", "attribute_accuracy"}),
         # not yet at the end
         ({0: GENERATED[0], 1: GENERATED[1]}, set(CONCEPTS)),
         # features without a text part

@@ -62,7 +62,7 @@ def test_the_schema_refuses_other_records(path: str, change: Any) -> None:
 @pytest.mark.parametrize("version", range(1, VERSION + 1))
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stored_record_of_every_version_and_kind_loads_for_ever(version: int, kind: str) -> None:
-    """stored/metrics.json has all measures that there were when the record was stored; later ones are None."""
+    """stored/metrics.json has all measures that its matrix has the fields for; others are None."""
     name = f"version-{version}-{kind}"
     metrics = json.loads((STORED / "metrics.json").read_text(encoding="utf-8"))[name]
     assert json.loads((STORED / f"{name}.json").read_text(encoding="utf-8"))["version"] == version

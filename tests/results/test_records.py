@@ -199,7 +199,7 @@ def test_the_published_records_still_give_the_published_numbers(name: str) -> No
     assert len(found) == len(published) > 0
     for record in found:
         for key, value in record.metrics.items():
-            shown = published[record.label, str(record.seed)][key]
+            shown = published[record.label, str(record.seed)].get(key)  # a later measure has no column
             assert (pytest.approx(float(shown)) if shown else None) == value
 
 

@@ -4,12 +4,13 @@ import csv
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scipy import stats
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.results.report import render, terminal_table
+from dualcl.results.report import build_report, render, terminal_table
 from dualcl.results.statistics import Ranking
 from dualcl.results.tables import summarise
 from dualcl.results.writers import csv as csv_writer
@@ -473,12 +474,36 @@ def test_all_metrics_of_the_matrix_have_a_table(runs: Path, write_concept_run: W
     row = [c.strip() for c in next(line for line in part.splitlines() if line.startswith("| clora")).split("|")[1:-1]]
     cells = dict(zip(head, row, strict=True))
     assert [name.split(" ↑")[0].split(" ↓")[0].replace("\\", "") for name in head[1:]] == [
-        "A_last", "A_last weighted", "A_avg", "F_step", "F_max", "BWT", "plasticity",
+        "A_last", "A_last over images", "A_avg", "A_avg over images", "F_step", "F_max", "BWT", "plasticity",
     ]  # fmt: skip
     assert cells["BWT ↑ (points)"].startswith("**-28.50")
     write_concept_run()
     customization = render(summarise([runs]), "md").split("## Customization")[1]
     assert "All metrics" not in customization  # its table has them all
+
+
+@pytest.mark.parametrize("sizes", [(100, 100, 100), (100, 200, 400)])
+def test_accuracy_over_images_has_columns_where_tasks_are_unequal(
+    sizes: tuple[int, ...], write_run: WriteRun, tmp_path: Path
+) -> None:
+    def resize(data: dict[str, Any]) -> None:
+        for row in data["matrix"]["rows"]:
+            row["total"] = list(sizes[: len(row["total"])])
+
+    write_run(edit=resize)
+    summary = summarise([tmp_path])
+    row = summary.tables[0].rows[0]
+    last, average = 100 * 210 / sum(sizes), (90 + 100 * 150 / sum(sizes[:2]) + 100 * 210 / sum(sizes)) / 3
+    for key, value in {"A_last_weighted": last, "A_avg_weighted": average}.items():
+        assert (stat := row.stats[key])
+        assert stat.mean == pytest.approx(value)
+    shown = {m.title for m in summary.tables[0].metrics if m.title.endswith("over images")}
+    assert shown == (set() if len(set(sizes)) == 1 else {"A_last over images", "A_avg over images"})
+    page = (build_report([tmp_path], tmp_path / "out", ["html"]).html or tmp_path).read_text(encoding="utf-8")
+    md, tex, text = (render(summary, form) for form in ("md", "tex", "text"))
+    firsts = (page.split("All metrics")[0], md.split("#### All")[0], tex.split(r"\end{table}")[0], text)
+    for first, word in zip(firsts, ("over images", "over images", r"^{\mathrm{images}}", "over images"), strict=True):
+        assert first.count(word) >= 2 if shown else word not in first
 
 
 def test_ranks_need_three_streams_and_then_appear(write_run: WriteRun, tmp_path: Path) -> None:

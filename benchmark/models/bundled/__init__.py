@@ -22,3 +22,8 @@ def bundled_backbones() -> dict[str, Path]:
 def bundled_diffusion() -> dict[str, Path]:
     """Bundled text-to-image models: name -> directory in diffusers layout."""
     return {p.parent.name.replace("_", "-"): p.parent for p in sorted(Path(__file__).parent.glob("*/model_index.json"))}
+
+
+def bundled_judge() -> Path:
+    """The folder of the portraits' judge: model.safetensors, card.json, README.md."""
+    return Path(__file__).parent / "portraits_judge"

@@ -62,7 +62,7 @@ backbone:
   weights: "{self.weights}"
   kwargs: {json.dumps(KWARGS)}
 train: {{epochs: 2, batch_size: 3, checkpoint_seconds: 0}}
-input: {{workers: 0}}
+input: {{workers: 0, preprocess: imagenet}}
 threads: 1
 methods: {{clora: {{rank: 2}}}}
 """)

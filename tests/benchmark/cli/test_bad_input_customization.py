@@ -25,9 +25,9 @@ def photo(file: Path, width: int = 40, height: int = 40, seed: int = 0) -> None:
 
 def make_photos(root: Path) -> Path:
     """Two concepts of two photographs."""
-    for name in ("mug", "rex"):
+    for first, name in enumerate(("mug", "rex")):
         for i in range(2):
-            photo(root / name / f"{i}.png", seed=i)
+            photo(root / name / f"{i}.png", seed=2 * first + i)
     return root
 
 

@@ -48,6 +48,7 @@ backbone:
   weights: {folder / "tiny.safetensors"}
   kwargs: {json.dumps(KWARGS)}
 train: {{epochs: 2, batch_size: 4}}
+input: {{preprocess: imagenet}}
 methods: {{lora: {{rank: 2}}}}
 """
     )

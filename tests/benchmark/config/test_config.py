@@ -304,3 +304,16 @@ def test_a_mapping_without_a_value_is_refused(text: str, key: str) -> None:
     with pytest.raises(UserError, match=rf"--set backbone.*'{key}.*has no value: .*blank after the colon"):
         parse_assignment(text)
     assert parse_assignment("backbone.kwargs={a: null, b: '', c: ~}")[1] == {"a": None, "b": "", "c": None}
+
+
+def test_numbers_that_are_names_stay_as_written() -> None:
+    names = coerce(parse_assignment("a=[001, 010, 1e3, 7, 0x1F]")[1], list[str], "a")
+    assert names == ["001", "010", "1e3", "7", "0x1F"]
+    assert coerce(parse_assignment("a=007")[1], str | None, "a") == "007"
+    for wanted in (float, float | None, Any):
+        value = coerce(parse_assignment("a=1e-3")[1], wanted, "a")
+        assert (value, type(value)) == (0.001, float)
+    assert coerce(parse_assignment("a={x: 010}")[1], dict[str, Any], "a") == {"x": 8}
+    for text in ("[yes]", "[null]", "[2024-01-01]"):
+        with pytest.raises(UserError, match="wants quotes"):
+            coerce(parse_assignment(f"a={text}")[1], list[str], "a")

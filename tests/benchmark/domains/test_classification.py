@@ -384,3 +384,15 @@ def test_a_model_without_sites_is_named(build):
     domain._sites = {}
     with pytest.raises(UserError, match="vit_tiny_patch16_224 has no qkv or q_proj/k_proj/v_proj Linear to adapt"):
         domain.sites()
+
+
+def test_scores_that_are_no_numbers_are_no_accuracy(build):
+    domain, method = build("ncm")
+    domain.attach(method)
+    domain.begin_task(0)
+    method.begin_task(0)
+    method.end_task(0)
+    with torch.no_grad():
+        next(domain.model.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="scores of test images of task 1 are NaN or infinite"):
+        domain.evaluate([0])

@@ -95,7 +95,7 @@ def test_rows_against_direct_computation(make, tmp_path):
         domain.begin_task(after)
         shake(domain, after)
         row = domain.evaluate(range(after + 1))
-        assert list(row) == list(KINDS["mmd"].row_fields)
+        assert [*row, "attribute_share"] == list(KINDS["mmd"].row_fields)  # which glyphs have none of
         assert KINDS["mmd"].problem({"after_task": after, **row}, 3, False) is None
         for j in range(after + 1):
             made = sample(
@@ -121,6 +121,17 @@ def test_rows_against_direct_computation(make, tmp_path):
         json.dumps(row, allow_nan=False)
     assert row["drift"][0] > 0
     assert row["drift"][1] == 0
+
+
+def test_a_judge_says_what_share_of_the_attributes_of_a_concept_is_there(make, monkeypatch):
+    data = photographs("a", "b", "c")
+    looks = ({"hat": "cap", "nose": "long"}, {}, {"hat": "none"})
+    concepts = tuple(dataclasses.replace(c, attributes=x) for c, x in zip(data.concepts, looks, strict=True))
+    domain = make("stream.class_order=natural", data=dataclasses.replace(data, concepts=concepts))
+    seen = [{"hat": "cap", "nose": "wide"}, {"hat": "none", "nose": "long"}, {"hat": "cap", "nose": "long"}]
+    monkeypatch.setattr(type(domain.evaluator.features), "attributes", lambda self, images: seen)
+    shares = [row["attribute_share"] for row in learn(domain, 2)]
+    assert shares == [[4 / 6], [4 / 6, None], [4 / 6, None, 1 / 3]]
 
 
 def test_with_unchanged_weights_images_are_bit_equal_and_drift_is_zero(make, tmp_path):

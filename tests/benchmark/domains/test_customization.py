@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -371,3 +372,20 @@ def test_a_sweep_on_photographs_runs_on_validation_concepts(tmp_path: Path) -> N
         flat = sweep.plan[0].resolved.flat()
         assert flat["data.tuning"] is True
         assert flat["stream.tasks"] in (None, 2)
+
+
+def test_captions_are_what_images_are_taught_with(sd_run: Callable[..., Any]) -> None:
+    domain = sd_run("lora").domain
+    first, second = domain.stream.concepts
+    texts = ("a symbol at sea", "", "{token} alone")
+    domain.stream = replace(domain.stream, concepts=(replace(first, captions=texts), second))
+    domain.begin_task(0)
+    assert domain._training_entries(0).prompts == [("a <c1> symbol at sea",), ("a photo of <c1>",), ("<c1> alone",)]
+    assert list(domain.facts()["captions"].values()) == ["a {token} {noun} at sea", "{token} alone"]
+    for text, why in (
+        ("at sea", "does not say where it stands"),
+        ("<c2> at sea", "names <c2>, but the concept is <c1>"),
+    ):
+        domain.stream = replace(domain.stream, concepts=(replace(first, captions=(text, "", "")), second))
+        with pytest.raises(UserError, match=why):
+            domain._check_prompts()

@@ -175,6 +175,15 @@ def test_a_folder_of_the_users(diffusion: Any, calls: list[int], tmp_path: Path)
     assert calls == []
 
 
+def test_pictures_beside_the_folders_of_nouns_are_told(diffusion: Any, tmp_path: Path, capsys: Any) -> None:
+    fill(tmp_path / "own", 10)
+    fill(tmp_path / "own" / "cats", 30)
+    prior_images(diffusion, PriorConfig(images=str(tmp_path / "own")), "cat")
+    assert "has no folder for 'cat' (cats): the 1 image(s) beside the folders are used" in capsys.readouterr().err
+    prior_images(diffusion, PriorConfig(images=str(tmp_path / "own")), "cats")
+    assert capsys.readouterr().err == ""
+
+
 def test_folders_that_do_not_serve(diffusion: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"prior\.images=.*no folder; give one with images, or prior\.images=generated"):
         prior_images(diffusion, PriorConfig(images=str(tmp_path / "none")), "cat")

@@ -24,9 +24,10 @@ from diffusers.utils import logging as diffusers_logging
 from dualcl.benchmark.cli import main
 from dualcl.benchmark.cli.options import EXPORT_FORMATS
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.exports.export import CARD, LORA_FILES, WRITERS, export, factorise
+from dualcl.benchmark.exports.export import LORA_FILES, WRITERS, export, factorise
 from dualcl.benchmark.models.bundled import bundled_diffusion
 from dualcl.benchmark.models.stable_diffusion import StableDiffusion, cross_attention_sites
+from dualcl.benchmark.models.tokens import CARD
 from dualcl.benchmark.models.weights import state_hash
 from dualcl.benchmark.runs.restore import restore
 
@@ -285,6 +286,34 @@ def test_embeddings_of_several_tokens(
         "c1.safetensors",
         "c2.safetensors",
     ]
+
+
+@pytest.mark.parametrize(("word", "n_tokens"), [("<Toy{number}>", 1), ("TOY{number}", 1), ("t\u00f6y{number}", 2)])
+def test_words_of_any_kind_are_those_of_the_run(
+    word: str, n_tokens: int, concept_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = concept_run("lora", f"concept.n_tokens={n_tokens}", f"concept.placeholder={word}", "stream.tasks=1")
+    domain: Any = restore(folder).domain
+    written = word.replace("{number}", "1")
+    prompts = [f"a photo of {written}", f"{written}, red", f"my{written[0]} and"]
+    hidden = domain.diffusion.encode_text([domain.tokens.expand(p) for p in prompts]).states
+    for kind in ("merged", "textual-inversion", "kohya", "diffusers-lora", "peft"):
+        export(folder, kind, tmp_path / kind)
+        pipe: Any = StableDiffusionPipeline.from_pretrained(tmp_path / kind) if kind == "merged" else stock()
+        load_words(pipe, tmp_path / kind)
+        read = [pipe.maybe_convert_prompt(p, pipe.tokenizer) for p in prompts]
+        torch.testing.assert_close(text_of(pipe.tokenizer, pipe.text_encoder, read), hidden, atol=1e-5, rtol=1e-5)
+
+
+def test_words_that_exports_lack_stop_a_run_before_it_trains(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["run", "glyph-concepts-quick", "lora", "--out", str(tmp_path / "run"), "--quiet", "--set"]
+    assert main([*words, "concept.placeholder=<Rex{number}>", "concept.n_tokens=2"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "concept.placeholder: '<Rex1>'" in line
+    assert "write it '<rex1>'" in line
+    assert not (tmp_path / "run" / "record.json").exists()
 
 
 # --- what is written --------------------------------------------------------------------------------------------------

@@ -18,13 +18,15 @@ import dualcl.benchmark.core.compat  # noqa: F401 - before diffusers
 
 # isort: split
 from diffusers import StableDiffusionPipeline
+from transformers import AddedToken, CLIPTokenizer
 
 from dualcl.benchmark.cli import main
 from dualcl.benchmark.cli.options import SCHEDULERS
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.exports.export import CARD, export
+from dualcl.benchmark.exports.export import export
 from dualcl.benchmark.exports.generate import Model, Word, expand_prompt, generate, open_model
 from dualcl.benchmark.models.bundled import bundled_diffusion
+from dualcl.benchmark.models.tokens import CARD
 
 WORDS = (
     Word("<c1>", ("<c1>", "<c1>_1"), "Black Cat"),
@@ -35,6 +37,14 @@ WORDS = (
     Word("sks1", ("sks1",), "pot"),
 )
 PROMPT = "a photo of <c1> and <c2>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    """The bundled model's, which knows WORDS as a run's does."""
+    found: Any = CLIPTokenizer.from_pretrained(str(bundled_diffusion()["glyph-diffusion"]), subfolder="tokenizer")
+    found.add_tokens([AddedToken(t, single_word=t.startswith("sks")) for w in WORDS for t in w.tokens])
+    return found
 
 
 def pixels(path: Path) -> np.ndarray:
@@ -70,20 +80,24 @@ def model(folder: Path) -> Model:
         ("sks1 beside sks10, sks100", "sks1 beside sks10, sks100", ["sks1", "sks10"]),
         ("a <vase>", "a sks10", ["sks10"]),
         ("plain <|endoftext|> a < b", "plain <|endoftext|> a < b", []),
+        ("<c1>'s <C3>s, <c1> <c1>_1", "<c1> <c1>_1's <c3> <c3>_1s, <c1> <c1>_1", ["<c1>", "<c3>"]),
+        ("SKS1, sks1's my-sks1", "SKS1, sks1's my-sks1", ["sks1"]),
+        ("mysks1 sks1s sks1_1 sks12 sks1\u0301 sks1\u00e9", "mysks1 sks1s sks1_1 sks12 sks1\u0301 sks1\u00e9", []),
+        ("a<vase>s", "a sks10 s", ["sks10"]),
     ],
 )
-def test_tags_become_tokens(prompt: str, expanded: str, used: list[str]) -> None:
-    found, words = expand_prompt(prompt, WORDS)
+def test_tags_become_tokens(prompt: str, expanded: str, used: list[str], tokenizer: Any) -> None:
+    found, words = expand_prompt(prompt, WORDS, tokenizer)
     assert (found, [w.placeholder for w in words]) == (expanded, used)
 
 
-def test_unknown_and_shared_names_are_refused() -> None:
+def test_unknown_and_shared_names_are_refused(tokenizer: Any) -> None:
     with pytest.raises(UserError, match=r"unknown placeholder <c9> .*<c1> \(Black Cat\), <c2>"):
-        expand_prompt("a <c9>", WORDS)
+        expand_prompt("a <c9>", WORDS, tokenizer)
     with pytest.raises(UserError, match=r"<red dog> may be <c3> or <c4>"):
-        expand_prompt("a <red dog>", WORDS)
+        expand_prompt("a <red dog>", WORDS, tokenizer)
     with pytest.raises(UserError, match="knows: none"):
-        expand_prompt("a <c1>", ())
+        expand_prompt("a <c1>", (), tokenizer)
 
 
 # --- images of a run --------------------------------------------------------------------------------------------------
@@ -171,7 +185,7 @@ def test_prompts_without_a_concept_work_with_a_note(model: Model, tmp_path: Path
     [
         (["--prompt", "a <c9>"], "unknown placeholder <c9>"),
         (["--prompt", "<c1>", "--after", "2"], "keeps the state after task 3 only"),
-        (["--prompt", "<c1>", "--base", "glyph-diffusion"], "--base is for exported folders"),
+        (["--prompt", "<c1>", "--base", "glyph-difusion"], "base.model=glyph-difusion is no directory"),
         (["--prompt", "<c1>", "--scheduler", "ddmi"], "did you mean 'ddim'"),
         (["--prompt", "<c1>", "--guidance", "much"], "wants a number"),
         (["--prompt", "<c1>", "--device", "tpu"], "unknown device 'tpu'"),
@@ -291,6 +305,39 @@ def test_another_base_is_said_and_one_that_does_not_fit_refused(folder: Path, mo
     file.write_bytes(b"cut")
     with pytest.raises(UserError, match="cannot be read"):
         open_model(tmp_path / "out", "cpu")
+
+
+@pytest.mark.parametrize("word", ["<c{number}>", "my{number}"])
+def test_a_merged_export_goes_on_with_words_behind_its_own(
+    word: str, concept_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["stream.tasks=1", f"concept.placeholder={word}", "eval.features=glyph-vit"]
+    first = concept_run("textual_inversion", *sets, "concept.n_tokens=2")
+    export(first, "merged", tmp_path / "one")
+    second = concept_run("lora", *sets, "data.skip=1", f"base.model={tmp_path / 'one'}")
+    old, new = word.replace("{number}", "1"), word.replace("{number}", "2")
+    opened = open_model(second, "cpu")
+    assert [w.tokens for w in opened.words] == [(old, f"{old}_1"), (new,)]
+    before, after = (json.loads((run / "record.json").read_text()) for run in (first, second))
+    assert after["run"]["extends"]["config_hash"] == before["config_hash"]
+    assert after["run"]["extends"]["weights_sha256"] == after["identity"]["weights_sha256"]
+    both = f"a photo of {old} and {new}"
+    (ours,) = generate(opened, [both], tmp_path / "ours", n=1, steps=2)
+    export(second, "merged", tmp_path / "two")
+    export(second, "kohya", tmp_path / "lora")
+    for exported in (open_model(tmp_path / "two", "cpu"), open_model(tmp_path / "lora", base=str(tmp_path / "one"))):
+        assert exported.words == opened.words
+        (theirs,) = generate(exported, [both], tmp_path / exported.source, n=1, steps=2)
+        assert np.abs(pixels(ours).astype(int) - pixels(theirs).astype(int)).max() <= 1
+    pipe: Any = StableDiffusionPipeline.from_pretrained(tmp_path / "two")
+    base = len(StableDiffusionPipeline.from_pretrained(bundled_diffusion()["glyph-diffusion"]).tokenizer)
+    ids = pipe.tokenizer(pipe.maybe_convert_prompt(both, pipe.tokenizer), add_special_tokens=False).input_ids
+    assert [i - base for i in ids if i >= base] == [0, 1, 2]
+    # a damaged card is refused before anything is trained
+    (tmp_path / "one" / CARD).write_text("[]")
+    words = ["run", "glyph-concepts-quick", "lora", "--quiet", "--out", str(tmp_path / "run"), "--set"]
+    assert main([*words, f"base.model={tmp_path / 'one'}"]) == 2
+    assert "export again" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_base_from_a_directory_must_be_named(folder: Path, tmp_path: Path) -> None:

@@ -415,3 +415,144 @@ def test_what_the_contract_says_of_a_text(diffusion: Any) -> None:
     again = StableDiffusion(*parts, "x", "y")
     assert again.text_only < again.sites().keys()
     assert len(again.sites()) - len(again.text_only) == 2
+
+
+# --- what a U-Net may want --------------------------------------------------------------------------------------------
+
+
+def wanting(sd_folder: Path, folder: Path, settings: dict[str, Any]) -> BaseConfig:
+    """`sd_folder` with a U-Net of further settings, whose file has every weight."""
+    from diffusers import UNet2DConditionModel
+
+    shutil.copytree(sd_folder, folder)
+    config = {**UNet2DConditionModel.load_config(folder / "unet"), **settings}
+    torch.manual_seed(0)
+    UNet2DConditionModel.from_config(config).save_pretrained(folder / "unet")
+    return BaseConfig(model=str(folder))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"time_cond_proj_dim": 16},
+        {"num_class_embeds": 10},
+        {"class_embed_type": "timestep"},
+        {"class_embed_type": "identity"},
+        {"class_embed_type": "projection", "projection_class_embeddings_input_dim": 16},
+        {"class_embed_type": "simple_projection", "projection_class_embeddings_input_dim": 16},
+        {"addition_embed_type": "text_time", "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 32},
+        {"addition_embed_type": "image", "encoder_hid_dim": 16},
+        {"encoder_hid_dim_type": "image_proj", "encoder_hid_dim": 24},
+        {"attention_type": "gated"},
+    ],
+    ids=str,
+)
+def test_a_unet_that_wants_more_than_text_is_refused_by_name(
+    sd_folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(UserError) as error:
+        load(wanting(sd_folder, tmp_path / "m", settings))
+    key, value = next(iter(settings.items()))
+    assert f"{key}={value!r} in unet/config.json makes the U-Net want more" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [{"encoder_hid_dim": 24}, {"addition_embed_type": "text", "encoder_hid_dim": 24}])
+def test_a_unet_that_makes_more_of_the_text_alone_is_run_as_it_is(
+    sd_folder: Path, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    model = load(wanting(sd_folder, tmp_path / "m", {"addition_embed_type_num_heads": 2, **settings}))
+    noise, text = torch.randn(1, 4, 8, 8), model.encode_text(["a symbol"])
+    stock = model.network(noise, torch.tensor([7]), encoder_hidden_states=text.states).sample
+    assert torch.equal(model.predict(noise, torch.tensor([7]), text), stock)
+    assert model.text_only == frozenset()  # the sites read a projection of it
+
+
+def test_a_text_encoder_that_masks_its_padding_is_refused(sd_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(sd_folder, tmp_path / "m")
+    file = tmp_path / "m" / "text_encoder" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "use_attention_mask": True}))
+    with pytest.raises(UserError, match=r"use_attention_mask in text_encoder/config\.json is not supported"):
+        load(BaseConfig(model=str(tmp_path / "m")))
+
+
+# --- numbers out of range ---------------------------------------------------------------------------------------------
+
+
+def overflowing(diffusion: Any, part: str) -> Any:
+    """A model whose VAE holds numbers before a norm that float16 does not."""
+    with torch.no_grad():
+        for parameter in getattr(diffusion.vae, part).conv_in.parameters():
+            parameter.mul_(1e5)
+    return diffusion
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_vae_that_overflows_in_half_precision_runs_in_float32_or_is_refused(
+    diffusion: Any, part: str, autocast: bool
+) -> None:
+    model, pixels = overflowing(diffusion, part), torch.rand(1, 3, 16, 16) * 2 - 1
+    latents = torch.randn(1, 4, 8, 8)
+
+    def made() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.float16, enabled=autocast):
+            return model.encode_images(pixels)[0] if part == "encoder" else model.decode(latents).float()
+
+    with torch.no_grad():
+        if not autocast:
+            model.vae.half()
+        first, dtype = made(), model.vae.dtype
+        assert dtype == (torch.float32 if autocast else torch.float16)
+        model.vae.float()
+        exact = model.encode_images(pixels)[0] if part == "encoder" else model.decode(latents).float()
+        model.vae.to(dtype)
+    assert first.std() > 0
+    assert torch.allclose(first, exact, atol=0.02 if part == "encoder" else 3)
+    model.vae.register_to_config(force_upcast=False)
+    with pytest.raises(UserError, match=r"that the VAE makes.* are not finite: .*precision=fp32"):
+        made()
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize(("value", "words"), [("nan", "holds NaN or infinity"), (1e6, "too large for base.weights_d")])
+def test_weights_that_are_no_numbers_are_refused_at_load(
+    sd_folder: Path, tmp_path: Path, part: str, value: Any, words: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(sd_folder, tmp_path / "m")
+    file = next((tmp_path / "m" / part).glob("*.safetensors"))
+    state = load_file(file)
+    state[max(state)].view(-1)[0] = float(value)
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=f"^{part} of the model .*{words}"):
+        load(BaseConfig(model=str(tmp_path / "m"), weights_dtype="fp16"))
+
+
+def test_words_that_have_diverged_are_named_as_what_they_are(diffusion: Any) -> None:
+    from dualcl.benchmark.models.sampling import sample
+
+    with torch.no_grad():
+        diffusion.text_encoder.get_input_embeddings().weight.fill_(float("nan"))
+    how: Any = {"scheduler": "ddim", "steps": 2, "guidance": 1.0, "batch_size": 1}
+    with pytest.raises(UserError, match="what the text encoder makes of 'a symbol' is not finite"):
+        sample(diffusion, ["a symbol"], [torch.Generator()], **how)
+
+
+def test_a_measure_that_is_not_finite_is_not_recorded_and_nothing_else_is_lost(
+    sd_preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dualcl.benchmark.domains.customization import Customization
+
+    real = Customization.evaluate
+
+    def evaluate(self: Customization, seen: Any) -> dict[str, Any]:
+        row = real(self, seen)
+        return {**row, "mmd": [*row["mmd"][:-1], float("nan")]} if len(seen) == 2 else row
+
+    monkeypatch.setattr(Customization, "evaluate", evaluate)
+    with pytest.raises(UserError, match="mmd is not finite after task 2"):
+        run_whole(resolve(sd_preset, "lora", []), tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (record["status"], len(record["matrix"]["rows"])) == ("failed", 1)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -11,9 +14,12 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from torch.nn import functional as F
 
 from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.seeding import numpy_generator
+from dualcl.benchmark.models.bundled import bundled_judge
 from dualcl.benchmark.models.image_features import CLIP, features_name, load_features, mmd, plain_prompt
 from dualcl.benchmark.models.vit import BackboneConfig, load_backbone
 from dualcl.benchmark.models.weights import state_hash
+from dualcl.datasets.drawing.portraits import ATTRIBUTES, draw_portrait, sample_attributes, sample_setting
 
 # isort: split
 from PIL import Image
@@ -238,3 +244,34 @@ def test_unbiased_mmd_needs_two(n, m):
         mmd(unit(n, 0), unit(m, 1), estimator="unbiased")
     with pytest.raises(ValueError, match="empty"):
         mmd(unit(0, 0), unit(m, 1), estimator="biased")
+
+
+def test_features_and_distances_that_are_no_numbers_are_never_a_score():
+    features = load_features("glyph-vit", "cpu", "glyph-diffusion")
+    with torch.no_grad():
+        next(features.model.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match="the features of images by glyph-vit are not finite"):
+        features.images(torch.zeros(2, 32, 32, 3, dtype=torch.uint8))
+    nothing = torch.full((2, 3), float("nan"))
+    assert all(math.isnan(mmd(nothing, torch.eye(3), estimator=kind)) for kind in ("biased", "unbiased"))
+
+
+def test_the_bundled_judge_reads_drawings_in_every_head_and_gives_features():
+    count = 300
+    whos = [sample_attributes(numpy_generator(7, "who", i)) for i in range(count)]
+    drawings = [draw_portrait(w, sample_setting(numpy_generator(7, "setting", i))) for i, w in enumerate(whos)]
+    images = torch.from_numpy(np.stack(drawings))
+    judge = load_features("auto", "cpu", "portraits-diffusion")
+    read = judge.attributes(images)
+    for name in ATTRIBUTES:
+        assert sum(one[name] == who[name] for one, who in zip(read, whos, strict=True)) >= 0.97 * count
+    rows = judge.images(images[:3])
+    assert rows.shape == (3, judge.dim)
+    assert torch.allclose(rows.norm(dim=1), torch.ones(3))
+    assert judge.texts(["a portrait"]) is None
+    assert load_features("glyph-vit", "cpu", "").attributes(images[:2]) is None
+    folder = bundled_judge()
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 1.2 * 2**20
+    card = json.loads((folder / "card.json").read_text())
+    assert min(card["measured"]["right"].values()) >= 0.97
+    assert {name: tuple(values) for name, values in card["attributes"].items()} == ATTRIBUTES

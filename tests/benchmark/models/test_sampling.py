@@ -192,7 +192,7 @@ def test_projections_run_once_per_prompt_set_and_change_nothing(diffusion, adapt
     with torch.no_grad():
         text = diffusion.encode_text([""] * 4 + prompts)
         scheduler = diffusion.sampler("ddim", 3)
-        direct = _denoise(diffusion, noise, text, scheduler, 4.0)
+        direct = _denoise(diffusion, noise, text, scheduler, 4.0, generators(4))
     assert all(rows == [3, 8, 8, 8] for rows in counts.values())
     assert apart(ours, diffusion.decode(direct)) <= 1
 

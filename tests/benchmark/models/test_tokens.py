@@ -153,6 +153,59 @@ def test_a_chosen_placeholder_that_is_given_twice_is_refused(diffusion: Any) -> 
         tokens.add("sks1", "random", "", seeded(), rename=False)
 
 
+@pytest.mark.parametrize(
+    ("template", "n_tokens", "concepts", "says"),
+    [
+        ("<c{number}>", 2, 12, ""),
+        ("<Rex{number}>", 1, 2, ""),
+        ("SKS{number}", 1, 12, ""),
+        ("sks{number}", 2, 9, ""),
+        ("stra\u00dfe{number}", 2, 2, ""),
+        ("<Rex{number}>", 2, 2, "write it '<rex1>'"),
+        ("<\u0130{number}>", 2, 2, "write it '<i\u0307{number}>'"),
+        ("<e\u0301{number}>", 2, 2, "write it '<\u00e9{number}>'"),
+        ("sks{number}", 2, 12, "<brackets>"),
+        ("<|endoftext|>{number}", 1, 1, "choose another"),
+        ("{number}_1", 2, 11, "<brackets>|share a token"),
+    ],
+)
+def test_words_that_exports_would_lack_are_refused(
+    diffusion: Any, template: str, n_tokens: int, concepts: int, says: str
+) -> None:
+    tokens = ConceptTokens(diffusion.vocabularies[0], n_tokens)
+    wanted = [template.replace("{number}", str(i + 1)) for i in range(concepts)]
+    if says:
+        with pytest.raises(UserError, match=says.replace("{number}", "1")):
+            tokens.check_exports(wanted)
+        return
+    tokens.check_exports(wanted)
+    for i, word in enumerate(wanted):
+        tokens.add(word, "random", "", seeded(i), rename=False)
+    # each is found, in any case, as all of its tokens
+    ids = diffusion.tokenizer(tokens.expand(" ".join(wanted)), add_special_tokens=False).input_ids
+    assert ids == [tokens.base_size + i for i in range(concepts * n_tokens)]
+    assert tokens.used(wanted[-1].upper() if "\u00df" not in template else wanted[-1]) == [concepts - 1]
+
+
+def test_words_that_change_a_known_word_are_refused(diffusion: Any) -> None:
+    diffusion.tokenizer.add_tokens(["<c1>"])
+    diffusion.text_encoder.resize_token_embeddings(len(diffusion.tokenizer))
+    tokens = ConceptTokens(diffusion.vocabularies[0])
+    with pytest.raises(UserError, match="changes how a word that the model knows is read"):
+        tokens.check_exports(["<c1>_1"])
+    with pytest.raises(UserError, match="'<C1>' already"):
+        tokens.add("<C1>", "random", "", seeded(), rename=False)
+
+
+def test_a_placeholder_is_no_part_of_another_word(diffusion: Any) -> None:
+    tokens = tokens_of(diffusion, 2, "toy1", "toy12")
+    plain = "mytoy1 toy1s toy123 toy1_2 toy1\u0301"
+    assert (tokens.used(plain), tokens.expand(plain)) == ([], plain)
+    ids = diffusion.vocabularies[0].ids([plain, "TOY1, toy12's"])
+    assert not bool((ids[0] >= tokens.base_size).any())
+    assert tokens.expand("TOY1, my-toy12's") == "toy1 toy1_1, my-toy12 toy12_1's"
+
+
 # --- initialisation ---------------------------------------------------------------------------------------------------
 
 

@@ -55,9 +55,15 @@ FAMILIES = {
     "vit_dlittle_patch16_reg1_gap_256": {},
     "vit_dpwee_patch16_reg1_gap_256": {},
     "vit_pwee_patch16_reg1_gap_256": {},
-    "samvit_base_patch16": {"global_attn_indexes": [1]},
+    "samvit_base_patch16": {"global_attn_indexes": [1], "use_rel_pos": True},
+    "vit_base_patch16_18x2_224": {},
+    "naflexvit_base_patch16_gap": {},
+    "qwen3_vit_88m": {},
+    "gemma4_vit_167m": {"head_dim": 16, "num_kv_heads": 3, "intermediate_size": 96},
+    "cait_xxs24_224": {},
+    "xcit_nano_12_p16_224": {},
 }
-NO_PREFIXES = {"vit_dpwee_patch16_reg1_gap_256", "vit_pwee_patch16_reg1_gap_256", "samvit_base_patch16"}
+NO_PREFIXES = {"xcit_nano_12_p16_224"}
 
 
 def backbone(kind, **more):
@@ -486,8 +492,16 @@ def test_a_bundled_backbone_has_the_weights_its_description_names(name):
         (BackboneConfig(name="vit_tiny_patch16_225"), r"did you mean .*'vit_tiny_patch16_224'"),
         (BackboneConfig(name="resnet18", pretrained=False), r"resnet18 has no transformer blocks; choose a ViT"),
         (
-            BackboneConfig(name="naflexvit_base_patch16_gap", pretrained=False),
-            r"naflexvit_base\w+ has .* no patch_embed",
+            BackboneConfig(name="mixer_s32_224", pretrained=False),
+            r"backbone mixer_s32_224 has blocks without attention",
+        ),
+        (
+            BackboneConfig(name="test_vit", pretrained=False, kwargs={"img_size": [32, 64]}),
+            r"backbone test_vit takes images of 32 x 64; they must be square",
+        ),
+        (
+            BackboneConfig(name="vit_tiny_patch16_224", pretrained=False, kwargs={"img_size": 8}),
+            r"backbone vit_tiny_patch16_224: its patches of .* are larger than images of 8 px",
         ),
         (
             BackboneConfig(name="test_vit", pretrained=False, kwargs={"in_chans": 1}),

@@ -13,17 +13,22 @@ import pytest
 import torch
 from torch import nn
 
+from dualcl.benchmark.cli import main
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.machine import environment
 from dualcl.benchmark.core.settings import TrainConfig
+from dualcl.benchmark.domains.classification import StreamConfig
 from dualcl.benchmark.runs.folder import RunFolder
 from dualcl.benchmark.runs.progress import Reporter
+from dualcl.benchmark.runs.restore import recorded_config
 from dualcl.benchmark.runs.runner import Run, run
 from dualcl.benchmark.runs.step import load_optimizer, lr_factor, make_optimizer, optimizer_tensors
+from dualcl.methods import available_methods, method_class
 from dualcl.methods.base import ParamGroup
 from dualcl.results.metrics import run_metrics
 from dualcl.results.records import comparable, load_record
+from dualcl.results.tables import summarise
 
 CPU = torch.device("cpu")
 
@@ -313,3 +318,97 @@ def test_bf16_is_another_run_that_also_ends(made: Callable[..., Any]) -> None:
     assert record["status"] == "finished"
     assert record["identity"]["precision"] == "bf16"
     assert record["tasks"][0]["final_loss"] == pytest.approx(made("clora")[0]["tasks"][0]["final_loss"], rel=0.1)
+
+
+# --- order and sizes of tasks -----------------------------------------------------------------------------------------
+
+
+def test_tasks_of_other_sizes_and_orders_by_name(preset: str, made: Any, capsys: Any, tmp_path: Path) -> None:
+    (plain, equal), (sized, folder) = made("ncm"), made("ncm", "stream.sizes=[3,1]")
+    assert "task_sizes" not in plain["identity"]
+    assert sized["identity"]["task_sizes"] == [3, 1]
+    assert [len(t["classes"]) for t in sized["tasks"]] == [3, 1]
+    names = [name for task in sized["tasks"] for name in task["classes"]]
+    (tmp_path / "names.txt").write_text("\n".join(names[::-1]))
+    order, sets = f"stream.class_order={tmp_path / 'names.txt'}", ["--set", "stream.sizes=[3,1]", "stream.first=null"]
+    assert main(["show", preset, "ncm", *sets, order]) == 0
+    shown = capsys.readouterr().out
+    assert f"  task 1 (3): {', '.join(names[:0:-1])}\n  task 2 (1): {names[0]}\n" in shown
+    with pytest.raises(UserError, match=r"task_sizes is None .* \[3, 1\]|task_sizes is \[3, 1\] .* None"):
+        summarise([equal, folder])
+    resolved = resolve(preset, "ncm", [order])
+    (tmp_path / "names.txt").unlink()
+    again = run(resolved, tmp_path / "named")  # the names are the configuration, not the file
+    assert again["config"]["stream"]["class_order"] == names[::-1]
+    assert recorded_config(again).section("stream", StreamConfig).class_order == names[::-1]
+    with pytest.raises(UserError, match=r"stream\.tasks=3, but other keys of stream make 2 tasks"):
+        run(resolve(preset, "ncm", ["stream.tasks=3", "stream.sizes=[3,1]"]), tmp_path / "both")
+
+
+def test_defaults_of_later_keys_leave_the_hash_of_a_configuration_as_it_was(preset: str) -> None:
+    resolved = resolve(preset, "ncm")
+    assert {"stream.sizes", "stream.first", "stream.increment"} <= resolved.flat().keys()
+    assert {k for k in resolved.flat(volatile=False) if k.startswith("stream.")} == {
+        "stream.tasks", "stream.class_order", "stream.order_seed",
+    }  # fmt: skip
+
+
+# --- tasks of one class -----------------------------------------------------------------------------------------------
+
+ONE = """
+from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
+from dualcl.methods.base import Method, register_method
+
+@register_method("own", domains=("classification",), summary="x", source="x")
+class Own(Method):
+    requires = ("logits",)
+
+    def loss(self, batch):
+        {loss}
+
+    def other(self, batch):
+        return self.domain.loss(batch)
+
+    def sigmoids(self, batch):
+        logits = self.domain.logits(batch)
+        return binary_cross_entropy_with_logits(logits, one_hot(self.domain.targets(batch), logits.shape[1]).float())
+"""
+
+
+@pytest.mark.parametrize("method", [m.name for m in available_methods().values() if "classification" in m.domains])
+def test_a_task_of_one_class_is_learnt_or_refused_before_anything_is(method: str, preset: str, tmp_path: Path) -> None:
+    cls, blocks = method_class(method), {"dualprompt": ["method.general_blocks=[0]", "method.expert_blocks=[1]"]}
+    blocks |= {"coda_prompt": ["method.blocks=[0]", "method.pool=4"], "coda_prompt_small": ["method.blocks=[0]"]}
+    for sets in ("stream.sizes=[3,1]", "stream.tasks=4", "data.classes=1 stream.tasks=1"):
+        out = tmp_path / sets.replace("/", "")
+        resolved = resolve(preset, method, [*sets.split(), "train.epochs=1", *blocks.get(method, [])])
+        alone = "data.classes=1" in sets and method != "lwf_mc"  # a sigmoid needs no rival
+        if method != "ncm" and (alone or (cls.output_scope == "task" and not cls.joint)):
+            with pytest.raises(UserError, match=r"^(task \d|the stream) has one class \([\w ]+\)[^\n]*$"):
+                run(resolved, out)
+            assert not (out / "record.json").exists()
+        elif sets != "stream.tasks=4" or method == "er":
+            record = run(resolved, out)
+            assert all(t["final_loss"] > 0 for t in record["tasks"][1:] if method != "ncm")
+
+
+@pytest.mark.parametrize(
+    ("loss", "how"),
+    [
+        ("return 2 * super().loss(batch)", "before"),
+        ("return self.other(batch)", "when it is asked for"),
+        ("return self.sigmoids(batch)", "never"),
+    ],
+)
+def test_a_method_of_ones_own_is_refused_where_it_asks_for_that_loss(
+    loss: str, how: str, preset: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(ONE.format(loss=loss))
+    resolved = resolve(preset, str(file), ["stream.sizes=[3,1]", "train.epochs=1"])
+    if how == "never":
+        assert [t["final_loss"] > 0 for t in run(resolved, tmp_path / "run")["tasks"]] == [True, True]
+        return
+    with pytest.raises(UserError, match="task 2 has one class"):
+        run(resolved, tmp_path / "run")
+    assert (tmp_path / "run" / "record.json").exists() == (how != "before")

@@ -1,0 +1,176 @@
+"""Training in stages that go on where they were stopped, to the bit: every random number is a function of the step."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.files import as_json, atomic_write
+
+Say = Callable[[str], None]
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """AdamW: a short warm-up, a flat part, and from `flat` of the steps on a straight way down to 0."""
+
+    steps: int
+    lr: float
+    warm: int = 100
+    flat: float = 0.7
+    weight_decay: float = 0.0
+    #: of the moving average of the weights; 0 for none
+    ema: float = 0.0
+
+    @property
+    def flat_until(self) -> int:
+        """Up to here nothing depends on the number of steps."""
+        return int(self.flat * self.steps)
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        down = (self.steps - step) / max(1, self.steps - self.flat_until)
+        return self.lr * min(1.0, (step + 1) / self.warm, down)
+
+
+def train(
+    file: Path,
+    told: Mapping[str, Any],
+    model: M,
+    loss: Callable[[int], Tensor],
+    schedule: Schedule,
+    say: Say,
+    *,
+    every: float = 150.0,
+    at_save: Callable[[M, int], None] | None = None,
+) -> M:
+    """Trains what of `model` wants a gradient on `loss(step)`; returns it, or the moving average of its weights.
+
+    The state is written to `file` every so many seconds and at the end, and read from there at the start; `told` is all
+    that the training depends on. A schedule of other steps may take over before the learning rate falls. UserError when
+    the file is of another training, or the loss not finite. `at_save` gets what would be returned, and the steps done.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": schedule.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=schedule.lr)
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    average = deepcopy(model).requires_grad_(False) if schedule.ema else model
+    mean: list[Tensor] = list(average.parameters())
+    told = as_json(dict(told))
+    step, running = _read(file, told, schedule, model, average, optimizer, ordered) if file.exists() else (0, 0.0)
+    if step:
+        say(f"{file.stem}: going on at step {step}")
+    first, started, saved = step, time.monotonic(), time.monotonic()
+    model.train()
+    while step < schedule.steps:
+        error = loss(step)
+        value = float(error.detach())
+        if not torch.isfinite(error):
+            raise UserError(
+                f"{file.stem}: the loss of step {step} is {value}; delete {file} and lower the learning rate"
+            )
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.rate(step)
+        optimizer.zero_grad(set_to_none=True)
+        error.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        step += 1
+        if schedule.ema:
+            with torch.no_grad():
+                keep = min(schedule.ema, step / (step + 9))
+                torch._foreach_lerp_(mean, [p.detach() for p in model.parameters()], 1 - keep)
+        running = 0.98 * running + 0.02 * value if step > 1 else value
+        if step % 50 == 0 or step == schedule.steps:
+            pace = (time.monotonic() - started) / (step - first)
+            say(f"{file.stem} step {step}/{schedule.steps}  loss {running:.4f}  {pace:.3f} s a step")
+        if step == schedule.steps or time.monotonic() - saved > every:
+            _write(file, told, schedule, model, average, optimizer, ordered, step, running)
+            if at_save is not None:
+                at_save(average, step)
+            saved = time.monotonic()
+    return average.eval()
+
+
+def _write(
+    file: Path,
+    told: Mapping[str, Any],
+    schedule: Schedule,
+    model: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ordered: list[nn.Parameter],
+    step: int,
+    running: float,
+) -> None:
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    if average is not model:
+        tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
+    for i, p in enumerate(ordered):
+        tensors |= {f"first.{i}": optimizer.state[p]["exp_avg"], f"second.{i}": optimizer.state[p]["exp_avg_sq"]}
+    facts = {"told": told, "step": step, "steps": schedule.steps, "flat_until": schedule.flat_until, "running": running}
+    # clones: a tensor may be stored once only
+    blob = save({k: v.detach().contiguous().clone() for k, v in tensors.items()}, {"facts": json.dumps(facts)})
+    with atomic_write(file) as handle:
+        handle.write(blob)
+
+
+def _read(
+    file: Path,
+    told: Mapping[str, Any],
+    schedule: Schedule,
+    model: nn.Module,
+    average: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ordered: list[nn.Parameter],
+) -> tuple[int, float]:
+    """Loads a state; returns the steps done and the running loss."""
+    try:
+        with safe_open(file, "pt") as opened:
+            facts = json.loads(opened.metadata()["facts"])
+            tensors = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{file} is no state of a training ({error}); delete it to start anew") from None
+    other = sorted(k for k in {*told, *facts["told"]} if told.get(k) != facts["told"].get(k))
+    if other:
+        raise UserError(f"{file} is of a training with another {other[0]}; give another --out, or delete it")
+    step = int(facts["step"])
+    same = facts["steps"] == schedule.steps and facts["flat_until"] == schedule.flat_until
+    if not same and step > min(facts["flat_until"], schedule.flat_until):
+        raise UserError(
+            f"{file} is {step} steps into a training of {facts['steps']}, too far for one of {schedule.steps}; "
+            "give another --out, or delete it"
+        )
+
+    def part(name: str) -> dict[str, Tensor]:
+        return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+
+    model.load_state_dict(part("model"))
+    if average is not model:
+        average.load_state_dict(part("average"))
+    state = optimizer.state_dict()
+    state["state"] = {
+        i: {
+            "step": torch.tensor(float(step)),
+            "exp_avg": tensors[f"first.{i}"],
+            "exp_avg_sq": tensors[f"second.{i}"],
+        }
+        for i in range(len(ordered))
+    }
+    optimizer.load_state_dict(state)
+    return step, float(facts["running"])

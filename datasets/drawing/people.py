@@ -1,0 +1,101 @@
+"""Who is drawn: which persons are kept for streams, families that look alike, their pictures. No model code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from dualcl.benchmark.core.seeding import numpy_generator
+from dualcl.datasets.drawing.portraits import ATTRIBUTES, HIDDEN, IDENTITY, Portrait, sample_attributes
+
+Part = Literal["reported", "tuning", "pretraining"]
+
+#: of the hidden attributes in order; none is 0 modulo 5, so whoever is of one class differs in two of them or in none
+_WEIGHTS = (1, 2, 3, 4)
+#: how many persons a family has, in turn
+_FAMILY = (4, 3, 3)
+
+NAMES = (
+    *("Ada", "Bruno", "Cleo", "Dario", "Edith", "Felix", "Greta", "Hugo", "Iris", "Jonas", "Kira", "Leo", "Mona"),
+    *("Nils", "Olga", "Pablo", "Quinn", "Rosa", "Sven", "Tilda", "Ugo", "Vera", "Wanda", "Xaver", "Yara", "Zeno"),
+    *("Alma", "Boris", "Carla", "Dunja", "Emil", "Flora", "Goran", "Hanna", "Ivo", "Juno", "Klara", "Lasse", "Mira"),
+    *("Nora", "Otto", "Paula", "Ravi", "Selma", "Theo", "Ulla", "Viktor", "Willa", "Yusuf", "Zora"),
+)
+
+
+def part_of(who: Portrait) -> Part:
+    """Where a person may appear: a function of the hidden attributes, so that a combination is in one part alone."""
+    places = (values.index(who[name]) for name, values in HIDDEN.items())
+    kind = sum(weight * place for weight, place in zip(_WEIGHTS, places, strict=True)) % 5
+    return "reported" if kind == 0 else "tuning" if kind == 1 else "pretraining"
+
+
+def sample_person(rng: np.random.Generator, part: Part) -> dict[str, str]:
+    """Every attribute at random, among those who may appear in this part."""
+    while True:
+        who = sample_attributes(rng)
+        if part_of(who) == part:
+            return who
+
+
+@dataclass(frozen=True)
+class Person:
+    """One identity: a name, the number of the family, and a value for each attribute of `IDENTITY`."""
+
+    name: str
+    family: int
+    looks: tuple[tuple[str, str], ...]
+
+    def picture(self, rng: np.random.Generator) -> dict[str, str]:
+        """All attributes of one picture: what is not of the identity at random."""
+        return {**sample_attributes(rng), **dict(self.looks)}
+
+
+def distance(a: Portrait, b: Portrait) -> int:
+    """In how many attributes of identity two persons differ."""
+    return sum(a[name] != b[name] for name in IDENTITY)
+
+
+def people(part: Part, count: int, seed: int = 0) -> tuple[Person, ...]:
+    """The first `count` persons of a part, family by family: each differs from one before in two or three attributes.
+
+    Two of them are hidden ones, so that no caption tells relatives apart; the third, every other time, is not.
+    """
+    rng = numpy_generator(seed, "people", part)
+    colours = [str(colour) for colour in rng.permutation(ATTRIBUTES["hair_colour"])]  # another for each family
+    out: list[Person] = []
+    family: list[dict[str, str]] = []
+    number, left = -1, 0
+    while len(out) < count:
+        if not left:
+            number, left, family = number + 1, _FAMILY[(number + 1) % len(_FAMILY)], []
+        base = family[rng.integers(len(family))] if family else None
+        founder = {**sample_person(rng, part), "hair_colour": colours[number % len(colours)]}
+        who = _relative(base, rng, part) if base else _identity(founder)
+        known = [dict(person.looks) for person in out]
+        if any(distance(who, other) < (2 if other in family else 5) for other in known):
+            continue
+        family.append(who)
+        out.append(Person(NAMES[len(out) % len(NAMES)], number, tuple(who.items())))
+        left -= 1
+    return tuple(out)
+
+
+def _identity(who: Portrait) -> dict[str, str]:
+    return {name: who[name] for name in IDENTITY}
+
+
+def _relative(base: dict[str, str], rng: np.random.Generator, part: Part) -> dict[str, str]:
+    """Someone of this part who differs from `base` in two hidden attributes, and in another with a chance of a half."""
+    while True:
+        who = dict(base)
+        changed = list(rng.choice(list(HIDDEN), 2, replace=False))
+        if rng.uniform() < 0.5:
+            changed.append(rng.choice([name for name in IDENTITY if name not in HIDDEN]))
+        for name in map(str, changed):
+            others = [value for value in ATTRIBUTES[name] if value != base[name]]
+            who[name] = others[rng.integers(len(others))]
+        if part_of(who) == part:
+            return who
