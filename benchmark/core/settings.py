@@ -41,6 +41,9 @@ LATER: Mapping[str, Any] = {
     "input.mean": None,
     "input.std": None,
     "data.use_captions": True,
+    "method.align": False,
+    "method.align_epochs": 5,
+    "method.align_lr": 1e-2,
 }
 #: a later default that stands for an older one where that was right
 SAID_AS: Mapping[str, tuple[Any, Any]] = {"input.interpolation": ("auto", "bicubic")}
