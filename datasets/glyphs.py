@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from dualcl.benchmark.core.seeding import numpy_generator
 from dualcl.benchmark.core.settings import positive
-from dualcl.datasets.base import ArrayImages, ClassData, ImageSet, register_dataset
+from dualcl.datasets.base import ClassData, ImageSet, register_dataset
 from dualcl.datasets.drawing.glyphs import STREAM_GLYPHS, draw_images
+from dualcl.datasets.reading.drawn import drawn_set
 from dualcl.datasets.reading.split import SelectConfig, select
 
 
@@ -66,13 +67,8 @@ class Glyphs:
 
 
 def _image_set(names: tuple[str, ...], part: str, count: int, config: Glyphs.Config) -> ImageSet:
-    """`count` images of each class; the ids carry all that the pixels depend on."""
-    images = np.concatenate([draw_class(name, part, count, config.size, config.draw_seed) for name in names])
-    images.setflags(write=False)
+    """`count` images of each class."""
     prefix = f"{config.size}px/seed{config.draw_seed}"
-    return ImageSet(
-        ids=tuple(f"{prefix}/{name}/{part}/{i}" for name in names for i in range(count)),
-        labels=np.repeat(np.arange(len(names), dtype=np.int64), count),
-        load=ArrayImages(images),
-        fingerprint=hashlib.sha256(images.tobytes()).hexdigest(),
+    return drawn_set(
+        names, part, count, prefix, lambda name: draw_class(name, part, count, config.size, config.draw_seed)
     )

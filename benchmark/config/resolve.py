@@ -60,7 +60,6 @@ def resolve(
     plugins = {} if info.plugin is None else {"method": info.plugin}
     given = dict(loaded.values)
     method_sources: list[tuple[str, Any, str]] = []
-    found = {} if tuned is None else tuned.values
     assignments = [parse_assignment(text) for text in sets]
     for key, value in assignments:
         for path, leaf in (flatten({key: value}) if isinstance(value, Mapping) else {key: value}).items():
@@ -107,9 +106,10 @@ def resolve(
     for key, value, source in method_sources:
         if given.get(key, (None, ""))[1] != "--set":
             given[key] = (value, source)
-    for key, value in found.items():
-        if not given.get(key, (None, ""))[1].startswith("--set"):
-            given[key] = (value, f"sweep on {tuned.preset}" if tuned else "")
+    if tuned is not None:
+        for key, value in tuned.values.items():
+            if not given.get(key, (None, ""))[1].startswith("--set"):
+                given[key] = (value, f"sweep on {tuned.preset}")
 
     values: dict[str, dict[str, Any]] = {name: {} for name in classes}
     sources: dict[str, str] = {}

@@ -77,6 +77,11 @@ def read_tuned(place: Path, method: str, *, same_stream: bool = False) -> Tuned 
 
 def stream_of(record: Mapping[str, Any]) -> dict[str, Any]:
     """What a recorded run was measured on: the data set, and the names of its classes or concepts."""
-    names = [n for task in record["tasks"] for n in task.get("classes") or [task.get("concept")] if n is not None]
     network = record["network"]
-    return {"data": record["identity"]["data"], "items": names or network.get("class_names") or network["concepts"]}
+    names = item_names(record["tasks"]) or network.get("class_names") or network["concepts"]
+    return {"data": record["identity"]["data"], "items": names}
+
+
+def item_names(tasks: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Names of the classes or concepts in what is known of tasks; none of joint training's single one."""
+    return [name for task in tasks for name in task.get("classes") or [task.get("concept")] if name is not None]

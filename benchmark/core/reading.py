@@ -47,6 +47,16 @@ def check_name(text: str, where: str) -> None:
         raise UserError(f"{where} is {text[:80]!r}, which has control characters; write it on one line without")
 
 
+def read_text(path: Path) -> str:
+    """The text of a file in UTF-8; UserError that names it where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); give a text file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"cannot read {path} (it is not UTF-8); save it as a text file in UTF-8") from error
+
+
 def read_names(path: Path, key: str) -> list[str]:
     """The names in a text file, one a line; UserError naming `key` for a file that cannot be read or holds none."""
     try:

@@ -32,7 +32,7 @@ from dualcl.benchmark.core.files import atomic_write
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.seeding import derive_seed, numpy_generator
 from dualcl.benchmark.models.portraits_judge import Judge, load_judge
-from dualcl.benchmark.pretraining.stages import Say, Schedule, train
+from dualcl.benchmark.pretraining.stages import Order, Say, Schedule, train
 from dualcl.benchmark.pretraining.text_to_image import (
     TextAndUNet,
     contact_sheet,
@@ -189,21 +189,6 @@ def _kept(file: Path, told: Mapping[str, str]) -> dict[str, Tensor] | None:
         return None
 
 
-class _Order:
-    """Which pictures a step takes: shuffled passes, the last short batch of each left out."""
-
-    def __init__(self, n: int, batch: int, seed: int, *key: int | str) -> None:
-        self.n, self.batch, self.seed, self.key = n, min(batch, n), seed, key
-        self.epoch, self.order = -1, torch.empty(0)
-
-    def __call__(self, step: int) -> Tensor:
-        epoch, place = divmod(step, self.n // self.batch)
-        if epoch != self.epoch:
-            self.epoch = epoch
-            self.order = torch.randperm(self.n, generator=torch_generator(self.seed, *self.key, epoch))
-        return self.order[place * self.batch : (place + 1) * self.batch]
-
-
 # --- the judge -------------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +217,7 @@ def make_judge(folder: Path, seed: int, recipe: JudgeRecipe, command: str, say: 
         "lr": recipe.lr,
     }
     known = drawn(state, "judge", recipe.pictures, seed, say)
-    order = _Order(recipe.pictures, recipe.batch, seed, "portraits", "judge-order")
+    order = Order(recipe.pictures, recipe.batch, seed, "portraits", "judge-order")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "portraits", "judge-init"))
         judge = Judge(ATTRIBUTES)
@@ -386,7 +371,7 @@ class Portraits:
         recipe, key = self.recipe, ("portraits", "vae")
         vae = self._fresh("vae", lambda: make_vae(recipe))
         images = self.pictures(recipe.vae_pictures).images
-        order = _Order(len(images), recipe.vae_batch, self.seed, *key)
+        order = Order(len(images), recipe.vae_batch, self.seed, *key)
 
         def loss(step: int) -> Tensor:
             inputs = to_input(images[order(step)])
@@ -414,7 +399,7 @@ class Portraits:
         mean = torch.cat([(m * scale).half() for m, _ in parts])
         std = torch.cat([(s * scale).half() for _, s in parts])
         model = self._fresh("unet", lambda: make_text_and_unet(recipe, self.tokenizer))
-        order = _Order(len(mean), recipe.unet_batch, self.seed, *key)
+        order = Order(len(mean), recipe.unet_batch, self.seed, *key)
 
         def loss(step: int) -> Tensor:
             index = order(step)
@@ -455,7 +440,7 @@ class Portraits:
         """Trains the decoder on, the latents as they are: what the U-Net has learnt stays true."""
         recipe, key = self.recipe, ("portraits", "decoder")
         images = self.pictures(recipe.pictures).images
-        order = _Order(len(images), recipe.vae_batch, self.seed, *key)
+        order = Order(len(images), recipe.vae_batch, self.seed, *key)
         for p in (*vae.decoder.parameters(), *vae.post_quant_conv.parameters()):
             p.requires_grad_(True)
 

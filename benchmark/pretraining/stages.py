@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import as_json, atomic_write
+from dualcl.benchmark.core.generators import torch_generator
 
 Say = Callable[[str], None]
 M = TypeVar("M", bound=nn.Module)
@@ -43,6 +44,22 @@ class Schedule:
         """The learning rate of a step."""
         down = (self.steps - step) / max(1, self.steps - self.flat_until)
         return self.lr * min(1.0, (step + 1) / self.warm, down)
+
+
+class Order:
+    """Which pictures a step takes: shuffled passes, the last short batch of each left out."""
+
+    def __init__(self, n: int, batch: int, seed: int, *key: int | str) -> None:
+        self.n, self.batch, self.seed, self.key = n, min(batch, n), seed, key
+        self.epoch, self.order = -1, torch.empty(0)
+
+    def __call__(self, step: int) -> Tensor:
+        """Indices (B,) of a step."""
+        epoch, place = divmod(step, self.n // self.batch)
+        if epoch != self.epoch:
+            self.epoch = epoch
+            self.order = torch.randperm(self.n, generator=torch_generator(self.seed, *self.key, epoch))
+        return self.order[place * self.batch : (place + 1) * self.batch]
 
 
 def train(

@@ -31,6 +31,7 @@ from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.seeding import derive_seed, numpy_generator
 from dualcl.benchmark.pretraining.diffusion import GlyphDiffusionRecipe, make_glyph_diffusion
 from dualcl.benchmark.pretraining.portraits import JudgeRecipe, PortraitsRecipe, make_judge, make_portraits
+from dualcl.benchmark.pretraining.renditions import RenditionsViTRecipe, make_renditions_vit
 from dualcl.datasets.drawing.glyphs import (
     PRETRAINING_GLYPHS,
     STREAM_GLYPHS,
@@ -319,12 +320,18 @@ def _make_portraits(folder: Path, seed: int, recipe: Any, settings: dict[str, An
     return make_portraits(folder, seed, recipe, _command("portraits-diffusion", seed, settings), _say)
 
 
+def _make_renditions(folder: Path, seed: int, recipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Trains the ViT of the renditions, or goes on, and writes renditions_vit.safetensors, .json and .md."""
+    return make_renditions_vit(folder, seed, recipe, _command("renditions-vit", seed, settings), _say)
+
+
 Maker = Callable[[Path, int, Any, dict[str, Any]], dict[str, Any]]
 
 #: name -> (settings with their defaults, what trains and writes)
 RECIPES: dict[str, tuple[type[Any], Maker]] = {
     "glyph-vit": (GlyphViTRecipe, _make_glyph_vit),
     "glyph-diffusion": (GlyphDiffusionRecipe, _make_diffusion),
+    "renditions-vit": (RenditionsViTRecipe, _make_renditions),
     "portraits-judge": (JudgeRecipe, _make_judge),
     "portraits-diffusion": (PortraitsRecipe, _make_portraits),
 }

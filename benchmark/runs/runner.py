@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dualcl.benchmark.config.tuned import item_names
 from dualcl.benchmark.core.devices import is_out_of_memory, peak_mib, pick_device, reset_peak
 from dualcl.benchmark.core.domain import Domain
 from dualcl.benchmark.core.errors import RunFailed, UserError
@@ -186,12 +187,12 @@ class Run(Steps):
         seen = range(self.n_tasks) if self.joint else range(task + 1)
         row = self.domain.evaluate(seen)
         for measure, values in row.items():
-            if not _finite(as_json(values)):
+            if not _finite(values):
                 raise UserError(f"{measure} is not finite after task {task + 1} ({values}); it is not recorded")
         facts = {} if self.joint else self.domain.tasks[task].facts
         diagnostics = self.method.diagnostics()
-        if not _finite([row, diagnostics]):
-            raise self._diverged(f"the updates are too large for a number after task {task + 1} ({row}, {diagnostics})")
+        if not _finite(diagnostics):
+            raise self._diverged(f"the updates are too large for a number after task {task + 1} ({diagnostics})")
         record["matrix"]["rows"].append({"after_task": seen[-1], **row})
         record["tasks"].append(
             {
@@ -315,12 +316,10 @@ def check_capabilities(resolved: Resolved) -> None:
 
 def _chosen_on_itself(resolved: Resolved, domain: Domain) -> list[str]:
     """The caveat of settings that a sweep chose on what the run reports; UserError unless that is allowed."""
-    facts = [task.facts for task in domain.tasks]
-    items = [str(name) for fact in facts for name in fact.get("classes") or [fact.get("concept")]]
     check = resolved.check_stream
-    return ["its settings were chosen on this very stream"] * (
-        check is not None and check(domain.identity()["data"], items)
-    )
+    if check is None or not check(domain.identity()["data"], item_names(task.facts for task in domain.tasks)):
+        return []
+    return ["its settings were chosen on this very stream"]
 
 
 def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | None = None) -> dict[str, Any]:

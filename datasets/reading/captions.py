@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.core.reading import check_name, parse_json
+from dualcl.benchmark.core.reading import check_name, parse_json, read_text
 from dualcl.benchmark.core.text import composed
 from dualcl.datasets.concepts import NOUN, TOKEN
 from dualcl.datasets.reading.folders import Found
@@ -26,7 +26,7 @@ def read_captions(root: Path, found: Mapping[str, Found]) -> dict[str, str]:
         for image in files.images:
             for name in dict.fromkeys(str(Path(image).with_suffix(end)) for end in ENDINGS):
                 if name in files.others:
-                    lines = [line.strip() for line in _text(root / name).splitlines() if line.strip()]
+                    lines = [line.strip() for line in read_text(root / name).splitlines() if line.strip()]
                     if len(lines) != 1:
                         raise UserError(f"{root / name} has {len(lines)} lines; a caption is one line of text")
                     _add(out, image, lines[0], root / name)
@@ -45,15 +45,6 @@ def _beside(name: str, images: Sequence[str]) -> bool:
     )
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); give a text file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path} (it is not UTF-8); save it as a text file in UTF-8") from error
-
-
 def _add(out: dict[str, str], image: str, caption: str, path: Path) -> None:
     check_name(caption, f"a caption in {path}")
     if image in out:
@@ -62,7 +53,7 @@ def _add(out: dict[str, str], image: str, caption: str, path: Path) -> None:
 
 
 def _from_metadata(out: dict[str, str], path: Path, root: Path, place: str, images: Sequence[str]) -> None:
-    for number, line in enumerate(_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from dualcl.benchmark.core.errors import UserError, nearest
-from dualcl.benchmark.core.reading import is_file, read_names
+from dualcl.benchmark.core.reading import is_file, read_names, read_text
 from dualcl.benchmark.core.safe_yaml import read_yaml
 from dualcl.benchmark.core.settings import positive
 from dualcl.benchmark.core.text import composed
@@ -197,18 +197,9 @@ def _shorter_side(path: Path) -> int:
         return min(image.size)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); give a text file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"cannot read {path} (it is not UTF-8); save it as a text file in UTF-8") from error
-
-
 def read_words(path: Path, concepts: Sequence[str], known: Mapping[str, Words]) -> dict[str, Words]:
     """`known` words with those of a YAML file on top: {concept: {noun: ..., prompts: [...], eval_prompts: [...]}}."""
-    content = read_yaml(_read_text(path), str(path))
+    content = read_yaml(read_text(path), str(path))
     if not isinstance(content, dict):
         raise UserError(f"{path} must be a mapping such as {{dog: {{noun: dog, prompts: [a photo of {TOKEN}]}}}}")
     out, folders = dict(known), {composed(folder): folder for folder in concepts}
@@ -247,7 +238,7 @@ def read_classes(path: Path, scenes: bool = False) -> dict[str, Words]:
 
     Its live-subject prompts go to cats and dogs, its object prompts to all others. UserError when a list is missing.
     """
-    text = _read_text(path)
+    text = read_text(path)
     table = re.search(r"^subject_name\s*,\s*class\s*$\n((?:^[^,\n]+,[^,\n]+$\n?)+)", text, flags=re.MULTILINE)
     if table is None:
         raise UserError(f"{path} has no list of subjects below a line `subject_name,class`; mend or remove it")

@@ -1,0 +1,200 @@
+"""Makes `renditions-vit`: a small ViT pretrained on pictographs in a few renditions only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import textwrap
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import dualcl.benchmark.core.compat  # noqa: F401 - before timm
+
+# isort: split
+import timm
+
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.files import atomic_write
+from dualcl.benchmark.core.generators import torch_generator
+from dualcl.benchmark.core.seeding import derive_seed, numpy_generator
+from dualcl.benchmark.pretraining.stages import Order, Say, Schedule, train
+from dualcl.benchmark.pretraining.text_to_image import to_input
+from dualcl.datasets.drawing.glyphs import draw_glyph, in_black_on_white
+from dualcl.datasets.drawing.renditions import CLUTTER, GLYPHS, RENDITIONS, Glyphs, Renditions, sample_rendition
+
+_TIMM_NAME = "vit_tiny_patch16_224"
+
+
+@dataclass(frozen=True)
+class RenditionsViTRecipe:
+    """How `renditions-vit` is trained. `classes`: the first so many pretraining pictographs, 0 for all."""
+
+    classes: int = 0
+    per_class: int = 200
+    test_per_class: int = 20
+    steps: int = 4000
+    batch: int = 64
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    fade: float = 0.35
+    shift: int = 4
+    embed_dim: int = 128
+    depth: int = 6
+    num_heads: int = 4
+    patch_size: int = 6
+    input_size: int = 48
+
+
+def _draw(
+    names: Mapping[str, int], part: str, count: int, kinds: Renditions, seed: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """Images (2, N, size, size, 3) uint8 as they are and in black on white, and their labels (N,)."""
+    images = np.empty((2, len(names) * count, size, size, 3), dtype=np.uint8)
+    for label, (name, code) in enumerate(names.items()):
+        for i in range(count):
+            look = sample_rendition(numpy_generator(seed, "renditions", "pretrain", name, part, i), kinds)
+            images[0, label * count + i] = draw_glyph(code, look, size)
+            images[1, label * count + i] = draw_glyph(code, in_black_on_white(look), size)
+    return torch.from_numpy(images), torch.arange(len(names)).repeat_interleave(count)
+
+
+def _augmented(inputs: Tensor, by: int, generator: torch.Generator) -> Tensor:
+    """Each image (B, 3, H, W) shifted by up to `by` pixels, its colour channels permuted."""
+    batch, channels, height, width = inputs.shape
+    shift = torch.randint(-by, by + 1, (2, batch, 1), generator=generator)
+    rows = (torch.arange(height) + shift[0]).clamp_(0, height - 1)
+    columns = (torch.arange(width) + shift[1]).clamp_(0, width - 1)
+    order = torch.rand(batch, channels, generator=generator).argsort(1)
+    images = torch.arange(batch)[:, None, None, None]
+    return inputs[images, order[:, :, None, None], rows[:, None, :, None], columns[:, None, None]]
+
+
+@torch.inference_mode()
+def outputs(model: nn.Module, images: Tensor) -> Tensor:
+    """What the model returns for images (N, S, S, 3) uint8, in batches of 256."""
+    model.eval()
+    return torch.cat([model(to_input(chunk)) for chunk in images.split(256)])
+
+
+def nearest_mean(model: nn.Module, glyphs: Glyphs, kinds: Renditions, per_class: int, seed: int, size: int) -> float:
+    """Accuracy of the nearest class mean by cosine, from 3 times as many drawings as it is tested on."""
+    (train_images, labels), (test_images, test_labels) = (
+        _draw(GLYPHS[glyphs], part, count, kinds, seed, size)
+        for part, count in (("train", 3 * per_class), ("test", per_class))
+    )
+    known, new = (F.normalize(outputs(model, images[0]), dim=1) for images in (train_images, test_images))
+    means = torch.stack([known[labels == c].mean(0) for c in labels.unique()])
+    return float((new @ F.normalize(means, dim=1).T).argmax(1).eq(test_labels).float().mean())
+
+
+def make_renditions_vit(folder: Path, seed: int, recipe: RenditionsViTRecipe, command: str, say: Say) -> dict[str, Any]:
+    """Trains the ViT, or goes on, and writes renditions_vit.safetensors, .json and .md; returns the card.
+
+    Inks and papers of all colours leave a fresh transformer almost no first-order signal. So the drawings are faded in
+    over the same ones in black on white.
+    """
+    chosen = dict(list(GLYPHS["pretraining"].items())[: recipe.classes or None])
+    if recipe.classes < 0 or recipe.classes == 1:
+        raise UserError(f"classes={recipe.classes}: give at least 2, or 0 for all {len(GLYPHS['pretraining'])}")
+    say(f"drawing {len(chosen)} classes x {recipe.per_class + recipe.test_per_class} images")
+    images, labels = _draw(chosen, "train", recipe.per_class, "known", seed, recipe.input_size)
+    kwargs: dict[str, Any] = {
+        "img_size": recipe.input_size,
+        "patch_size": recipe.patch_size,
+        "embed_dim": recipe.embed_dim,
+        "depth": recipe.depth,
+        "num_heads": recipe.num_heads,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "renditions", "init"))
+        model: Any = timm.create_model(_TIMM_NAME, pretrained=False, num_classes=len(chosen), **kwargs)
+    order = Order(len(labels), recipe.batch, seed, "renditions", "order")
+
+    def loss(step: int) -> Tensor:
+        generator = torch_generator(seed, "renditions", "step", step)
+        index = order(step)
+        spread = torch.rand(len(index), 1, 1, 1, generator=generator) * 0.5 - 0.25
+        share = (spread + step / recipe.steps / recipe.fade).clamp_(0, 1)
+        inputs = torch.lerp(to_input(images[1, index]), to_input(images[0, index]), share)
+        scores = model(_augmented(inputs, recipe.shift, generator))
+        return F.cross_entropy(scores, labels[index], label_smoothing=recipe.label_smoothing)
+
+    pixels = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]
+    told = {"seed": seed, "drawing": pixels, **asdict(recipe)}
+    schedule = Schedule(recipe.steps, recipe.lr, warm=300, flat=0.3, weight_decay=recipe.weight_decay)
+    model = train(folder / "state" / "renditions-vit.safetensors", told, model, loss, schedule, say)
+    # what is measured is what is saved: the weights rounded to float16
+    model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
+    own_images, own_labels = _draw(chosen, "test", recipe.test_per_class, "known", seed, recipe.input_size)
+    own = float(outputs(model, own_images[0]).argmax(1).eq(own_labels).float().mean())
+    model.reset_classifier(0)
+    means = {
+        f"{glyphs}, {kinds} renditions": round(
+            nearest_mean(model, glyphs, kinds, recipe.test_per_class, seed, recipe.input_size), 4
+        )
+        for glyphs in ("tuning", "reported")
+        for kinds in ("known", "new")
+    }
+    weights = save({k: v.half().contiguous() for k, v in model.state_dict().items()})
+    card = {
+        "timm_name": _TIMM_NAME,
+        "kwargs": {**kwargs, "num_classes": 0},
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "input_size": recipe.input_size,
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        "trained_on": f"{len(chosen)} pictographs of DejaVu Sans x {recipe.per_class} images, none in a stream, in the "
+        f"renditions {', '.join(RENDITIONS['known'])}",
+        "command": command,
+        "seed": seed,
+        "drawing": pixels,
+        "recipe": asdict(recipe),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "measured": {"held_out_accuracy": round(own, 4), "nearest_class_mean_accuracy": means},
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+    }
+    for suffix, data in (
+        ("safetensors", weights),
+        ("json", (json.dumps(card, indent=2) + "\n").encode()),
+        ("md", _card_text(card, list(chosen)).encode()),
+    ):
+        with atomic_write(folder / f"renditions_vit.{suffix}") as handle:
+            handle.write(data)
+    say(json.dumps(card["measured"]))
+    return card
+
+
+def _card_text(card: Mapping[str, Any], classes: list[str]) -> str:
+    """The model card as Markdown, every number from `card`."""
+    recipe, measured, kwargs, versions = card["recipe"], card["measured"], card["kwargs"], card["versions"]
+    wrap = textwrap.TextWrapper(116, break_on_hyphens=False, break_long_words=False)
+    means = "; ".join(f"{name} {share:.1%}" for name, share in measured["nearest_class_mean_accuracy"].items())
+    paragraphs = [
+        f"A small Vision Transformer for the stream `renditions`: timm's `{card['timm_name']}` at "
+        f"{card['input_size']} px with {kwargs['patch_size']} px patches, depth {kwargs['depth']}, width "
+        f"{kwargs['embed_dim']}, {kwargs['num_heads']} heads; {card['parameters']:,} parameters, no classifier. "
+        "Inputs: RGB scaled to [0, 1], then normalised with mean 0.5 and standard deviation 0.5. Output: the class "
+        f"token after the final norm, {kwargs['embed_dim']} numbers.",
+        f"Made by `{card['command']}` from {card['trained_on']}, at most {CLUTTER} piece of clutter; "
+        f"{recipe['steps']} steps of {recipe['batch']} from random weights, AdamW, learning rate {recipe['lr']}, "
+        f"weight decay {recipe['weight_decay']}, label smoothing {recipe['label_smoothing']}; shifts of up to "
+        f"{recipe['shift']} px, colour channels permuted; the drawings are faded in over the same in black on white "
+        f"during the first {recipe['fade']:.0%}. Seed {card['seed']}, torch {versions['torch']}, timm "
+        f"{versions['timm']}. Stored in float16, sha256 `{card['sha256']}`.",
+        f"Measured (one run, the stored weights): {measured['held_out_accuracy']:.1%} over its own {len(classes)} "
+        f"classes on {recipe['test_per_class']} new drawings of each. Nearest class mean (cosine) over 20 classes that "
+        f"it has never seen, from {3 * recipe['test_per_class']} drawings of each, on {recipe['test_per_class']} "
+        f"others: {means}. The new renditions are {', '.join(RENDITIONS['new'])}.",
+        "Not for anything but this suite: it has seen nothing except drawn symbols.",
+        f"Classes: {', '.join(classes)}.",
+    ]
+    return "# renditions-vit\n\n" + "\n\n".join(wrap.fill(p) for p in paragraphs) + "\n"
