@@ -24,6 +24,8 @@ class DatasetInfo(Registered):
     domain: str
     summary: str
     needs_prepare: bool = False
+    #: False: shown by `dualcl list --all` alone
+    listed: bool = True
 
 
 @functools.lru_cache(maxsize=1)

@@ -24,12 +24,14 @@ from dualcl.benchmark.core.text import composed
 T = TypeVar("T", bound=type)
 
 
-def register_dataset(name: str, *, domain: str, summary: str, needs_prepare: bool = False) -> Callable[[T], T]:
+def register_dataset(
+    name: str, *, domain: str, summary: str, needs_prepare: bool = False, listed: bool = True
+) -> Callable[[T], T]:
     """Registers a data set class; arguments must be literals (the index is read without importing).
 
     The class has `Config` (a frozen dataclass, the keys below `data.`), `load(config)` (a classmethod: ClassData, or
     ConceptData in customization) and, with `needs_prepare`, `prepare(config)` (a classmethod: downloads, verifies,
-    splits).
+    splits). Without `listed`, only `dualcl list --all` shows it.
     """
 
     def apply(cls: T) -> T:

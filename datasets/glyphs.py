@@ -30,6 +30,7 @@ def draw_class(name: str, part: str, count: int, size: int, draw_seed: int) -> N
     "glyphs",
     domain="classification",
     summary="20 pictographs drawn in many renditions at 32 px; bundled, nothing to download",
+    listed=False,
 )
 class Glyphs:
     """20 pictographs of DejaVu Sans, drawn in memory from a seed; none was in the bundled backbone's pretraining."""

@@ -12,7 +12,7 @@ from dualcl.benchmark.config.presets import bundled_presets, load_preset
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.registry import Plugin
 from dualcl.benchmark.core.text import align
-from dualcl.benchmark.models.bundled import bundled_backbones
+from dualcl.benchmark.models.bundled import UNLISTED, bundled_backbones
 from dualcl.datasets import available_datasets
 from dualcl.methods import available_methods
 
@@ -24,9 +24,10 @@ def _published(module: str) -> Any:
     return importlib.import_module(f"dualcl.results.{module}")
 
 
-def _bundled_backbones() -> dict[str, str]:
+def _bundled_backbones(every: bool) -> dict[str, str]:
     """Bundled backbones and what each was trained on, read without timm."""
-    cards = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in bundled_backbones().items()}
+    known = {name: path for name, path in bundled_backbones().items() if every or name not in UNLISTED}
+    cards = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in known.items()}
     return {n: f"{c['timm_name']} at {c['input_size']} px, trained on {c['trained_on']}" for n, c in cards.items()}
 
 
@@ -35,7 +36,7 @@ def _origin(plugin: Plugin | None) -> str:
     return "built in" if plugin is None else plugin.origin
 
 
-def _list_rows(what: str) -> list[list[str]]:
+def _list_rows(what: str, every: bool) -> list[list[str]]:
     if what == "methods":
         methods = sorted(available_methods().values(), key=lambda m: m.name)
         return [
@@ -44,16 +45,17 @@ def _list_rows(what: str) -> list[list[str]]:
         ]
     if what == "presets":
         presets = [load_preset(name) for name in bundled_presets()]
-        return [[p.name, p.domain, p.summary] for p in presets]
+        return [[p.name, p.domain, p.summary] for p in presets if every or p.listed]
     if what == "datasets":
         return [
             [d.name, d.domain, _origin(d.plugin), d.summary + ("; needs `dualcl prepare`" if d.needs_prepare else "")]
             for d in sorted(available_datasets().values(), key=lambda d: d.name)
+            if every or d.listed
         ]
     if what == "published":
         rows: list[list[str]] = _published("published.render").overview()
         return rows
-    rows = [[name, "bundled", text] for name, text in _bundled_backbones().items()]
+    rows = [[name, "bundled", text] for name, text in _bundled_backbones(every).items()]
     return [
         *rows,
         ["TIMM_NAME.TAG", "timm", "any vision transformer of timm with its full tag: --set backbone.name=NAME.TAG"],
@@ -74,7 +76,7 @@ def main(args: argparse.Namespace) -> int:
     # published numbers are others' and long: on demand only
     own = [what for what in LISTS if what != "published"]
     for what in own if args.what is None else (args.what,):
-        rows = _list_rows(what)
+        rows = _list_rows(what, args.all)
         lines = align(rows) if rows else ["none"]
         blocks.append("\n".join(lines if args.what else [f"{what}:", *(f"  {line}" for line in lines)]))
     print("\n\n".join(blocks))

@@ -270,6 +270,7 @@ def _add_files(command: argparse.ArgumentParser) -> None:
 def _list(command: argparse.ArgumentParser) -> None:
     command.add_argument("what", nargs="?", metavar="|".join(LISTS), help="default: all but published")
     command.add_argument("stream", nargs="?", metavar="STREAM", help="after `published`: show this stream's numbers")
+    command.add_argument("--all", action="store_true", help="also what is kept for tests alone")
 
 
 def _check(command: argparse.ArgumentParser) -> None:

@@ -39,6 +39,8 @@ class Preset:
     points: int = 0
     #: the methods that it may speak of, and what the registry finds each by
     methods: Mapping[str, str] = field(default_factory=dict)
+    #: False: shown by `dualcl list --all` alone
+    listed: bool = True
 
 
 @functools.lru_cache(maxsize=1)
@@ -82,11 +84,14 @@ def load_preset(name_or_path: str, method: str = "", _chain: tuple[str, ...] = (
     if not isinstance(compare, (list, type(None))) or not all(isinstance(m, str) for m in compare or ()):
         raise UserError(f"preset {path}: compare must be a list of method names, got {compare!r}")
     compare = None if compare is None else [absolute(m, path.parent) for m in compare]
-    parent = None
+    parent, listed = None, tree.pop("listed", None)
+    if not isinstance(listed, (bool, type(None))):
+        raise UserError(f"preset {path}: listed must be true or false, got {listed!r}")
     if parent_name := tree.pop("extends", None):
         parent = load_preset(str(parent_name), method, (*_chain, str(path)))
         base, domain = dict(parent.values), domain or parent.domain
         compare = list(parent.compare) if compare is None else compare
+        listed = parent.listed if listed is None else listed
     methods = _methods([*(parent.compare if parent else ()), *(compare or ()), method])
     tuning, (search, points) = _tuning(tree, path, methods), _search(tree, path, methods)
     if parent is not None:
@@ -101,7 +106,9 @@ def load_preset(name_or_path: str, method: str = "", _chain: tuple[str, ...] = (
     if isinstance(data, str):
         base["data.name"] = (absolute(data, path.parent), f"preset {label}")
     chosen = tuple(compare or ())
-    return Preset(label, str(domain), str(summary), base, chosen, str(table), tuning, search, points, methods)
+    return Preset(
+        label, str(domain), str(summary), base, chosen, str(table), tuning, search, points, methods, listed is not False
+    )
 
 
 def _methods(references: Iterable[str]) -> dict[str, str]:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from dualcl.benchmark.core.errors import UserError
 
+#: kept for tests: `dualcl list --all` alone shows them
+UNLISTED = ("glyph-vit", "glyph-diffusion")
+
 
 def check_bundled(file: Path, sha256: str) -> None:
     """UserError when a bundled file is not the one that its card describes."""

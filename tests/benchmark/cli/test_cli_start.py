@@ -60,7 +60,7 @@ def test_each_list_has_one_line_per_entry(what: str, capsys: pytest.CaptureFixtu
 
 
 def test_lists_are_complete_and_methods_show_domains_and_source(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list"]) == 0
+    assert main(["list", "--all"]) == 0
     out = capsys.readouterr().out
     for info in available_methods().values():
         line = next(x for x in out.splitlines() if x.split()[:1] == [info.name])
@@ -199,3 +199,23 @@ def test_doctor_names_versions_device_and_places(capsys: pytest.CaptureFixture[s
     assert code == ("BROKEN" in out)
     for word in ("torch 2", "cpu:", "dualcl:", "working directory", "torchvision"):
         assert word in out
+
+
+@pytest.mark.parametrize(
+    ("what", "shown", "kept"),
+    [
+        ("presets", "renditions-10", {"glyphs", "glyphs-10"}),
+        ("datasets", "renditions", {"glyphs"}),
+        ("backbones", "renditions-vit", {"glyph-vit"}),
+    ],
+)
+def test_what_is_kept_for_tests_is_listed_when_asked_for(
+    what: str, shown: str, kept: set[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = []
+    for more in ([], ["--all"]):
+        assert main(["list", what, *more]) == 0
+        names.append({line.split()[0] for line in capsys.readouterr().out.splitlines()})
+    assert shown in names[0]
+    assert not names[0] & kept
+    assert names[1] >= names[0] | kept
