@@ -73,8 +73,9 @@ class Method(nn.Module):
 
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]] = MethodConfig
-    #: capabilities of the domain that the method needs beyond sites and a task loss, e.g. ("features", "prefixes")
-    requires: ClassVar[tuple[str, ...]] = ()
+    #: capabilities of the domain that the method needs beyond sites and a task loss, e.g. ("features", "prefixes");
+    #: settings may ask for more, which an instance says before `super().__init__`
+    requires: tuple[str, ...] = ()
     #: True: all tasks are learnt at once (an upper bound, not continual learning)
     joint: ClassVar[bool] = False
     #: which outputs compete in the task loss and are trained: the current task's, or all seen so far

@@ -126,7 +126,7 @@ class Network(Protocol):
 class ReadOut(Protocol):
     """The half of a method that the domain calls for every image (`dualcl.methods.base.Method`)."""
 
-    requires: ClassVar[tuple[str, ...]]
+    requires: tuple[str, ...]
     reads_rows: ClassVar[bool]
 
     def features(self, images: Images, network: Network) -> Tensor:

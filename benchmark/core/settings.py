@@ -44,6 +44,8 @@ LATER: Mapping[str, Any] = {
     "method.align": False,
     "method.align_epochs": 5,
     "method.align_lr": 1e-2,
+    "method.adapt": "none",
+    "method.bottleneck": 64,
 }
 #: a later default that stands for an older one where that was right
 SAID_AS: Mapping[str, tuple[Any, Any]] = {"input.interpolation": ("auto", "bicubic")}

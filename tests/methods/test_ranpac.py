@@ -15,10 +15,12 @@ from sklearn.linear_model import Ridge as Sklearn
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.runs.folder import RunFolder
+from dualcl.benchmark.runs.method_check import PROPERTIES, check_method
 from dualcl.benchmark.runs.progress import Reporter
-from dualcl.benchmark.runs.runner import Run
+from dualcl.benchmark.runs.runner import Run, run
 from dualcl.methods.ranpac import RanPACConfig
 from dualcl.methods.shared import symmetric
+from dualcl.methods.shared.adapters import Bottleneck, CosineRows
 from dualcl.methods.shared.ridge import STRENGTHS, Ridge, choose_strength, held_out, ridge_errors
 
 CPU = torch.device("cpu")
@@ -153,24 +155,115 @@ def test_the_cosine_of_another_code_is_an_option(build: Callable[..., Any]) -> N
 
 
 def test_settings_are_checked() -> None:
-    for given, words in (({"width": -1}, "width must not"), ({"lambda_": 0.0}, "lambda_ must be positive")):
+    bad: list[tuple[dict[str, Any], str]] = [
+        ({"width": -1}, "width must not"),
+        ({"lambda_": 0.0}, "lambda_ must be positive"),
+        ({"adapt": "ssf"}, "adapt must be none or adapter, got 'ssf'"),
+        ({"bottleneck": 0}, "bottleneck must be at least 1"),
+    ]
+    for given, words in bad:
         with pytest.raises(UserError, match=words):
             RanPACConfig(**given)
 
 
-@pytest.mark.parametrize("name", ["ranpac"])
+# --- first-task adaptation --------------------------------------------------------------------------------------------
+
+
+def test_a_bottleneck_and_rows_by_cosine_by_hand() -> None:
+    side = Bottleneck(2, 1, torch.Generator().manual_seed(0), CPU)
+    x = torch.tensor([[[1.0, 1.0]], [[-1.0, -1.0]]])
+    assert side(x).abs().max() == 0  # a fresh one adds nothing
+    with torch.no_grad():
+        side.down.copy_(torch.tensor([[1.0, 2.0]]))
+        side.down_bias.fill_(0.5)
+        side.up.copy_(torch.tensor([[3.0], [-1.0]]))
+        side.up_bias.copy_(torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(side(x), torch.tensor([[[1.05, -0.25]], [[0.0, 0.1]]]))
+    rows = CosineRows(2, 2, torch.Generator().manual_seed(0), CPU)
+    with torch.no_grad():
+        rows.rows.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
+    features, label = torch.tensor([[3.0, 4.0]]), torch.tensor([1])
+    torch.testing.assert_close(rows(features), torch.tensor([[0.6, 0.8]]))
+    assert float(rows.loss(features, label).detach()) == pytest.approx(np.log(1 + np.exp(-0.2)))
+    with torch.no_grad():
+        rows.scale.fill_(5)
+    assert float(rows.loss(features, label).detach()) == pytest.approx(np.log(1 + np.exp(-1)))
+
+
+ADAPTED = ("method.adapt=adapter", "method.bottleneck=4", "method.width=100", "method.lambda_=10")
+
+
+def test_without_a_step_adaptation_changes_nothing(build: Callable[..., Any]) -> None:
+    adapted, plain = build("ranpac", *ADAPTED), build("ranpac", "method.width=100", "method.lambda_=10")
+    torch.testing.assert_close(ended(*adapted, range(3)), ended(*plain, range(3)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_first_task_alone_adapts(tiny: Callable[..., Any], executed: Callable[..., Any], tmp_path: Path) -> None:
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    class Watched(Run):
+        def _stage(self, record: dict[str, Any], task: int, *given: Any) -> None:
+            super()._stage(record, task, *given)
+            kept[task] = {n: p.detach().clone() for n, p in self.method.named_parameters()}
+            steps.append(record["tasks"][-1]["steps"])
+            trained.append(record["tasks"][-1]["parameters_trained"])
+            stored.append(record["tasks"][-1]["parameters_stored"])
+
+    steps: list[int] = []
+    trained: list[int] = []
+    stored: list[int] = []
+    work = executed(tiny("ranpac", *ADAPTED, "train.epochs=2"), tmp_path, Watched)
+    sides = 5 * (2 * 32 * 4 + 4 + 32)
+    assert steps == [6, 0, 0]
+    assert trained == [sides + 3 * 32 + 1 + 3 * 33, 0, 0]  # rows by cosine, and the domain's, which stay 0
+    assert stored == [sides + 100 * 101 // 2 + 100 * seen for seen in (3, 5, 7)]
+    moved = [n for n, p in kept[0].items() if n.startswith("adapters.") and n.endswith(".up") and p.abs().max() > 0]
+    assert len(moved) == 5
+    assert all(torch.equal(p, kept[2][n]) for n, p in kept[0].items())
+    domain: Any = work.domain
+    pixels = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    method: Any = work.method
+    adapted = domain.network.run(pixels, sides=dict(enumerate(method.adapters)))
+    assert (adapted - domain.network.run(pixels)).abs().max() > 1e-4
+    torch.testing.assert_close(domain.predict(pixels), method.scores(adapted))
+    assert method.caveats()[0].startswith("takes steps in the first task alone")
+
+
+def test_a_method_that_adapts_keeps_every_promise() -> None:
+    found = list(check_method("ranpac", ["method.adapt=adapter", "method.bottleneck=4"]))
+    assert len(found) == 1 + len(PROPERTIES)
+    assert [(what, problem) for _, what, problem, _ in found if problem] == []
+
+
+def test_an_interrupted_adaptation_ends_the_same(tiny: Callable[..., Any], resumed: Callable[..., Any]) -> None:
+    resumed(tiny("ranpac", *ADAPTED, "train.checkpoint_seconds=0"), "task 1, step 1")
+
+
+def test_a_first_task_of_one_class_has_nothing_to_adapt_to(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^task 1 has one class \(shade\d\)[^\n]*$"):
+        run(tiny("ranpac", *ADAPTED, "stream.sizes=[1,3,3]"), tmp_path / "run")
+
+
+# --- precision --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "sets"),
+    [("ranpac", ()), ("ranpac", ("method.lambda_=100",)), ("fecam", ()), ("fecam", ("method.covariance=common",))],
+)
 def test_bfloat16_gives_the_same_accuracy(
-    name: str, empty_record: Callable[[], dict[str, Any]], tmp_path: Path
+    name: str, sets: tuple[str, ...], empty_record: Callable[[], dict[str, Any]], tmp_path: Path
 ) -> None:
-    """Means of three seeds within 0.5 points."""
+    """Means of three seeds within 0.5 points; what is kept is float32, solved in float64."""
     found: dict[str, list[float]] = {"fp32": [], "bf16": []}
-    sets = ("input.workers=0", "device=cpu", "data.classes=10", "stream.tasks=2", "data.train_per_class=20")
+    tiny = ("input.workers=0", "device=cpu", "data.classes=10", "stream.tasks=2", "data.train_per_class=20")
     for precision, accuracies in found.items():
         for seed in range(3):
-            resolved = resolve("glyphs", name, [f"precision={precision}", f"seed={seed}", *sets])
+            resolved = resolve("glyphs", name, [f"precision={precision}", f"seed={seed}", *tiny, *sets])
             work = Run(resolved, RunFolder(tmp_path / f"{precision}{seed}"), Reporter(quiet=True))
             row = work.execute(empty_record())["matrix"]["rows"][-1]
             accuracies.append(100 * sum(row["correct"]) / sum(row["total"]))
+            assert {t.dtype for t in work.method.state_dict().values()} == {torch.float32}
     fp32, bf16 = (sum(accuracies) / 3 for accuracies in found.values())
     print(f"{name}, A_last of seeds 0, 1, 2: {found}")
     assert fp32 > 40
