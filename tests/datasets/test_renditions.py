@@ -61,5 +61,5 @@ def test_the_stream_is_ten_tasks_of_two_classes():
 
 @pytest.mark.parametrize("wrong", [{"train_per_class": 0}, {"size": 8}, {"draw_seed": -1}])
 def test_wrong_numbers_are_refused(wrong):
-    with pytest.raises(UserError, match="data."):
+    with pytest.raises(UserError, match=r"data\."):
         Renditions.Config(**wrong)
