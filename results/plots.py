@@ -366,6 +366,68 @@ def quality_storage(records: Sequence[Record]) -> Figure | None:
     return _scatter(records, "N_store", log=True)
 
 
+#: what bounds a stream's methods, by the method's name; `joint` is told from its record
+_BOUNDS = {
+    "classification": {"ncm": "class means, frozen", "finetune_pp": "all weights in sequence"},
+    "customization": {"custom_diffusion": "K and V in sequence"},
+}
+
+
+def bounds(records: Sequence[Record]) -> Figure | None:
+    """Every method between the stream's bounds: chance, what is frozen, plain fine-tuning in sequence, joint training.
+
+    Accuracy after the last task; in customization the share of pictures that are nearest to their own concept's.
+    None without joint training.
+    """
+    first = records[0]
+    domain = first.data["run"]["domain"]
+    metric = "A_last" if domain == "classification" else "concept_accuracy_last"
+    of_method = _BOUNDS.get(domain, {})
+    lines: dict[str, tuple[float, str]] = {}
+    rows: dict[str, tuple[float, float]] = {}
+    for label, group in _by_label(records).items():
+        if not (values := _known(group, metric)):
+            continue
+        mean, std = _moments(values)
+        if group[0].joint:
+            lines[f"{label}: all tasks at once"] = mean, _JOINT
+        elif label in of_method:
+            lines[f"{label}: {of_method[label]}"] = mean, "#777777"
+        else:
+            rows[label] = mean, std
+    if not rows or not any(colour == _JOINT for _, colour in lines.values()):
+        return None
+    classes = first.data["identity"].get("class_order") if domain == "classification" else range(first.n_tasks)
+    if classes:
+        lines["chance"] = 100 / len(classes), "#BBBBBB"
+    look = styles(records)
+    order = sorted(rows, key=lambda label: rows[label][0])
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(7.6, 1.0 + 0.2 * len(lines) + 0.24 * len(order)), layout="constrained")
+        axes = figure.subplots()
+        top = len(order) - 0.5
+        for i, (text, (at, colour)) in enumerate(sorted(lines.items(), key=lambda line: line[1][0])):
+            height = top + 0.5 + 0.8 * i
+            axes.plot((at, at), (-0.7, height), color=colour, lw=1.4, ls=(0, (4, 2)), zorder=1)
+            left = at > 55
+            axes.text(
+                at + (-0.8 if left else 0.8), height, f"{_shown(text, 60)}  {at:.1f}", va="center",
+                ha="right" if left else "left", fontsize=8, color="#333333", zorder=3,
+                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            )  # fmt: skip
+        for height, label in enumerate(order):
+            mean, std = rows[label]
+            style = look[label]
+            axes.errorbar(mean, height, xerr=std or None, color=style.colour, marker=style.marker, ms=7, capsize=2)
+            axes.text(100.5, height, f"{mean:.1f}", va="center", fontsize=8)
+        axes.set_yticks(range(len(order)), [_shown(label) for label in order])
+        axes.set(xlim=(0, 100), ylim=(-0.7, top + 0.5 + 0.8 * len(lines)))
+        axes.set_xlabel(f"{METRICS[metric].title} [{METRICS[metric].unit}]")
+        axes.set_title(_title(records, "between its bounds"), loc="left")
+        axes.spines["left"].set_visible(False)
+    return figure
+
+
 def prediction(
     preset: str, name: str, readings: Sequence[tuple[str, Mapping[str, tuple[float, float]]]]
 ) -> Figure | None:
@@ -590,6 +652,12 @@ class Plot:
 
 
 PLOTS: dict[str, Plot] = {
+    "bounds": Plot(
+        bounds,
+        "Between the bounds",
+        "A line per method, a point at its accuracy after the last task; dashed lines: chance, what is frozen, plain "
+        "fine-tuning in sequence, joint training.",
+    ),
     "curve": Plot(
         quality_curves,
         "After every task",

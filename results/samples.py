@@ -37,6 +37,8 @@ MAX_SIDE = 8192
 
 _GAP, _GROUP_GAP, _MARGIN, _LABEL = 2, 14, 8, 140
 _BLACK, _GREY, _PALE = "#1B1B1B", "#6A6F78", "#ECEEF1"
+#: the bar below a picture: nearest to its own concept's photographs, or to another's; told apart without colour too
+_RIGHT, _WRONG, _BAR = "#009E73", "#D55E00", 4
 
 Tiles = Sequence["Image.Image | None"]
 
@@ -48,6 +50,21 @@ class Picture:
     tile: Image.Image
     text: Mapping[str, str]
     reduced: bool
+
+    def judged(self) -> Image.Image:
+        """The tile, its last rows a bar that says whether it is nearest to its own concept's photographs, where known.
+
+        The bar of a picture that is nearest to another's is broken.
+        """
+        if not (near := self.text.get("nearest")):
+            return self.tile
+        tile, right = self.tile.copy(), near == self.text.get("concept")
+        draw, width = ImageDraw.Draw(tile), tile.width
+        draw.rectangle((0, tile.height - _BAR - 1, width, tile.height), fill="white")
+        for left in (0,) if right else range(0, width, 12):
+            end = width if right else min(width, left + 7)
+            draw.rectangle((left, tile.height - _BAR, end - 1, tile.height - 1), fill=_RIGHT if right else _WRONG)
+        return tile
 
 
 @dataclass(frozen=True)
@@ -165,7 +182,8 @@ class RunSamples:
             self.reseeded.add(concept)
         return found
 
-    def _stored(self, concept: int, key: str) -> str:
+    def stored(self, concept: int, key: str) -> str:
+        """The text `key` of a concept's first image that has it; "" without."""
         for pair in self.pairs(concept, 1):
             for picture in pair:
                 if picture and picture.text.get(key):
@@ -177,11 +195,11 @@ class RunSamples:
         names = self.record.data["network"].get("concepts")
         if isinstance(names, list) and concept < len(names):
             return str(names[concept])
-        return self._stored(concept, "concept")
+        return self.stored(concept, "concept")
 
     def prompt(self, concept: int) -> str:
         """The prompt of a concept's first image, as stored with it."""
-        return self._stored(concept, "prompt")
+        return self.stored(concept, "prompt")
 
     def note(self) -> str:
         """One line on images that are missing, or were asked for and cannot be read; "" when there are none."""
@@ -294,7 +312,9 @@ class _Sheet:
         return self.image.crop((0, 0, self.image.width, self.y + _MARGIN))
 
 
-def _grid(title: str, groups: Sequence[_Group], rows: Sequence[_Row], real: Tiles = ()) -> Image.Image:
+def _grid(
+    title: str, groups: Sequence[_Group], rows: Sequence[_Row], real: Tiles = (), legend: str = ""
+) -> Image.Image:
     """Rows of tiles in groups of columns, with labels on the left; `real` is a row of its own above the headings."""
     starts, x = [], _MARGIN + _LABEL
     for group in groups:
@@ -304,6 +324,8 @@ def _grid(title: str, groups: Sequence[_Group], rows: Sequence[_Row], real: Tile
     sheet = _Sheet(max(x - _GROUP_GAP, least) + _MARGIN)
     inner = sheet.image.width - 2 * _MARGIN
     sheet.y += sheet.text(_MARGIN, sheet.y, title, 15, inner, 2) + 6
+    if legend:
+        sheet.y += sheet.text(_MARGIN, sheet.y, legend, 11, inner, 2, _GREY) + 6
     if real:
         sheet.text(_MARGIN, sheet.y, "real images", 13, _LABEL - 8, 2)
         sheet.tiles(_MARGIN + _LABEL, real)
@@ -326,7 +348,7 @@ def _grid(title: str, groups: Sequence[_Group], rows: Sequence[_Row], real: Tile
 
 
 def _fill(pictures: Sequence[Picture | None], n: int) -> list[Image.Image | None]:
-    tiles = [picture.tile if picture else None for picture in pictures[:n]]
+    tiles = [picture.judged() if picture else None for picture in pictures[:n]]
     return [*tiles, *[None] * (n - len(tiles))]
 
 
@@ -340,7 +362,9 @@ def _widest(rows: Sequence[_Row], group: int) -> int:
     return max((i + 1 for row in rows for i, tile in enumerate(row.cells[group]) if tile is not None), default=0)
 
 
-def _trimmed(title: str, groups: Sequence[tuple[str, int]], rows: Sequence[_Row], real: Tiles = ()) -> Image.Image:
+def _trimmed(
+    title: str, groups: Sequence[tuple[str, int]], rows: Sequence[_Row], real: Tiles = (), legend: str = ""
+) -> Image.Image:
     """A grid of (heading, columns) without groups that no row fills, `columns` being the most."""
     kept = [i for i in range(len(groups)) if _widest(rows, i)]
     return _grid(
@@ -348,6 +372,7 @@ def _trimmed(title: str, groups: Sequence[tuple[str, int]], rows: Sequence[_Row]
         [_Group(groups[i][0], ("",) * groups[i][1]) for i in kept],
         [_Row(r.label, r.detail, [r.cells[i][: groups[i][1]] for i in kept]) for r in rows],
         real,
+        legend,
     )
 
 
@@ -368,6 +393,12 @@ def _real(runs: Sequence[RunSamples], concept: int, n: int) -> list[Image.Image]
     return []
 
 
+def _legend(runs: Sequence[RunSamples], concept: int) -> str:
+    """What the bars say, where there are any."""
+    judged = any(samples.stored(concept, "nearest") for samples in runs)
+    return "bar: nearest to this concept's real images (whole) or to another's (broken)" if judged else ""
+
+
 def contact_sheet(samples: RunSamples) -> Image.Image | None:
     """One run: a row per concept; real images, right after learning, after the last task. None without images."""
     record = samples.record
@@ -381,7 +412,8 @@ def contact_sheet(samples: RunSamples) -> Image.Image | None:
     groups = [("real images", REAL), ("right after learning the concept", widest), (f"{after}, same seeds", widest)]
     if record.joint:
         groups[2] = ("all concepts learnt at once", widest)
-    return _trimmed(f"{method_name(record)}, seed {record.seed} ({record.preset})", groups, rows)
+    title = f"{method_name(record)}, seed {record.seed} ({record.preset})"
+    return _trimmed(title, groups, rows, (), _legend([samples], 0))
 
 
 def method_strip(runs: Sequence[RunSamples], concept: int) -> Image.Image | None:
@@ -390,7 +422,8 @@ def method_strip(runs: Sequence[RunSamples], concept: int) -> Image.Image | None
     if not (widest := max(_widest(rows, 0), _widest(rows, 1))):
         return None
     groups = [("right after learning", widest), ("after the last concept", widest)]
-    return _trimmed(_concept(runs, concept), groups, rows, _real(runs, concept, 2 * widest))
+    real = _real(runs, concept, 2 * widest)
+    return _trimmed(_concept(runs, concept), groups, rows, real, _legend(runs, concept))
 
 
 def stages_strip(runs: Sequence[RunSamples], concept: int) -> Image.Image | None:
@@ -412,7 +445,8 @@ def stages_strip(runs: Sequence[RunSamples], concept: int) -> Image.Image | None
         pictures = [samples.picture(samples.after(task, concept).get(number)) for task in tasks]
         rows.append(_Row(samples.record.label, "", [_fill(pictures, len(tasks))]))
     groups = [_Group("after learning concept", tuple(str(task + 1) for task in tasks))]
-    return _grid(f"{_concept(runs, concept)}: one image, same seed", groups, rows, _real(runs, concept, REAL))
+    title, real = f"{_concept(runs, concept)}: one image, same seed", _real(runs, concept, REAL)
+    return _grid(title, groups, rows, real, _legend(runs, concept))
 
 
 # --- the pictures of a report -----------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def _backbones() -> Iterator[Finding]:
     """Bundled weights against the checksums in their descriptions."""
     mend = "reinstall dualcl"
     if not (cards := bundled_backbones()):
-        yield Finding("backbone", "no bundled backbone: the presets glyphs and glyphs-10 cannot run", mend, True)
+        yield Finding("backbone", "no bundled backbone: the preset renditions-10 cannot run", mend, True)
     for name, card in cards.items():
         weights = card.with_suffix(".safetensors")
         if not weights.is_file():

@@ -162,7 +162,6 @@ class ConceptEvaluator:
                 continue
             prompts = self._prompts(j)
             made = self._generate(j, prompts)
-            self._save(j, last, joint, prompts, made)
             found, real = self.features.images(made), self._real_features(j)
             row["mmd"][at] = self._mmd(real, found)
             if not joint and j == last:
@@ -172,8 +171,9 @@ class ConceptEvaluator:
                 row["drift"][at] = self._mmd(own, found)
             row["image_similarity"][at] = float((found.double() @ real.double().T).mean())
             row["text_similarity"][at] = self._text_similarity(j, prompts, found)
-            closeness = found.double() @ means.T
-            row["nearest_correct"][at] = sum(labels[i] == labels[j] for i in closeness.argmax(1).tolist())
+            nearest = [j if labels[i] == labels[j] else i for i in (found.double() @ means.T).argmax(1).tolist()]
+            self._save(j, last, joint, prompts, made, [concepts[i].name for i in nearest])
+            row["nearest_correct"][at] = nearest.count(j)
             row["generated"][at] = len(found)
             if (share := self._attribute_share(j, made)) is not None:
                 row.setdefault("attribute_share", [None] * len(seen))[at] = share
@@ -228,20 +228,24 @@ class ConceptEvaluator:
         run = self.domain.folder
         return None if run is None else sample_folder(run, after, j + 1, self.domain.stream.concepts[j].name)
 
-    def _save(self, j: int, last: int, joint: bool, prompts: list[str], images: Tensor) -> None:
-        """Writes the images as far as `eval.save` wants them, and thumbnails of the photographs once."""
+    def _save(self, j: int, last: int, joint: bool, prompts: list[str], images: Tensor, nearest: list[str]) -> None:
+        """Writes the images as far as `eval.save` wants them, and thumbnails of the photographs once.
+
+        Each says which concept's photographs it is `nearest` to.
+        """
         folder, real = self._folder(last + 1, j), self._folder("real", j)
         if folder is None or real is None:
             return
         concept = self.domain.stream.concepts[j].name
         final = joint or last == len(self.domain.stream.concepts) - 1
         if self.config.save == "all" or final or j == last:
-            for k, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+            for k, (image, prompt, near) in enumerate(zip(images, prompts, nearest, strict=True)):
                 text = {
                     "prompt": prompt,
                     "seed": str(self._seed(j, k)),
                     "concept": concept,
                     "after_task": str(last + 1),
+                    "nearest": near,
                 }
                 write_image(folder / f"{k}.png", image, text)
         if j not in self._shown:  # those that are there may be damaged

@@ -99,8 +99,8 @@ class PortraitsRecipe:
     vae_lr: float = 2e-3
     pull: float = 1e-4
     unet_steps: int = 16000
-    unet_batch: int = 32
-    lr: float = 6e-4
+    unet_batch: int = 16
+    lr: float = 5e-4
     ema: float = 0.9993
     caption_dropout: float = 0.1
     decoder_steps: int = 6000

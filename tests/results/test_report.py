@@ -26,6 +26,7 @@ from dualcl.results.plots import (
     MAX_LINES,
     MAX_METHODS,
     PLOTS,
+    bounds,
     critical_difference_diagram,
     drift_curves,
     heat_maps,
@@ -179,6 +180,20 @@ def test_plots_show_the_recorded_numbers(runs: Path) -> None:
     losses = loss_curves(records)
     assert losses is not None
     assert max(losses.axes[0].lines[0].get_xdata()) == 110  # two tasks of 50 steps before step 10 of the third
+
+
+def test_methods_stand_between_the_bounds_of_the_stream(runs: Path, write_run: WriteRun) -> None:
+    write_run([[80], [60, 62], [50, 52, 54]], label="ncm", method="ncm")
+    records = find_records([runs])
+    figure = bounds(records)
+    assert figure is not None
+    axes = figure.axes[0]
+    said = [text.get_text() for text in axes.texts]
+    # four classes in the order: chance is a quarter
+    assert said[:3] == ["chance  25.0", "ncm: class means, frozen  52.0", "joint: all tasks at once  95.0"]
+    assert said[3:] == ["40.0", "70.0"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["lora", "clora"]
+    assert bounds([r for r in records if not r.joint]) is None
 
 
 @pytest.mark.parametrize("name", sorted(set(PLOTS) - ELSEWHERE))

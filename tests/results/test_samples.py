@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dualcl.results import samples
 from dualcl.results.records import find_records, load_record
@@ -51,6 +52,27 @@ def test_a_contact_sheet_has_rows_of_concepts_and_columns_of_time(write_concept_
     assert {y - now[1] for _, y in rockets} == {2 * (TILE + 2)}
     assert places(sheet, run / "samples/after_2/1_grinning-face/0.png") == []
     assert not places(sheet, run / "samples/after_1/1_grinning-face/4.png")  # four are enough
+
+
+def test_a_bar_says_whose_photographs_a_picture_is_nearest_to(write_concept_run: WriteRun) -> None:
+    run = write_concept_run(samples=True)
+    plain = contact_sheet(RunSamples(load_record(run)))
+    assert plain is not None
+    for stage, nearest in (("after_1", "grinning face"), ("after_3", "rocket")):
+        for file in (run / "samples" / stage / "1_grinning-face").glob("*.png"):
+            text = PngInfo()
+            text.add_text("concept", "grinning face")
+            text.add_text("nearest", nearest)
+            with Image.open(file) as image:
+                image.copy().save(file, pnginfo=text)
+    sheet = contact_sheet(RunSamples(load_record(run)))
+    assert sheet is not None
+    assert sheet.height > plain.height  # a line says what the bars mean
+    pixels = np.asarray(sheet).reshape(-1, 3).tolist()
+    right, wrong = (pixels.count(list(bytes.fromhex(c[1:]))) for c in (samples._RIGHT, samples._WRONG))
+    # four whole bars of the first concept, four broken ones; nothing below what says nothing
+    assert right == 4 * samples._BAR * TILE
+    assert wrong == right * 7 / 12
 
 
 def test_methods_are_compared_at_a_seed_they_share(write_concept_run: WriteRun, tmp_path: Path) -> None:
