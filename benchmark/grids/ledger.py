@@ -262,12 +262,11 @@ def _lines_not_run(preset: Preset, method: str, numbers: Sequence[Number]) -> li
     own = [n for n in numbers if n.dualcl_method == method]
     lines = []
     for settings in dict.fromkeys([frozenset(), *(variant(n.settings) for n in own)]):
-        chosen = dict.fromkeys(settings, True)
-        name = f"{method} ({', '.join(f'{key}=true' for key in sorted(settings))})" if settings else method
+        name = f"{method} ({', '.join(f'{key}={value}' for key, value in sorted(settings))})" if settings else method
         words = ["dualcl", "compare", preset.name, "--methods", method, "--seeds", "0,1,2"]
-        for key in sorted(settings):
-            words += ["--set", f"method.{key}=true"]
-        pairs = _pairs(numbers, method, chosen)
+        for key, value in sorted(settings):
+            words += ["--set", f"method.{key}={value}"]
+        pairs = _pairs(numbers, method, dict(settings))
         command = shlex.join(words)
         for group, found in pairs:
             lines.append(Line(name, _protocol(group), _published(found), DASH, command, DASH, "not run", why))
@@ -284,6 +283,12 @@ def _preset_numbers(preset: Preset) -> list[Number]:
     tasks = preset.values.get("stream.tasks", (None, ""))[0]
     data = preset.values.get("data.name", (None, ""))[0]
     return numbers_for(str(data), tasks) if isinstance(tasks, int) else []
+
+
+def _methods(preset: Preset, numbers: Sequence[Number]) -> list[str]:
+    """What the preset compares, then what it has a search space for and others report a number of."""
+    reported = {n.dualcl_method for n in numbers}
+    return [*preset.compare, *(m for m in preset.search if m in reported and m not in preset.compare)]
 
 
 def _bundled() -> dict[str, Preset]:
@@ -331,7 +336,7 @@ def sections(records: Sequence[Record], here: Path) -> list[Section]:
         preset = presets.get(first.table)
         if preset is not None and preset.name not in told:
             told.add(preset.name)
-            for method in preset.compare:
+            for method in _methods(preset, numbers):
                 if method not in run_methods.get(preset.name, set()):
                     lines += _lines_not_run(preset, method, numbers)
         facts = [f"{first.n_tasks} {first.kind.item}s"]
@@ -343,7 +348,7 @@ def sections(records: Sequence[Record], here: Path) -> list[Section]:
         if name in told or name in run_methods or not preset.compare:
             continue
         numbers = _preset_numbers(preset)
-        lines = [line for method in preset.compare for line in _lines_not_run(preset, method, numbers)]
+        lines = [line for method in _methods(preset, numbers) for line in _lines_not_run(preset, method, numbers)]
         out.append(Section(name, preset.domain, "", preset.summary[:1].upper() + preset.summary[1:], lines, []))
     return out
 

@@ -9,8 +9,8 @@ from typing import Any
 from dualcl.results.published import BENCHMARKS, WEIGHTS, Group, Number, backbone_weights
 from dualcl.results.records import Record
 
-#: settings of ours that make another method of one: a number without them is of the plain one
-VARIANTS = ("deep",)
+#: settings of ours that make another method of one, and their values in the plain one: a number without them is of that
+VARIANTS = {"deep": "false", "align": "false", "adapt": "none"}
 _VIT_B = "vit_base_patch16_224"
 
 
@@ -35,9 +35,12 @@ class Comparison:
         return out
 
 
-def variant(settings: Mapping[str, Any]) -> frozenset[str]:
-    """Which of VARIANTS a method's settings (ours or a published row's) turn on."""
-    return frozenset(key for key in VARIANTS if str(settings.get(key, "")).lower() == "true")
+def variant(settings: Mapping[str, Any]) -> frozenset[tuple[str, str]]:
+    """What of a method's settings (ours or a published row's) is not the plain one's: keys and values."""
+    told = {key: str(settings.get(key, plain)).lower() for key, plain in VARIANTS.items()}
+    found = {(key, value) for key, value in told.items() if value != VARIANTS[key]}
+    # RanPAC without its random layer
+    return frozenset(found | ({("width", "0")} if str(settings.get("width")) == "0" else set()))
 
 
 def is_of(number: Number, method: str, settings: Mapping[str, Any]) -> bool:

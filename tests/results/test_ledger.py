@@ -54,6 +54,14 @@ def test_every_published_number_of_a_preset_has_a_row() -> None:
     assert re.search(
         r"\| coda_prompt \| coda: .* \| CODA-P: A_last 75\.45 ± 0\.56, A_avg 81\.59 ± 0\.82 \(5 runs", part
     )
+    assert re.search(
+        r"\| ranpac \(adapt=adapter\) \| ranpac: .* \| RanPAC \(Algorithm 1\): A_last 77\.9 .*"
+        r"--methods ranpac --seeds 0,1,2 --set method\.adapt=adapter`",
+        part,
+    )
+    # reported by others, and not in the preset's own comparison
+    for method in ("inflora", "sdlora", "slca"):
+        assert f"dualcl compare imagenet-r-10-coda --methods {method} --seeds" in part
     assert re.search(r"\| l2p \(deep=true\) \| coda: .* \| Deep L2P\+\+: A_last 71\.66 .*--set method\.deep=true", part)
 
 

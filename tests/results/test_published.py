@@ -124,6 +124,10 @@ def test_rows_known_to_be_a_copying_slip_are_left_out() -> None:
     assert not {method for method, _ in of_vq} & {"DualPrompt", "CODA-P", "FT"}
 
 
+#: what was collected later, of the methods of 2023 to 2025
+RIVALS = COLLECTED.with_name("rivals-classification.md")
+
+
 def _collected() -> dict[str, str]:
     """The sections of the collected text by number."""
     text = COLLECTED.read_text(encoding="utf-8")
@@ -136,9 +140,10 @@ needs_collected = pytest.mark.skipif(not COLLECTED.is_file(), reason="the collec
 
 @needs_collected
 def test_each_value_stands_in_the_section_of_its_benchmark() -> None:
-    sections = _collected()
+    sections, rivals = _collected(), RIVALS.read_text(encoding="utf-8").replace(" ± ", "±")
     for n in published_numbers():
-        text = "".join(sections[place] for place in PLACES[n.benchmark])
+        later = n.protocol in ("ranpac", "mos")
+        text = rivals if later else "".join(sections[place] for place in PLACES[n.benchmark])
         wanted = [n.value] if not n.std else [f"{n.value}±{n.std}", f"{n.value}({n.std})"]
         assert any(re.search(rf"(?<![\d.]){re.escape(w)}(?![\d])", text) for w in wanted), where(n)
 
@@ -285,6 +290,41 @@ def test_deep_l2p_is_not_l2p() -> None:
     numbers = [n for n in numbers_for("imagenet-r", 10) if n.protocol == "coda"]
     assert [n.method for n in numbers if is_of(n, "l2p", {}) and n.metric == "A_last"] == ["L2P++"]
     assert [n.method for n in numbers if is_of(n, "l2p", {"deep": True}) and n.metric == "A_last"] == ["Deep L2P++"]
+
+
+def test_ranpac_without_its_phase_or_its_layer_and_lora_with_alignment_are_others() -> None:
+    numbers = [n for n in numbers_for("imagenet-r", 10) if n.metric == "A_last"]
+    for settings, wanted in (
+        ({"adapt": "none", "width": 5000}, ["71.8"]),
+        ({}, ["71.8"]),
+        ({"width": 0}, ["67.6"]),
+        ({"adapt": "adapter", "width": 10000}, ["77.9", "75.28"]),
+        ({"adapt": "adapter", "width": 0}, ["73.9"]),
+    ):
+        found = [n.value for n in numbers if is_of(n, "ranpac", settings)]
+        assert sorted(found) == sorted(wanted), settings
+    assert [n.method for n in numbers if is_of(n, "lora", {"align": False})] == ["SeqLoRA"]
+    assert [n.method for n in numbers if is_of(n, "lora", {"align": True})] == []
+
+
+def test_rivals_have_their_numbers_and_their_variants_do_not() -> None:
+    found = {name: {n.method for n in published_numbers() if n.dualcl_method == name} for name in RIVAL_ROWS}
+    assert found == RIVAL_ROWS
+
+
+RIVAL_ROWS = {
+    "ranpac": {
+        "RanPAC",
+        "RanPAC (Algorithm 1)",
+        "RanPAC, no Phase 1",
+        "RanPAC, no RPs",
+        "RanPAC, no RPs or Phase 1",
+    },
+    "slca": {"SLCA"},
+    "inflora": {"InfLoRA"},
+    "sdlora": {"SD-LoRA"},
+    "fecam": set(),
+}
 
 
 @pytest.fixture
