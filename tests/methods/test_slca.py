@@ -13,6 +13,7 @@ import torch
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.domains.classification import Classification
+from dualcl.benchmark.grids.sweep import plan_sweep
 from dualcl.benchmark.runs.method_check import PROPERTIES, check_method
 from dualcl.methods import method_class
 from dualcl.methods.shared.alignment import AlignConfig, aligned, alignment_loss, scales
@@ -187,6 +188,28 @@ def test_a_method_that_aligns_keeps_every_promise(name: str) -> None:
     found = [said for said in check_method(name, ["method.align=true"]) if said[0] == "classification"]
     assert len(found) == 1 + len(PROPERTIES)
     assert [(what, problem) for _, what, problem, _ in found if problem] == []
+
+
+@pytest.mark.parametrize("name", ["lora", "clora", "inflora"])
+def test_alignment_can_be_searched(name: str, tiny_preset: str, tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    axes = "align: [false, true], align_lr: [1e-2, 3e-2]"
+    own.write_text(f"extends: {tiny_preset}\nsearch: {{points: 4, methods: {{{name}: {{{axes}}}}}}}\n")
+    over = ["method.align=false,true", "method.align_lr=1e-2,3e-2"]
+    for preset, given in ((str(own), None), (tiny_preset, over)):
+        points = plan_sweep(preset, name, given, None, [], tmp_path / "out").points
+        configs = [point.runs[0].resolved.sections["method"] for point in points]
+        assert [(c.align, c.align_lr) for c in configs] == [(False, 1e-2), (False, 3e-2), (True, 1e-2), (True, 3e-2)]
+        assert len({point.runs[0].resolved.hash() for point in points}) == 4
+
+
+def test_plain_runs_keep_the_hash_that_they_had_before_alignment(tiny: Callable[..., Any]) -> None:
+    keys = {"method.align", "method.align_epochs", "method.align_lr"}
+    for name in ("lora", "clora"):
+        resolved = tiny(name)
+        assert keys <= set(resolved.flat())
+        assert not keys & set(resolved.telling(resolved.flat()))
+        assert "method.align" in (given := tiny(name, "method.align=true")).telling(given.flat())
 
 
 def test_without_classes_there_is_no_alignment(concepts: Callable[..., Any], tmp_path: Path) -> None:

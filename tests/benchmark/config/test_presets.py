@@ -116,7 +116,15 @@ def test_more_tasks_or_another_data_set_change_nothing_else() -> None:
 
 def test_the_guide_names_every_preset() -> None:
     text = CODA_GUIDE.read_text(encoding="utf-8")
-    for family in ("glyphs", "glyph-concepts", "image-folder", "concept-folder", "imagenet-r", "cifar100", "domainnet"):
+    for family in (
+        "renditions-10",
+        "glyph-concepts",
+        "image-folder",
+        "concept-folder",
+        "imagenet-r",
+        "cifar100",
+        "domainnet",
+    ):
         assert f"`{family}" in text
     for name in ("celeba-hq-10", "landmarks-10", "dreambooth"):
         assert f"`{name}`" in text
