@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dualcl.benchmark.cli.options import build_parser, expand_sets
+from dualcl.benchmark.cli.quickstart import QUICKSTART
 from dualcl.benchmark.config.presets import load_preset
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.grids.sweep import plan_sweep
@@ -85,7 +86,11 @@ def test_every_command_is_one_that_the_command_line_takes(tmp_path: Path, monkey
 def test_the_two_commands_stand_alone_and_pin_the_same_torch() -> None:
     lines = [line for line in "\n".join(blocks("sh")).splitlines() if line.startswith("python3 -m venv ")]
     assert [line.split(" && ")[-1] for line in lines] == [".venv/bin/dualcl quickstart", ".venv-test/bin/pytest"]
-    assert ("compares nine methods" in README) == (len(load_preset("glyphs").compare) == 9)
+    assert [len((methods and methods.split(",")) or load_preset(p).compare) for p, _, methods, _ in QUICKSTART] == [
+        6,
+        4,
+    ]
+    assert "compares six methods in classification and four in customization" in README
     pins = [re.findall(r"torch==\S+", line) for line in lines]
     assert pins[0] == pins[1]
     assert len(pins[0]) == 1
