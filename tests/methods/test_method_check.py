@@ -165,7 +165,7 @@ def test_the_page_s_method_runs_and_keeps_its_promises(
     assert (record["status"], record["config"]["method"]["strength"]) == ("finished", 10.0)
     row = record["matrix"]["rows"][-1]
     assert sum(row["correct"]) > sum(row["total"]) / 5  # of 20 classes
-    assert [t["steps"] for t in record["tasks"]] == [0] * 5
+    assert [t["steps"] for t in record["tasks"]] == [0] * 10
 
 
 def test_the_page_lists_every_file() -> None:
