@@ -244,6 +244,24 @@ def test_a_first_task_of_one_class_has_nothing_to_adapt_to(tiny: Callable[..., A
         run(tiny("ranpac", *ADAPTED, "stream.sizes=[1,3,3]"), tmp_path / "run")
 
 
+def test_adaptation_is_float32_around_passes_in_bfloat16(build: Callable[..., Any]) -> None:
+    domain, method = build("ranpac", *ADAPTED, "precision=bf16")
+    domain.begin_task(0)
+    method.begin_task(0)
+    seen: set[torch.dtype] = set()
+    domain.model.blocks[2].mlp.fc1.register_forward_hook(lambda module, args, out: seen.add(out.dtype))
+    batch = next(iter(domain.batches(0, 0)))
+    loss = method.loss(batch)
+    loss.backward()
+    assert (loss.dtype, seen) == (torch.float32, {torch.bfloat16})
+    grads = [p.grad for g in method.trained() for p in g.params]
+    assert all(g is not None and g.dtype == torch.float32 and g.isfinite().all() for g in grads)
+    assert all(side.up.grad.abs().max() > 0 for side in method.adapters)
+    method.end_task(0)
+    assert {t.dtype for t in method.state_dict().values()} == {torch.float32}
+    assert method.scores(method.features(domain.images(batch), domain.network)).dtype == torch.float32
+
+
 # --- precision --------------------------------------------------------------------------------------------------------
 
 
