@@ -190,6 +190,10 @@ class SDLoRA(Method):
         pairs = sum(u.rank * (u.site.d_out + u.site.d_in) for u in self.updates.values())
         return n * (pairs + len(self.alphas))
 
+    def caveats(self) -> list[str]:
+        """What it costs."""
+        return ["every step reads the factors of all tasks so far: its cost grows with them", *super().caveats()]
+
     def diagnostics(self) -> dict[str, Any]:
         """Mean magnitude, over sites, of each finished update: its norm, but for quirks."""
         n = next(iter(self.updates.values())).finished
