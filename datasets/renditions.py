@@ -55,7 +55,7 @@ class Renditions:
         renditions: Literal["new", "known"] = field(
             default="new", metadata={"help": "new ones, or those that renditions-vit was pretrained on"}
         )
-        train_per_class: int = field(default=100, metadata={"help": "training images drawn per class"})
+        train_per_class: int = field(default=200, metadata={"help": "training images drawn per class"})
         test_per_class: int = field(default=50, metadata={"help": "test images drawn per class"})
         size: int = field(default=48, metadata={"help": "side of the drawn images in pixels"})
         draw_seed: int = field(default=0, metadata={"help": "which drawings"})
