@@ -345,7 +345,7 @@ def sections(records: Sequence[Record], here: Path) -> list[Section]:
         domain = str(first.data["run"]["domain"])
         out.append(Section(first.table, domain, _place(first, here), ", ".join(facts), lines, notes))
     for name, preset in presets.items():
-        if name in told or name in run_methods or not preset.compare:
+        if name in told or name in run_methods or not preset.compare or not preset.listed:
             continue
         numbers = _preset_numbers(preset)
         lines = [line for method in _methods(preset, numbers) for line in _lines_not_run(preset, method, numbers)]

@@ -39,7 +39,7 @@ def test_the_committed_ledger_names_no_place_of_the_machine() -> None:
 
 def test_every_method_of_every_preset_has_a_row() -> None:
     text = COMMITTED.read_text(encoding="utf-8").replace("\\", "")
-    for name in bundled_presets():
+    for name in (n for n in bundled_presets() if load_preset(n).listed):
         part = re.split(rf"\n### {re.escape(name)}\n", text)[1:]
         methods = load_preset(name).compare
         # an ablation that was run stands in the table of its preset
