@@ -100,3 +100,32 @@ class LoRA(Method):
         """Frobenius norm of the last update and of the sum of all updates."""
         total = sum(u.summed.double().square().sum() for u in self.updates.values())
         return {"update_norm": self.norms[-1] if self.norms else 0.0, "summed_norm": float(total) ** 0.5}
+
+
+class SeparateLoRA(LoRA):
+    """Each task's update is learnt on the pretrained weights; between tasks the model holds what is made of them all."""
+
+    #: False: on what the last task left, as LoRA
+    apart = True
+
+    def begin_task(self, task: int) -> None:
+        """Starts fresh factors beside the pretrained weights."""
+        if self.apart:
+            for update in self.updates.values():
+                update.unfold()
+        super().begin_task(task)
+        self.begun = task
+
+    def restored(self, finished: int) -> None:
+        """Between tasks the weights hold the merge; in the middle of one the pretrained ones."""
+        super().restored(finished)
+        inside = self.begun == finished
+        for update in self.updates.values():
+            update.active = inside
+            if inside and self.apart:
+                update.unfold()
+
+
+def refuse_one_adapter(config: LoRAConfig, name: str) -> None:
+    """UserError for `one_adapter`, which methods that need a pair of factors for each task do not have."""
+    check(not config.one_adapter, f"method.one_adapter is an ablation of lora and clora; {name} has none")

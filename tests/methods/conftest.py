@@ -21,6 +21,7 @@ threads: 1
 methods:
   lora: {rank: 2}
   clora: {rank: 2}
+  orthogonal_adaptation: {rank: 2}
   ewc: {fisher_batches: 1}
   custom_diffusion_merge: {captions: 60}
   generative_replay: {per_concept: 2}
