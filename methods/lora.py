@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from dualcl.benchmark.core.domain import Domain
 from dualcl.benchmark.core.errors import UserError
@@ -103,7 +104,7 @@ class LoRA(Method):
 
 
 class SeparateLoRA(LoRA):
-    """Each task's update is learnt on the pretrained weights; between tasks the model holds what is made of them all."""
+    """Each task is learnt on the pretrained weights; between tasks the model holds what is made of all updates."""
 
     #: False: on what the last task left, as LoRA
     apart = True
@@ -115,6 +116,19 @@ class SeparateLoRA(LoRA):
                 update.unfold()
         super().begin_task(task)
         self.begun = task
+
+    def merged(self, name: str, task: int) -> Tensor | None:
+        """S of a site (d_out, d_in) after the task, whose A and B are still there; None: the sum of all updates."""
+        return None
+
+    @torch.no_grad()
+    def end_task(self, task: int) -> None:
+        """Sets the weights to the merge of all updates so far."""
+        merged = {name: self.merged(name, task) for name in self.updates}
+        super().end_task(task)
+        for name, value in merged.items():
+            if value is not None:
+                self.updates[name].set_summed(value)
 
     def restored(self, finished: int) -> None:
         """Between tasks the weights hold the merge; in the middle of one the pretrained ones."""

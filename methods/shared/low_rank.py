@@ -38,8 +38,6 @@ class LowRankUpdate(nn.Module):
         self.w_init: Tensor | None = None
         #: False while A is zero for good (between tasks): the side path is then left out
         self.active = False
-        #: (d_out, d_in) with gradient, in a pass what stands in for A B; None: A B itself
-        self.instead: Tensor | None = None
 
     @torch.no_grad()
     def start(self, generator: torch.Generator) -> None:
@@ -161,8 +159,6 @@ class AdaptedLinear(nn.Module):
         if not active:
             plain: Tensor = self.base(x)
             return plain
-        if any(u.instead is not None for u in active):
-            return self.dense_paths(x, active)
         if self._merges(x, active):
             rows = [slice(u.site.start, u.site.stop) for u in active]
             factors = [f for u in active for f in (u.A, u.B)]
@@ -175,14 +171,6 @@ class AdaptedLinear(nn.Module):
         y: Tensor = self.base(x)
         hidden = F.linear(x, torch.cat([u.B for u in active]))
         return y + F.linear(hidden, self._blocks(active))
-
-    def dense_paths(self, x: Tensor, active: list[LowRankUpdate]) -> Tensor:
-        """The frozen Linear plus what stands in for the low-rank products, x (..., d_in) -> (..., d_out)."""
-        y: Tensor = self.base(x)
-        full = torch.zeros(self.out_features, self.in_features, device=x.device, dtype=active[0].A.dtype)
-        for u in active:
-            full[u.site.start : u.site.stop] = u.A @ u.B if u.instead is None else u.instead
-        return y + F.linear(x, full)
 
     def _merges(self, x: Tensor, active: list[LowRankUpdate]) -> bool:
         many = len(active) > 1 and x.dim() > 1 and x.numel() > self.in_features**2

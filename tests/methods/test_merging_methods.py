@@ -14,7 +14,10 @@ from torch import Tensor, nn
 
 from dualcl.benchmark.core.domain import Site
 from dualcl.benchmark.core.errors import UserError
+from dualcl.methods.lora_merge import LoRAMerge, LoRAMergeConfig, orthogonal_columns, orthogonal_rows
+from dualcl.methods.mix_of_show import MixOfShow, MixOfShowConfig
 from dualcl.methods.orthogonal_adaptation import OrthogonalAdaptation, OrthogonalAdaptationConfig
+from dualcl.methods.shared.ties import ties
 
 
 def rows(*values: list[float]) -> Tensor:
@@ -158,12 +161,201 @@ def test_concepts_on_the_same_directions_disturb_one_another(concepts: Callable[
     assert min(away) > 0.5
 
 
+# --- lora_merge -------------------------------------------------------------------------------------------------------
+
+
+def test_ties_trims_elects_and_averages() -> None:
+    one = rows([1.0, -2, 0.5], [3, 1, -0.5])
+    two = rows([1.0, 2, 0.5], [3, 1, -0.5])
+    assert ties(one, 1.0).tolist() == [2, -2, 0]
+    assert ties(two, 1.0).tolist() == [2, 1.5, 0]
+    assert ties(one, 1.0, zero_follows=True).tolist() == [2, -2, -0.5]
+    assert ties(two, 1.0, zero_follows=True).tolist() == [2, 1.5, 0.5]
+    assert ties(one, 1 / 3).tolist() == [3, -2, 0]  # the largest entry of each alone
+    assert ties(one[:1], 1.0).tolist() == one[0].tolist()
+    many = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(ties(many, 0.5), ties(many.flatten(1), 0.5).view(5, 6))
+
+
+@pytest.mark.parametrize(
+    ("rule", "quirks", "merged"),
+    [
+        ("sum", (), [-0.5, 0.0]),
+        ("magnitude", (), [-1.5, 2.0]),
+        ("mean", (), [-0.25, 0.0]),
+        ("ties", (), [-1.5, 0.0]),
+        ("ties", ("ties_zero",), [-1.5, -2.0]),
+        ("sum", ("factor_sum",), [-1.0, 0.0]),
+    ],
+)
+def test_two_updates_are_merged_by_a_rule(
+    toy: Callable[..., Any], rule: Any, quirks: tuple[str, ...], merged: list[float]
+) -> None:
+    w = rows([10.0, 20.0])
+    config = LoRAMergeConfig(rank=1, rule=rule, density=1.0, reference_quirks=quirks)
+    method = toy(LoRAMerge, config, w)
+    assert torch.equal(taught(method, 0, rows([1.0]), rows([1.0, -2])), w + rows([1.0, -2]))
+    method.begin_task(1)
+    on = w if rule in ("mean", "ties") else w + rows([1.0, -2])
+    assert torch.equal(method.updates["k"].site.weight, on)
+    assert torch.equal(taught(method, 1, rows([1.0]), rows([-1.5, 2])), w + torch.tensor([merged]).float())
+
+
+def test_added_factors_are_not_added_products(toy: Callable[..., Any]) -> None:
+    found = []
+    for quirks in ((), ("factor_sum",)):
+        method = toy(LoRAMerge, LoRAMergeConfig(rank=1, rule="sum", reference_quirks=quirks), rows([0.0]))
+        taught(method, 0, rows([2.0]), rows([1.0]))
+        found.append(taught(method, 1, rows([4.0]), rows([3.0])).item())
+    assert found == [2 + 12, 4 * 6]
+
+
+def test_a_sum_is_lora_bit_for_bit(concepts: Callable[..., Any], empty_record: Any, tmp_path: Path) -> None:
+    found = {}
+    for name, sets in (("lora", ()), ("lora_merge", ("method.rule=sum",)), ("lora_merge", ("method.rule=magnitude",))):
+        work = concepts(name, tmp_path / str(len(found)), "method.lr=1e-2", *sets)
+        work.execute(empty_record())
+        found[len(found)] = work.tensors()
+    assert all(torch.equal(t, found[1][n]) for n, t in found[0].items())
+    assert not all(torch.equal(t, found[2][n]) for n, t in found[0].items())
+
+
+def test_the_larger_of_updates_that_do_not_meet_is_their_sum(toy: Callable[..., Any]) -> None:
+    method = toy(LoRAMerge, LoRAMergeConfig(rank=1, rule="magnitude"), torch.zeros(1, 4))
+    taught(method, 0, rows([1.0]), rows([3.0, 0, -1, 0]))
+    assert taught(method, 1, rows([1.0]), rows([0.0, 5, 0, 7])).tolist() == [[3, 5, -1, 7]]
+
+
+def test_a_new_start_is_orthogonal_to_all_earlier_ones_or_to_columns_of_the_last(toy: Callable[..., Any]) -> None:
+    config = LoRAMergeConfig(rank=2, orthogonal_init=True)
+    method, earlier = toy(LoRAMerge, config, torch.zeros(3, 8), 4), []
+    for task in range(4):
+        method.begin_task(task)
+        b = method.updates["k"].B.detach().clone()
+        if task:
+            assert (b @ torch.cat(earlier).T).abs().max() < 1e-6
+            torch.testing.assert_close(b @ b.T, torch.eye(2) / 3, rtol=0, atol=1e-6)
+        earlier.append(b + 0.1 * torch.randn(2, 8, generator=torch.Generator().manual_seed(task)))  # it is learnt
+        method.updates["k"].B.data.copy_(earlier[-1])
+        method.end_task(task)
+    with pytest.raises(
+        UserError, match=r"5 tasks of rank 2 need 10 inputs, a site has 8; lower method.rank, or take 4"
+    ):
+        toy(LoRAMerge, config, torch.zeros(3, 8), 5)
+    column = orthogonal_columns(rows([3.0], [4.0]), torch.Generator().manual_seed(0)).flatten().tolist()
+    assert [abs(x) for x in column] == pytest.approx([0.8, 0.6])
+    assert column[0] * column[1] < 0
+    config = LoRAMergeConfig(rank=2, orthogonal_init=True, reference_quirks=("unit_columns",))
+    method = toy(LoRAMerge, config, torch.zeros(3, 8), 9)
+    taught(method, 0, torch.zeros(3, 2), torch.arange(16.0).view(2, 8) + 1)
+    method.begin_task(1)
+    b = method.updates["k"].B.detach()
+    assert ((torch.arange(16.0).view(2, 8) + 1) * b).sum(0).abs().max() < 1e-5
+    torch.testing.assert_close(b.norm(dim=0), torch.ones(8))
+
+
+def test_what_a_merge_stores(toy: Callable[..., Any]) -> None:
+    """Factors are 2 * (3 + 8) = 22 numbers a task, a delta 24."""
+    wanted = {"sum": [22, 24, 24], "magnitude": [22, 24, 24], "mean": [22, 24, 24], "ties": [22, 44, 66]}
+    for rule, sizes in wanted.items():
+        method, found = toy(LoRAMerge, LoRAMergeConfig(rank=2, rule=rule), torch.zeros(3, 8), 3), []
+        for task in range(3):
+            taught(method, task, torch.ones(3, 2))
+            found.append(method.stored_parameters())
+        assert found == sizes
+        assert orthogonal_rows(torch.eye(8)[:2], 2, torch.Generator().manual_seed(0))[:, :2].abs().max() < 1e-12
+
+
+# --- mix_of_show ------------------------------------------------------------------------------------------------------
+
+E1, E2 = rows([1.0, 0, 0]), rows([0.0, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "ridge", "merged"),
+    [([E1, E2], 0.0, [8, 13, 9]), ([E1, E1], 0.0, [9.5, 8, 9]), ([E1, E2], 1.0, [7.5, 10.5, 9])],
+)
+def test_fusion_of_two_updates(toy: Callable[..., Any], inputs: Any, ridge: float, merged: list[float]) -> None:
+    w = rows([7.0, 8, 9])
+    method = toy(MixOfShow, MixOfShowConfig(rank=1, ridge=ridge), w, inputs=inputs)
+    assert torch.equal(taught(method, 0, rows([1.0]), rows([1.0, 2, 3])), w + rows([1.0, 2, 3]))
+    torch.testing.assert_close(taught(method, 1, rows([1.0]), rows([4.0, 5, 6])), torch.tensor([merged]).float())
+
+
+def test_fusion_keeps_every_concepts_own_words_in_any_order(concepts: Callable[..., Any], tmp_path: Path) -> None:
+    found, orders = [], ((0, 1, 2), (2, 0, 1))
+    for order in orders:
+        work = concepts("mix_of_show", tmp_path / str(order[0]), "stream.tasks=3", "method.rank=4")
+        start = weights(work)
+        for task in range(3):
+            work.begin(task)
+        products = dict(zip(order, drawn(work, order), strict=True))
+        now = weights(work)
+        found.append((now, work.method.get_buffer("moved_0") @ work.method.inverse))
+        assert work.method.facts["fitted_words"] == 2
+        for task in range(3):
+            x = work.domain.concept_inputs(task, own=True)
+            for name, weight in now.items():
+                alone = start[name] + products[task][name]
+                scale = (alone @ x.T).abs().max()
+                assert ((weight - alone) @ x.T).abs().max() < 1e-4 * scale
+                assert (weight - alone).abs().max() > 0.05
+    # both are float64 from products in float32, which are the same
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-9, atol=1e-9)
+
+
+def test_after_the_first_concept_the_model_is_its_own(concepts: Callable[..., Any], tmp_path: Path) -> None:
+    work = concepts("mix_of_show", tmp_path)
+    start = weights(work)
+    (product,) = drawn(work, [0])
+    for name, now in weights(work).items():
+        assert torch.equal(now, start[name] + product[name])
+    sizes = [(u.site.d_out, u.site.d_in) for u in work.method.updates.values()]
+    pairs = sum(2 * (o + i) for o, i in sizes)
+    assert work.method.stored_parameters() == sum(o * i for o, i in sizes) + 128**2 + pairs
+    drawn(work, [1])
+    assert work.method.stored_parameters() == sum(o * i for o, i in sizes) + 128**2
+
+
+def test_without_own_inputs_the_words_that_all_prompts_share_are_fitted_too(
+    concepts: Callable[..., Any], tmp_path: Path
+) -> None:
+    for own, words in (("true", 2), ("false", 5)):
+        work = concepts("mix_of_show", tmp_path / own, f"method.own_inputs={own}")
+        drawn(work, range(2))
+        assert work.method.facts["fitted_words"] == words
+
+
+def test_sites_of_different_widths_are_refused(toy: Callable[..., Any]) -> None:
+    class Wider(MixOfShow):
+        name = "mix_of_show"
+
+    domain: Any = SimpleNamespace(attach=lambda method: None, model=nn.Sequential(nn.Linear(4, 2), nn.Linear(2, 4)))
+    domain.sites = lambda: {str(i): Site(str(i), str(i), domain.model[i], 0, [2, 4][i]) for i in range(2)}
+    with pytest.raises(UserError, match=r"these read \[2, 4\]; choose another model"):
+        Wider(MixOfShowConfig(rank=1), domain, 2, 0)
+
+
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("config", "given", "message"),
     [
+        (MixOfShowConfig, {"ridge": -1.0}, "method.ridge must not be negative, got -1.0"),
+        (LoRAMergeConfig, {"rule": "max"}, "method.rule must be one of sum, magnitude, mean, ties, got 'max'"),
+        (LoRAMergeConfig, {"density": 0.0}, "method.density must be above 0 and at most 1, got 0.0"),
+        (
+            LoRAMergeConfig,
+            {"reference_quirks": ("factor_sum",)},
+            "the quirk factor_sum is for method.rule=sum",
+        ),
+        (
+            LoRAMergeConfig,
+            {"reference_quirks": ("unit_columns",)},
+            "the quirk unit_columns is for method.orthogonal_init=true",
+        ),
+        (LoRAMergeConfig, {"reference_quirks": ("ties_zero",)}, "the quirk ties_zero is for method.rule=ties"),
         (OrthogonalAdaptationConfig, {"merge_weight": 0.0}, "method.merge_weight must be positive, got 0.0"),
         (OrthogonalAdaptationConfig, {"rows": "same"}, "method.rows must be disjoint or random, got 'same'"),
         (
