@@ -81,11 +81,10 @@ class MixOfShow(SeparateLoRA):
         super().begin_task(task)
         if not hasattr(self, "gram"):
             # float64 on the CPU, wherever the network is: only there all devices have it
-            double = {"dtype": torch.float64}
             width = next(iter(self.updates.values())).site.d_in
-            self.register_buffer("gram", torch.zeros(width, width, **double))  # type: ignore[arg-type]
+            self.register_buffer("gram", torch.zeros(width, width, dtype=torch.float64))
             for i, u in enumerate(self.updates.values()):
-                self.register_buffer(f"moved_{i}", torch.zeros(u.site.d_out, width, **double))  # type: ignore[arg-type]
+                self.register_buffer(f"moved_{i}", torch.zeros(u.site.d_out, width, dtype=torch.float64))
 
     @torch.no_grad()
     def end_task(self, task: int) -> None:
