@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from dualcl.benchmark.core.domain import Domain, Site
@@ -123,3 +124,46 @@ class LoRA(Method):
         """Frobenius norm of the last update and of the sum of all updates."""
         total = sum(u.summed.double().square().sum() for u in self.updates.values())
         return {"update_norm": self.norms[-1] if self.norms else 0.0, "summed_norm": float(total) ** 0.5}
+
+
+class SeparateLoRA(LoRA):
+    """Each task is learnt on the pretrained weights; between tasks the model holds what is made of all updates."""
+
+    #: False: on what the last task left, as LoRA
+    apart = True
+
+    def begin_task(self, task: int) -> None:
+        """Starts fresh factors beside the pretrained weights."""
+        if self.apart:
+            for update in self.updates.values():
+                update.unfold()
+        super().begin_task(task)
+        self.begun = task
+
+    def merged(self, name: str, task: int) -> Tensor | None:
+        """S of a site (d_out, d_in) after the task, whose A and B are still there; None: the sum of all updates."""
+        return None
+
+    @torch.no_grad()
+    def end_task(self, task: int) -> None:
+        """Sets the weights to the merge of all updates so far."""
+        merged = {name: self.merged(name, task) for name in self.updates}
+        super().end_task(task)
+        for name, value in merged.items():
+            if value is not None:
+                self.updates[name].set_summed(value)
+
+    def restored(self, finished: int) -> None:
+        """Between tasks the weights hold the merge; in the middle of one the pretrained ones."""
+        super().restored(finished)
+        inside = self.begun == finished
+        for update in self.updates.values():
+            update.active = inside
+            if inside and self.apart:
+                update.unfold()
+
+
+def refuse_options(config: LoRAConfig, name: str) -> None:
+    """UserError for `one_adapter` and `align`, which methods that merge the tasks' updates do not have."""
+    check(not config.one_adapter, f"method.one_adapter is an ablation of lora and clora; {name} has none")
+    check(not config.align, f"method.align is an option of lora, clora and inflora; {name} has none")

@@ -80,7 +80,12 @@ class LowRankUpdate(nn.Module):
     @torch.no_grad()
     def fold(self) -> None:
         """S_t = S_{t-1} + A_t B_t, into the frozen weight; A and B are cleared."""
-        self.summed += self.product()
+        self.set_summed(self.summed + self.product())
+
+    @torch.no_grad()
+    def set_summed(self, summed: Tensor) -> None:
+        """S_t = `summed`, into the frozen weight; A and B are cleared."""
+        self.summed.copy_(summed)
         self.A.zero_()
         self.B.zero_()
         self.A.requires_grad_(False)

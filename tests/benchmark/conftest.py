@@ -66,7 +66,8 @@ train: {{epochs: 1, steps: 2, batch_size: 2, checkpoint_seconds: 0, log_every: 1
 eval: {{n: 1, steps: 2, guidance: 2.0, features: glyph-vit}}
 prior: {{n: 2, steps: 2, guidance: 2.0}}
 threads: 1
-methods: {{lora: {{rank: 2}}, clora: {{rank: 2}}}}
+methods: {{lora: {{rank: 2}}, clora: {{rank: 2}}, orthogonal_adaptation: {{rank: 2}}, mix_of_show: {{rank: 2}},
+  lora_merge: {{rank: 2}}}}
 """
     )
     return str(file)

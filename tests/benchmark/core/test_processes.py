@@ -105,6 +105,9 @@ threads: 1
 methods:
   lora: {{rank: 2}}
   clora: {{rank: 2}}
+  orthogonal_adaptation: {{rank: 2}}
+  mix_of_show: {{rank: 2}}
+  lora_merge: {{rank: 2}}
   custom_diffusion_merge: {{captions: 60}}
   generative_replay: {{per_concept: 3}}
 """
