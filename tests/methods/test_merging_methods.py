@@ -365,6 +365,11 @@ def test_sites_of_different_widths_are_refused(toy: Callable[..., Any]) -> None:
         ),
         (
             OrthogonalAdaptationConfig,
+            {"align": True},
+            "method.align is an option of lora, clora and inflora; orthogonal_adaptation has none",
+        ),
+        (
+            OrthogonalAdaptationConfig,
             {"reference_quirks": ("half",)},
             "unknown name 'half' in method.reference_quirks; did you mean 'half_basis'? (quirks: half_basis)",
         ),
