@@ -3,8 +3,10 @@
 C-LoRA's promise is kept: no image is stored, updates are folded after each task, a task's cost does not grow. Its
 trained rows are not: they never meet another task's classes, and what they say of them is left to chance. Instead
 
-    mu_c of every class, one covariance S of all (within classes),   S_r = S + g * mean(diag S) * I,
-    score_c(x) = mu_c' S_r^-1 x - mu_c' S_r^-1 mu_c / 2                                            (LDA, equal priors).
+    mu_c of every class, one covariance S of all (within classes),   S_r = S / v + g I,   v = mean(diag S),
+    score_c(x) = mu_c' S_r^-1 x - mu_c' S_r^-1 mu_c / 2                                            (LDA, equal priors)
+
+with x and mu_c centred on the mean of all mu_c; neither that nor the unit v changes an answer.
 
 Training moves the features that old statistics were made of. With X, Y (n, d) the features of the *new* task's images
 before and after its training, both centred on the mean of X and of Y, and k the mean of X'X's diagonal times `ridge`,
@@ -64,9 +66,11 @@ def carrying_map(before: Moments, cross: Tensor, ridge: float) -> Tensor:
 
 
 def lda(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """Weight (C, d) and bias (C,), float64, of means (C, d) and a covariance (d, d)."""
-    shrunk = covariance + shrinkage * covariance.diagonal().mean() * torch.eye(len(covariance)).to(covariance)
+    """Weight (C, d) and bias (C,) of means (C, d) and a covariance (d, d), all float64."""
+    variance = covariance.diagonal().mean()
     why = "the covariance within classes is 0: it takes two different images of a class"
+    check(bool(variance > 0), why)
+    shrunk = covariance / variance + shrinkage * torch.eye(len(covariance)).to(covariance)
     weight = torch.cholesky_solve(means.T, cholesky(shrunk, why)).T
     return weight, -(weight * means).sum(1) / 2
 
@@ -96,7 +100,8 @@ class CLoRACarry(CLoRA):
         #: that the covariance was made of
         self.register_buffer("images", torch.zeros((), dtype=torch.int64))
         self.begun = 0
-        self.weight, self.bias = torch.zeros(0, d), torch.zeros(0)
+        #: of the classifier, and what features are centred on: products of large numbers would round differences away
+        self.weight, self.bias, self.centre = torch.zeros(0, d), torch.zeros(0), torch.zeros(d)
 
     @property
     def known(self) -> int:
@@ -140,12 +145,13 @@ class CLoRACarry(CLoRA):
     def _solve(self) -> None:
         if self.known:
             covariance = unpack(double(self.covariance), self.means.shape[1])
-            weight, bias = lda(double(self.means[: self.known]), covariance, self.config.shrinkage)
-            self.weight, self.bias = weight.to(self.means), bias.to(self.means)
+            means = double(self.means[: self.known])
+            weight, bias = lda(means - means.mean(0), covariance, self.config.shrinkage)
+            self.weight, self.bias, self.centre = (t.to(self.means) for t in (weight, bias, means.mean(0)))
 
     def scores(self, features: Tensor) -> Tensor:
         """(B, outputs begun), those of tasks that did not end lowest."""
-        known = features @ self.weight[: self.known].T.to(features) + self.bias[: self.known].to(features)
+        known = (features - self.centre.to(features)) @ self.weight.T.to(features) + self.bias.to(features)
         lowest = features.new_full((len(features), self.begun - self.known), torch.finfo(features.dtype).min)
         return torch.cat([known, lowest], 1)
 

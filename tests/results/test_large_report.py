@@ -29,7 +29,7 @@ read_patterns, write_grid = likeness.read_patterns, likeness.write_grid
 
 RESULTS = Path(__file__).parents[2] / "results"
 PATTERNS = {
-    "accuracy": RESULTS / "recorded" / "glyphs" / "records",
+    "accuracy": Path(__file__).parent / "stored" / "glyphs",
     "mmd": RESULTS / "recorded" / "concepts" / "records",
 }
 

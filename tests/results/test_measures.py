@@ -50,7 +50,11 @@ SIMILAR: list[list[float | None]] = [[0.9], [0.8, 0.8], [0.3, 0.4, 0.8]]
 
 
 def test_all_stored_and_recorded_runs_are_read_with_a_new_measure(monkeypatch: pytest.MonkeyPatch) -> None:
-    files = [*STORED.glob("version-*.json"), *RESULTS.glob("recorded/*/records/*/record.json")]
+    files = [
+        *STORED.glob("version-*.json"),
+        *STORED.glob("glyphs/*/record.json"),
+        *RESULTS.glob("recorded/*/records/*/record.json"),
+    ]
     before = {file: load_record(file).metrics for file in files}
     assert len(before) > 100
     for name, kind in list(KINDS.items()):

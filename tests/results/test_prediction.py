@@ -17,12 +17,12 @@ from dualcl.results.prediction import FEWEST, predictions
 from dualcl.results.published import stream
 from dualcl.results.tables import Table, summarise
 
-RECORDED = Path(prediction.__file__).parent / "recorded"
+STORED = Path(__file__).parent / "stored" / "glyphs"
 
 
 @pytest.fixture(scope="module")
 def table() -> Table:
-    return summarise([RECORDED / "glyphs"]).tables[0]
+    return summarise([STORED]).tables[0]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -71,7 +71,7 @@ def test_few_methods_get_no_verdict(table: Table) -> None:
 
 
 def test_report_writes_the_page_and_the_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["report", str(RECORDED / "glyphs"), "--out", str(tmp_path), "--format", "md"]
+    command = ["report", str(STORED), "--out", str(tmp_path), "--format", "md"]
     assert main([*command, "--predicts", "imagenet-r-10"]) == 0
     last = capsys.readouterr().out.splitlines()[-1]
     assert re.match(
@@ -85,7 +85,14 @@ def test_report_writes_the_page_and_the_plot(tmp_path: Path, capsys: pytest.Capt
 def test_what_cannot_be_compared_is_refused(table: Table, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError, match="no published numbers for 'imagenet-r-11'; did you mean"):
         predictions(table, "imagenet-r-11")
-    command = ["report", str(RECORDED / "concepts"), "--out", str(tmp_path), "--format", "md"]
+    command = [
+        "report",
+        str(Path(prediction.__file__).parent / "recorded" / "concepts"),
+        "--out",
+        str(tmp_path),
+        "--format",
+        "md",
+    ]
     assert main([*command, "--predicts", "imagenet-r-10"]) == 2
     assert (
         capsys.readouterr()
