@@ -67,7 +67,7 @@ def _draw(
     return torch.from_numpy(images), torch.arange(len(names)).repeat_interleave(count)
 
 
-def _augmented(inputs: Tensor, by: int, generator: torch.Generator) -> Tensor:
+def augmented(inputs: Tensor, by: int, generator: torch.Generator) -> Tensor:
     """Each image (B, 3, H, W) shifted by up to `by` pixels, its colour channels permuted."""
     batch, channels, height, width = inputs.shape
     shift = torch.randint(-by, by + 1, (2, batch, 1), generator=generator)
@@ -125,7 +125,7 @@ def make_renditions_vit(folder: Path, seed: int, recipe: RenditionsViTRecipe, co
         spread = torch.rand(len(index), 1, 1, 1, generator=generator) * 0.5 - 0.25
         share = (spread + step / recipe.steps / recipe.fade).clamp_(0, 1)
         inputs = torch.lerp(to_input(images[1, index]), to_input(images[0, index]), share)
-        scores = model(_augmented(inputs, recipe.shift, generator))
+        scores = model(augmented(inputs, recipe.shift, generator))
         return F.cross_entropy(scores, labels[index], label_smoothing=recipe.label_smoothing)
 
     pixels = hashlib.sha256(images.numpy().tobytes()).hexdigest()[:16]

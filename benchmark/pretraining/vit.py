@@ -31,7 +31,8 @@ from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.seeding import derive_seed, numpy_generator
 from dualcl.benchmark.pretraining.diffusion import GlyphDiffusionRecipe, make_glyph_diffusion
 from dualcl.benchmark.pretraining.portraits import JudgeRecipe, PortraitsRecipe, make_judge, make_portraits
-from dualcl.benchmark.pretraining.renditions import RenditionsViTRecipe, make_renditions_vit
+from dualcl.benchmark.pretraining.renditions import RenditionsViTRecipe, augmented, make_renditions_vit
+from dualcl.benchmark.pretraining.text_to_image import to_input
 from dualcl.datasets.drawing.glyphs import (
     PRETRAINING_GLYPHS,
     STREAM_GLYPHS,
@@ -114,27 +115,11 @@ def _drawn_plainly(glyphs: dict[str, int], per_class: int, seed: int, size: int)
     return np.stack(images)
 
 
-def _to_input(images: Tensor) -> Tensor:
-    """uint8 (B, H, W, 3) to float (B, 3, H, W) with mean 0.5 and std 0.5."""
-    return images.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-
-
-def _augmented(inputs: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image shifted by up to 3 pixels, its colour channels permuted."""
-    batch, channels, height, width = inputs.shape
-    shift = torch.randint(-3, 4, (2, batch, 1), generator=generator)
-    rows = (torch.arange(height) + shift[0]).clamp_(0, height - 1)
-    columns = (torch.arange(width) + shift[1]).clamp_(0, width - 1)
-    order = torch.rand(batch, channels, generator=generator).argsort(1)
-    images = torch.arange(batch)[:, None, None, None]
-    return inputs[images, order[:, :, None, None], rows[:, None, :, None], columns[:, None, None]]
-
-
 @torch.inference_mode()
 def _features(model: nn.Module, images: NDArray[np.uint8]) -> Tensor:
     """What the model returns for the images, (N, D), in batches of 256."""
     model.eval()
-    return torch.cat([model(_to_input(chunk)) for chunk in torch.from_numpy(images).split(256)])
+    return torch.cat([model(to_input(chunk)) for chunk in torch.from_numpy(images).split(256)])
 
 
 def _nearest_mean_accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
@@ -178,8 +163,8 @@ def _train(
                 group["lr"] = recipe.lr * warm * 0.5 * (1 + math.cos(math.pi * step / total))
             spread = torch.rand(len(index), 1, 1, 1, generator=generator) * 0.5 - 0.25
             share = (spread + step / total / recipe.fade).clamp_(0, 1)
-            inputs = torch.lerp(_to_input(plain_pixels[index]), _to_input(pixels[index]), share)
-            scores = model(_augmented(inputs, generator))
+            inputs = torch.lerp(to_input(plain_pixels[index]), to_input(pixels[index]), share)
+            scores = model(augmented(inputs, 3, generator))
             loss = F.cross_entropy(scores, labels[index], label_smoothing=recipe.label_smoothing)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
