@@ -33,6 +33,7 @@ from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.step import Steps, load_optimizer, lr_factor, make_optimizer, optimizer_tensors
 from dualcl.benchmark.runs.stopping import Stop
 from dualcl.benchmark.runs.trackers import Trackers, tracking, without_trackers
+from dualcl.datasets.reading.loader import lost_process
 from dualcl.methods import method_class
 from dualcl.methods.base import Method, ParamGroup
 
@@ -453,6 +454,11 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
                 )
                 folder.write_record({**record, "status": "failed", "error": text})
                 raise UserError(text) from error
+            # torch notices a killed loader process by a signal, which may come while a step is computed
+            lost = lost_process(error)
+            if lost is not None:
+                folder.write_record({**record, "status": "failed", "error": lost})
+                raise UserError(lost) from error
             line = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             folder.write_record({**record, "status": "failed", "error": line})
             if processes.main:

@@ -82,6 +82,20 @@ def _unchanged(batch: Any) -> Any:
     return batch
 
 
+def lost_process(error: BaseException) -> str | None:
+    """What to tell the user when `error` says that a process which decodes images was killed; else None.
+
+    torch raises it from a signal handler: wherever the main thread is, which may be far from the loop over batches.
+    """
+    said = str(error)
+    if not isinstance(error, RuntimeError) or not said.startswith("DataLoader worker"):
+        return None
+    return (
+        f"a process that decodes images was killed ({said.splitlines()[0].rstrip('. ')}), perhaps as memory ran out; "
+        "lower input.workers, and call the same command again to go on"
+    )
+
+
 class ImageLoader:
     """Batches of an ImageSet, for training and for evaluation, on `device`.
 
@@ -282,12 +296,10 @@ class ImageLoader:
                     raise array
                 yield array
         except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+            text = lost_process(error)
+            if text is None:
                 raise
-            raise UserError(
-                f"a process that decodes images was killed ({str(error).splitlines()[0].rstrip('. ')}), perhaps as "
-                "memory ran out; lower input.workers, and call the same command again to go on"
-            ) from error
+            raise UserError(text) from error
 
     def _rows(self, images: Iterable[np.ndarray], flipped: np.ndarray) -> Tensor:
         """Pixels uint8 (3, S, S) as one batch, mirrored as told: normalised on a CPU, pinned bytes for a GPU.

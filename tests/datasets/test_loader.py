@@ -1,6 +1,8 @@
 import dualcl.benchmark.core.compat  # noqa: F401 - before torchvision
 
 # isort: split
+import multiprocessing
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from dualcl.datasets.base import ImageSet
 from dualcl.datasets.cifar100 import ArrayImages
 from dualcl.datasets.reading.folders import FolderImages, folder_set
 from dualcl.datasets.reading.kept import KeptImages
-from dualcl.datasets.reading.loader import Batch, ImageLoader
+from dualcl.datasets.reading.loader import Batch, ImageLoader, lost_process
 from dualcl.datasets.reading.views import View, decode_image, evaluation_view, random_resized_crop, reduced
 
 N, SIZE = 11, 8
@@ -61,6 +63,18 @@ def test_batches_depend_neither_on_workers_nor_on_the_cache(augment):
     assert same(reference, batches(view, workers=2))
     assert same(reference, batches(view, cache_mib=0, workers=0))
     assert same(reference, batches(view, cache_mib=0, workers=2))
+
+
+def test_a_loader_process_killed_while_a_step_is_computed_is_recognised():
+    loader = ImageLoader(noise(10, 13), View(SIZE, augment="crop_flip"), cache_mib=0, workers=2)
+    steps = loader.train_batches(seed=3, task=1, epochs=50, batch_size=4)
+    next(steps)
+    with pytest.raises(RuntimeError) as raised:  # noqa: PT012 - torch's own, from a signal handler, wherever this is
+        multiprocessing.active_children()[0].kill()
+        for _ in range(600):
+            time.sleep(0.1)
+    assert "lower input.workers" in str(lost_process(raised.value))
+    assert lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
 
 
 @pytest.mark.parametrize("augment", ["flip", "crop_flip"])
