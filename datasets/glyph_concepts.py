@@ -145,6 +145,7 @@ def _draw_concept(appearance: Appearance, count: int, size: int, draw_seed: int)
     "glyph-concepts",
     domain="customization",
     summary="10 pictographs, each in its own ink and rendition, 8 images at 32 px; bundled, nothing to download",
+    listed=False,
 )
 class GlyphConcepts:
     """Pictographs of DejaVu Sans drawn in memory from a seed; none was in the bundled models' pretraining.

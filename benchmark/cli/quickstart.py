@@ -16,7 +16,7 @@ from dualcl.results.tables import summarise
 #: preset, folder, methods (None: the preset's own) and settings of each part of the quickstart
 QUICKSTART: tuple[tuple[str, str, str | None, tuple[str, ...]], ...] = (
     ("renditions-10", "classification", "joint,clora,lora,coda_prompt,finetune_pp,ncm", ()),
-    ("glyph-concepts-quick", "customization", None, ()),
+    ("portraits-quick", "customization", None, ()),
 )
 
 

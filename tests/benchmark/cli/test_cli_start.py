@@ -205,7 +205,9 @@ def test_doctor_names_versions_device_and_places(capsys: pytest.CaptureFixture[s
     ("what", "shown", "kept"),
     [
         ("presets", "renditions-10", {"glyphs", "glyphs-10"}),
+        ("presets", "portraits-10", {"glyph-concepts", "glyph-concepts-quick"}),
         ("datasets", "renditions", {"glyphs"}),
+        ("datasets", "portraits", {"glyph-concepts"}),
         ("backbones", "renditions-vit", {"glyph-vit"}),
     ],
 )

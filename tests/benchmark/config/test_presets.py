@@ -19,7 +19,7 @@ CODA_GUIDE = PRESET_DIR / "README.md"
 def test_the_promised_presets_are_there() -> None:
     assert set(NAMES) == set(bundled_presets())
     promised = {"glyphs", "glyphs-10", "image-folder", "cifar100-10", "imagenet-r-5", "imagenet-r-10", "imagenet-r-20"}
-    promised |= {"glyph-concepts", "concept-folder", "dreambooth", "celeba-hq-10", "landmarks-10"}
+    promised |= {"portraits-10", "portraits-50", "glyph-concepts", "concept-folder", "dreambooth", "celeba-hq-10", "landmarks-10"}
     assert promised <= set(NAMES)
 
 
@@ -118,7 +118,7 @@ def test_the_guide_names_every_preset() -> None:
     text = CODA_GUIDE.read_text(encoding="utf-8")
     for family in (
         "renditions-10",
-        "glyph-concepts",
+        "portraits-10",
         "image-folder",
         "concept-folder",
         "imagenet-r",
@@ -170,11 +170,12 @@ def test_full_size_concepts_are_taught_as_the_paper_is_believed_to(name: str, da
 
 
 def test_the_users_own_concepts_start_from_the_bundled_model() -> None:
-    own, bundled = resolve("concept-folder", "clora").flat(), resolve("glyph-concepts", "clora").flat()
-    assert own["base.model"] == "glyph-diffusion"
+    own, bundled = resolve("concept-folder", "clora").flat(), resolve("portraits-10", "clora").flat()
+    assert own["base.model"] == "portraits-diffusion"
     assert own["data.concepts"] is None
     differ = {k for k in own if k in bundled and own[k] != bundled[k] and not k.startswith("data.")}
-    assert differ == {"preset"}
+    assert differ == {"preset", "concept.prompt", "prior.prompt", "eval.prompt"}
+    assert {own[k] for k in ("concept.prompt", "eval.prompt")} == {"a photo of {token}"}
 
 
 def test_dreambooth_is_trained_as_landmarks() -> None:
