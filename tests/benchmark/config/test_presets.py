@@ -19,7 +19,15 @@ CODA_GUIDE = PRESET_DIR / "README.md"
 def test_the_promised_presets_are_there() -> None:
     assert set(NAMES) == set(bundled_presets())
     promised = {"glyphs", "glyphs-10", "image-folder", "cifar100-10", "imagenet-r-5", "imagenet-r-10", "imagenet-r-20"}
-    promised |= {"portraits-10", "portraits-50", "glyph-concepts", "concept-folder", "dreambooth", "celeba-hq-10", "landmarks-10"}
+    promised |= {
+        "portraits-10",
+        "portraits-50",
+        "glyph-concepts",
+        "concept-folder",
+        "dreambooth",
+        "celeba-hq-10",
+        "landmarks-10",
+    }
     assert promised <= set(NAMES)
 
 
