@@ -62,6 +62,74 @@ class Order:
         return self.order[place * self.batch : (place + 1) * self.batch]
 
 
+@dataclass(frozen=True)
+class _State:
+    """What a training goes on from, in one safetensors file."""
+
+    file: Path
+    told: Any
+    schedule: Schedule
+    model: nn.Module
+    average: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def _ordered(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def write(self, step: int, running: float) -> None:
+        """After `step` steps, with the running loss."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        if self.average is not self.model:
+            tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for i, p in enumerate(self._ordered()):
+            moments = self.optimizer.state[p]
+            tensors |= {f"first.{i}": moments["exp_avg"], f"second.{i}": moments["exp_avg_sq"]}
+        schedule = {"steps": self.schedule.steps, "flat_until": self.schedule.flat_until}
+        facts = {"told": self.told, "step": step, **schedule, "running": running}
+        # clones: a tensor may be stored once only
+        blob = save({k: v.detach().contiguous().clone() for k, v in tensors.items()}, {"facts": json.dumps(facts)})
+        with atomic_write(self.file) as handle:
+            handle.write(blob)
+
+    def read(self) -> tuple[int, float]:
+        """Loads the file; returns the steps done and the running loss."""
+        file, told, schedule = self.file, self.told, self.schedule
+        try:
+            with safe_open(file, "pt") as opened:
+                facts = json.loads(opened.metadata()["facts"])
+                tensors = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118 - not a mapping
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{file} is no state of a training ({error}); delete it to start anew") from None
+        other = sorted(k for k in {*told, *facts["told"]} if told.get(k) != facts["told"].get(k))
+        if other:
+            raise UserError(f"{file} is of a training with another {other[0]}; give another --out, or delete it")
+        step = int(facts["step"])
+        same = facts["steps"] == schedule.steps and facts["flat_until"] == schedule.flat_until
+        if not same and step > min(facts["flat_until"], schedule.flat_until):
+            raise UserError(
+                f"{file} is {step} steps into a training of {facts['steps']}, too far for one of {schedule.steps}; "
+                "give another --out, or delete it"
+            )
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+
+        self.model.load_state_dict(part("model"))
+        if self.average is not self.model:
+            self.average.load_state_dict(part("average"))
+        state = self.optimizer.state_dict()
+        state["state"] = {
+            i: {
+                "step": torch.tensor(float(step)),
+                "exp_avg": tensors[f"first.{i}"],
+                "exp_avg_sq": tensors[f"second.{i}"],
+            }
+            for i in range(len(self._ordered()))
+        }
+        self.optimizer.load_state_dict(state)
+        return step, float(facts["running"])
+
+
 def train(
     file: Path,
     told: Mapping[str, Any],
@@ -85,11 +153,10 @@ def train(
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=schedule.lr)
-    ordered = [p for group in optimizer.param_groups for p in group["params"]]
     average = deepcopy(model).requires_grad_(False) if schedule.ema else model
     mean: list[Tensor] = list(average.parameters())
-    told = as_json(dict(told))
-    step, running = _read(file, told, schedule, model, average, optimizer, ordered) if file.exists() else (0, 0.0)
+    state = _State(file, as_json(dict(told)), schedule, model, average, optimizer)
+    step, running = state.read() if file.exists() else (0, 0.0)
     if step:
         say(f"{file.stem}: going on at step {step}")
     first, started, saved = step, time.monotonic(), time.monotonic()
@@ -117,77 +184,8 @@ def train(
             pace = (time.monotonic() - started) / (step - first)
             say(f"{file.stem} step {step}/{schedule.steps}  loss {running:.4f}  {pace:.3f} s a step")
         if step == schedule.steps or time.monotonic() - saved > every:
-            _write(file, told, schedule, model, average, optimizer, ordered, step, running)
+            state.write(step, running)
             if at_save is not None:
                 at_save(average, step)
             saved = time.monotonic()
     return average.eval()
-
-
-def _write(
-    file: Path,
-    told: Mapping[str, Any],
-    schedule: Schedule,
-    model: nn.Module,
-    average: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ordered: list[nn.Parameter],
-    step: int,
-    running: float,
-) -> None:
-    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
-    if average is not model:
-        tensors |= {f"average.{k}": v for k, v in average.state_dict().items()}
-    for i, p in enumerate(ordered):
-        tensors |= {f"first.{i}": optimizer.state[p]["exp_avg"], f"second.{i}": optimizer.state[p]["exp_avg_sq"]}
-    facts = {"told": told, "step": step, "steps": schedule.steps, "flat_until": schedule.flat_until, "running": running}
-    # clones: a tensor may be stored once only
-    blob = save({k: v.detach().contiguous().clone() for k, v in tensors.items()}, {"facts": json.dumps(facts)})
-    with atomic_write(file) as handle:
-        handle.write(blob)
-
-
-def _read(
-    file: Path,
-    told: Mapping[str, Any],
-    schedule: Schedule,
-    model: nn.Module,
-    average: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ordered: list[nn.Parameter],
-) -> tuple[int, float]:
-    """Loads a state; returns the steps done and the running loss."""
-    try:
-        with safe_open(file, "pt") as opened:
-            facts = json.loads(opened.metadata()["facts"])
-            tensors = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is no state of a training ({error}); delete it to start anew") from None
-    other = sorted(k for k in {*told, *facts["told"]} if told.get(k) != facts["told"].get(k))
-    if other:
-        raise UserError(f"{file} is of a training with another {other[0]}; give another --out, or delete it")
-    step = int(facts["step"])
-    same = facts["steps"] == schedule.steps and facts["flat_until"] == schedule.flat_until
-    if not same and step > min(facts["flat_until"], schedule.flat_until):
-        raise UserError(
-            f"{file} is {step} steps into a training of {facts['steps']}, too far for one of {schedule.steps}; "
-            "give another --out, or delete it"
-        )
-
-    def part(name: str) -> dict[str, Tensor]:
-        return {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
-
-    model.load_state_dict(part("model"))
-    if average is not model:
-        average.load_state_dict(part("average"))
-    state = optimizer.state_dict()
-    state["state"] = {
-        i: {
-            "step": torch.tensor(float(step)),
-            "exp_avg": tensors[f"first.{i}"],
-            "exp_avg_sq": tensors[f"second.{i}"],
-        }
-        for i in range(len(ordered))
-    }
-    optimizer.load_state_dict(state)
-    return step, float(facts["running"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sys
 import textwrap
 import time
@@ -27,6 +26,7 @@ import dualcl.benchmark.core.compat  # noqa: F401 - before timm
 import timm
 
 from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.benchmark.core.files import atomic_write
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.seeding import derive_seed, numpy_generator
 from dualcl.benchmark.pretraining.diffusion import GlyphDiffusionRecipe, make_glyph_diffusion
@@ -85,15 +85,6 @@ def pretrain(name: str, out: str | Path, seed: int = 0, **settings: Any) -> dict
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _drawn(glyphs: dict[str, int], part: str, per_class: int, seed: int, size: int) -> tuple[NDArray[np.uint8], Tensor]:
@@ -229,9 +220,10 @@ def _make_glyph_vit(folder: Path, seed: int, recipe: GlyphViTRecipe, settings: d
         },
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
-    _write(folder / "glyph_vit.safetensors", weights)
-    _write(folder / "glyph_vit.json", (json.dumps(card, indent=2) + "\n").encode())
-    _write(folder / "glyph_vit.md", _model_card(card, chosen).encode())
+    text = json.dumps(card, indent=2) + "\n"
+    for suffix, data in ("safetensors", weights), ("json", text.encode()), ("md", _model_card(card, chosen).encode()):
+        with atomic_write(folder / f"glyph_vit.{suffix}") as handle:
+            handle.write(data)
     _say(f"held-out accuracy {own:.1%}, nearest class mean on the stream's classes {ncm:.1%}; written to {folder}")
     return card
 
