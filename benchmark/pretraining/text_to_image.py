@@ -107,7 +107,7 @@ def encode(vae: Any, images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TextAndUNet(nn.Module):
-    """The text encoder and U-Net, trained together."""
+    """The text encoder and U-Net, as one module to train."""
 
     def __init__(self, text: Any, unet: Any) -> None:
         super().__init__()

@@ -60,9 +60,14 @@ def sample_named(rng: np.random.Generator, fewest: int = 3, most: int = 6) -> li
     return [str(name) for name in names]
 
 
+def sample_kind(rng: np.random.Generator) -> str:
+    """What a caption calls the picture."""
+    return KINDS[rng.integers(len(KINDS))]
+
+
 def sample_caption(who: Portrait, rng: np.random.Generator) -> str:
     """A true caption that names some of what is drawn."""
-    return caption(who, sample_named(rng), kind=KINDS[rng.integers(len(KINDS))])
+    return caption(who, sample_named(rng), kind=sample_kind(rng))
 
 
 def caption_words() -> list[str]:
