@@ -177,6 +177,11 @@ class Method(nn.Module):
         kept = {id(t): t for t in self.state_dict(keep_vars=True).values() if t.is_floating_point()}
         return sum(t.numel() for t in kept.values())
 
+    @classmethod
+    def least_kept(cls, config: Any) -> int:
+        """Numbers that a checkpoint holds at least, as far as settings alone tell; what `dualcl compare` warns of."""
+        return 0
+
     def diagnostics(self) -> dict[str, Any]:
         """JSON-able facts for the record after a task, e.g. update norms or prompt use; empty by default."""
         return {}
