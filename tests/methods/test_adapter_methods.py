@@ -1,0 +1,178 @@
+"""Methods with adapters beside the MLPs: their formulas by hand, and what must hold of each in a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.runs.runner import Run, run
+from dualcl.methods.ease import EASEConfig, completed, weighed
+from dualcl.methods.shared.adapters import AdapterConfig
+
+SMALL = ("method.bottleneck=4",)
+
+
+def noise(n: int = 6) -> torch.Tensor:
+    return torch.randn(n, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def ended(domain: Any, method: Any, tasks: range, teach: Callable[[int], None] = lambda task: None) -> torch.Tensor:
+    """Scores of noise after tasks without steps, in each of which `teach` does what they would."""
+    for task in tasks:
+        domain.begin_task(task)
+        method.begin_task(task)
+        method.prepare(task)
+        teach(task)
+        method.end_task(task)
+    scores: torch.Tensor = domain.predict(noise())
+    return scores
+
+
+def moved(method: Any) -> Callable[[int], None]:
+    """Sets the newest bottlenecks to numbers of the task's own."""
+
+    def teach(task: int) -> None:
+        for i, side in enumerate(method.adapters[-1]):
+            with torch.no_grad():
+                side.up.normal_(generator=torch.Generator().manual_seed(100 * task + i))
+
+    return teach
+
+
+class Kept(Run):
+    """Notes each task's steps, what it stores, and the method's parameters at its end."""
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.steps: list[int] = []
+        self.stored: list[int] = []
+        self.after: list[dict[str, torch.Tensor]] = []
+
+    def _stage(self, record: dict[str, Any], task: int, *given: Any) -> None:
+        super()._stage(record, task, *given)
+        self.steps.append(record["tasks"][-1]["steps"])
+        self.stored.append(record["tasks"][-1]["parameters_stored"])
+        self.after.append({n: p.detach().clone() for n, p in self.method.named_parameters()})
+
+
+#: numbers in bottlenecks of width 4 in the tiny ViT
+SIDES = 5 * (2 * 32 * 4 + 4 + 32)
+
+
+# --- aper -------------------------------------------------------------------------------------------------------------
+
+
+def test_aper_by_hand(build: Callable[..., Any]) -> None:
+    _, method = build("aper", *SMALL)
+    method.finished, method.begun = 1, 5
+    method.means[0, 0, 0] = method.means[1, 1, 1] = 1.0
+    features = torch.zeros(1, 2, 32)
+    features[0, 0, 0], features[0, 1, 1] = 1.0, 2.0
+    scores = method.scores(features)
+    assert scores[0, :2].tolist() == pytest.approx([5**-0.5, 2 * 5**-0.5])
+    assert (scores[0, 3:] == torch.finfo(torch.float32).min).all()  # of a task that has not ended
+
+
+def test_aper_without_a_step_decides_as_ncm(build: Callable[..., Any]) -> None:
+    (domain, method), (plain, ncm) = build("aper", *SMALL), build("ncm")
+    ours, theirs = ended(domain, method, range(3)), ended(plain, ncm, range(3))
+    assert torch.equal(ours.argmax(1), theirs.argmax(1))
+    assert domain.evaluate(range(3)) == plain.evaluate(range(3))
+    lengths = plain.network.run(noise()).norm(dim=1, keepdim=True)
+    torch.testing.assert_close(ours * lengths, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_aper_adapts_in_the_first_task_alone(tiny: Callable[..., Any], executed: Callable[..., Any], tmp_path: Path):
+    work = executed(tiny("aper", *SMALL, "train.epochs=2"), tmp_path, Kept)
+    assert work.steps == [6, 0, 0]
+    assert work.stored == [SIDES + 2 * 32 * seen for seen in (3, 5, 7)]
+    assert all(torch.equal(p, work.after[2][n]) for n, p in work.after[0].items())
+    assert sum(p.abs().max() > 0 for n, p in work.after[0].items() if n.endswith(".up")) == 5
+    method, domain = work.method, work.domain
+    assert method.caveats()[0].startswith("takes steps in the first task alone")
+    pixels = noise()
+    plain, adapted = (domain.network.run(pixels, sides=s) for s in (None, dict(enumerate(method.adapters[0]))))
+    assert (plain - adapted).abs().max() > 1e-4
+    wanted = F.normalize(torch.cat([plain, adapted], 1), dim=1) @ F.normalize(method.means.flatten(1), dim=1).T
+    torch.testing.assert_close(domain.predict(pixels), wanted)
+
+
+def test_a_first_task_of_one_class_is_refused_and_later_ones_are_not(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^task 1 has one class \(shade\d\)[^\n]*$"):
+        run(tiny("aper", "stream.sizes=[1,3,3]"), tmp_path / "one")
+    assert run(tiny("aper", "stream.sizes=[5,1,1]"), tmp_path / "run")["status"] == "finished"
+
+
+# --- ease -------------------------------------------------------------------------------------------------------------
+
+#: one class, then two, under two adapters; 7: not known
+P = torch.tensor([[[1.0, 0], [7, 7]], [[1, 0], [2, 0]], [[0, 1], [0, 2]]])
+
+
+def test_ease_by_hand() -> None:
+    whole = completed(P, [1, 2])
+    assert whole[0, 1].tolist() == pytest.approx([1.462117, 0.537883], abs=1e-6)
+    assert torch.equal(whole[1:], P[1:])
+    assert torch.equal(whole[:, 0], P[:, 0])
+    features = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]])
+    assert weighed(features, whole, [1, 2], 0.1).tolist() == [pytest.approx([1.034526, 0.1, 1.0], abs=1e-6)]
+    # each class by its own task's adapter alone
+    assert weighed(features, whole, [1, 2], 0.0).tolist() == [pytest.approx([1.0, 0.0, 1.0])]
+    assert weighed(features[:, :1], P[:1, :1], [1], 0.1).tolist() == [[1.0]]  # after the first task
+
+
+def test_what_ease_makes_up_reads_later_classes_of_all_tasks() -> None:
+    sizes, means = [2, 1, 2], torch.randn(5, 3, 4, generator=torch.Generator().manual_seed(0))
+    whole = completed(means, sizes)
+    cosines = F.cosine_similarity(means[1, 0].expand(2, 4), means[3:, 0], dim=-1)
+    torch.testing.assert_close(whole[1, 2], cosines.softmax(0) @ means[3:, 2])
+    cosines = F.cosine_similarity(means[1, 0].expand(3, 4), means[2:, 0], dim=-1)
+    torch.testing.assert_close(whole[1, 1], cosines.softmax(0) @ means[2:, 1])
+    unread = means.clone()
+    unread[:2, 1:] = unread[2, 2] = float("nan")
+    assert torch.equal(completed(unread, sizes), whole)
+
+
+def test_permuted_classes_permute_the_scores_of_ease() -> None:
+    means, features = torch.randn(5, 2, 4), torch.randn(3, 2, 4)
+    order = [1, 0, 4, 2, 3]  # within the tasks
+    plain = weighed(features, completed(means, [2, 3]), [2, 3], 0.1)
+    torch.testing.assert_close(weighed(features, completed(means[order], [2, 3]), [2, 3], 0.1), plain[:, order])
+
+
+def test_ease_after_one_task_is_class_means_under_its_adapter(build: Callable[..., Any]) -> None:
+    domain, method = build("ease", *SMALL)
+    said = ended(domain, method, range(1), moved(method))
+    sides = dict(enumerate(method.adapters[0]))
+    (pairs,) = [list(domain.training_features(0))]
+    x, y = torch.cat([f[:, 0] for f, _ in pairs]), torch.cat([y for _, y in pairs])
+    means = torch.stack([x[y == c].double().mean(0).float() for c in range(3)])
+    wanted = F.cosine_similarity(domain.network.run(noise(), sides=sides)[:, None], means[None], dim=-1)
+    torch.testing.assert_close(said, wanted)
+    assert (domain.network.run(noise(), sides=sides) - domain.network.run(noise())).abs().max() > 0.01
+
+
+def test_ease_keeps_earlier_adapters_and_counts_what_was_seen(
+    tiny: Callable[..., Any], executed: Callable[..., Any], tmp_path: Path
+) -> None:
+    work = executed(tiny("ease", *SMALL), tmp_path, Kept)
+    assert work.stored == [SIDES + 32 * 3, 2 * SIDES + 32 * (3 + 2 * 2), 3 * SIDES + 32 * (3 + 2 * 2 + 2 * 3)]
+    for task in (1, 2):
+        old = {n: p for n, p in work.after[task - 1].items() if n.startswith("adapters.")}
+        assert len(old) == 5 * 4 * task
+        assert all(torch.equal(p, work.after[task][n]) for n, p in old.items())
+    assert not torch.equal(work.after[2]["adapters.2.0.up"], work.after[1]["adapters.1.0.up"])
+    assert work.domain.predict(noise()).shape == (6, 7)
+
+
+def test_settings_of_adapter_methods_are_checked() -> None:
+    with pytest.raises(UserError, match="bottleneck must be at least 1, got 0"):
+        AdapterConfig(bottleneck=0)
+    with pytest.raises(UserError, match="alpha must not be negative"):
+        EASEConfig(alpha=-0.1)
