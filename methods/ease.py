@@ -1,8 +1,8 @@
 """EASE: an adapter per task; class means under all of them, made up where a class was not there yet.
 
 Source: Zhou et al., arXiv 2403.12030 (CVPR 2024); public code sun-hailong/CVPR24-Ease, read at 6d67508. Each task
-learns fresh bottlenecks (`shared/adapters.py`) with rows by cosine of its classes, which are then dropped. phi_i(x): the
-feature under adapter i; P[c, i]: its mean over class c. When task t has ended, its classes' P are known under all
+learns fresh bottlenecks (`shared/adapters.py`) with rows by cosine of its classes, which are then dropped. phi_i(x):
+the feature under adapter i; P[c, i]: its mean over class c. When task t has ended, its classes' P are known under all
 i <= t; of a class o of task a under a later adapter j > a it is made up from the classes k of tasks >= j,
 
     P[o, j] = sum_k s_k P[k, j],   s = softmax_k cos(P[o, a], P[k, a])

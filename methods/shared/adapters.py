@@ -41,13 +41,17 @@ def bottlenecks(
 
 
 class CosineRows(nn.Module):
-    """Rows whose scores are s cos(f, w) with a learnt s, 1 at first; what first tasks are learnt with."""
+    """Rows whose scores are s cos(f, w) with a learnt s, 1 at first, or a given one that stays."""
 
-    def __init__(self, classes: int, width: int, generator: torch.Generator, device: torch.device) -> None:
+    def __init__(
+        self, classes: int, width: int, generator: torch.Generator, device: torch.device, scale: float | None = None
+    ) -> None:
         super().__init__()
         bound = 1 / math.sqrt(width)
         drawn = torch.empty(classes, width).uniform_(-bound, bound, generator=generator)
         self.rows, self.scale = nn.Parameter(drawn.to(device)), nn.Parameter(torch.ones((), device=device))
+        if scale is not None:
+            self.scale.requires_grad_(False).fill_(scale)
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, width) -> (B, classes)."""
@@ -79,6 +83,8 @@ class AdapterMethod(Method):
     requires = ("features", "sides")
     frozen = True
     reads_rows = False
+    #: of the rows' scores; None: learnt
+    scale: ClassVar[float | None] = None
 
     def __init__(self, config: AdapterConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
@@ -108,7 +114,7 @@ class AdapterMethod(Method):
         start, device = self.generator("adapters", task), self.domain.device
         blocks, width = self.classifier.network.blocks, next(iter(self.domain.sites().values())).d_in
         self.adapters.append(nn.ModuleList(bottlenecks(blocks, width, self.config.bottleneck, start, device)))
-        rows = CosineRows(len(self.classifier.outputs(task)), self.width, start, device)
+        rows = CosineRows(len(self.classifier.outputs(task)), self.width, start, device, self.scale)
         self.rows = nn.ModuleList([rows])
 
     def trained(self) -> list[ParamGroup]:

@@ -13,7 +13,7 @@ z = W x + b are the logits of all classes, z_j those of task j's, tau = 0.1. SGD
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -30,6 +30,8 @@ DRAWS = 256
 SHRINKAGE = 1e-4
 TAU = 0.1
 MOMENTUM, DECAY = 0.9, 5e-4
+#: of rows, features (B, d) and right outputs (B,)
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,17 @@ def aligned(
     sizes: Sequence[int],
     config: AlignConfig,
     generator: torch.Generator,
+    loss: Loss | None = None,
 ) -> Tensor:
-    """Rows (C, d + 1), weights and bias, trained on draws from N(means (C, d), L L'), factors L (C, d, d); float32."""
+    """Rows trained on draws from N(means (C, d), L L'), factors L (C, d, d); float32.
+
+    (C, d + 1), weights and bias, under SLCA's loss; as `loss` wants them where it is given.
+    """
+
+    def slca(rows: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+        return alignment_loss(F.linear(features, rows[:, :-1], rows[:, -1]), labels, sizes)
+
+    loss = loss or slca
     rows = nn.Parameter(rows.clone())
     labels = torch.arange(len(rows), device=rows.device).repeat_interleave(DRAWS)
     optimizer = torch.optim.SGD([rows], lr=config.align_lr, momentum=MOMENTUM, weight_decay=DECAY)
@@ -73,11 +84,18 @@ def aligned(
         optimizer.param_groups[0]["lr"] = config.align_lr * (1 + math.cos(math.pi * epoch / config.align_epochs)) / 2
         drawn = torch.cat(list(draws(means, factors, DRAWS, generator)))
         for batch in torch.randperm(len(labels), generator=generator).to(rows.device).split(DRAWS):
-            logits = F.linear(drawn[batch], rows[:, :-1], rows[:, -1])
+            found = loss(rows, drawn[batch], labels[batch])
             optimizer.zero_grad()
-            alignment_loss(logits, labels[batch], sizes).backward()
+            found.backward()
             optimizer.step()
     return rows.detach()
+
+
+def shrunk_factor(gaussians: ClassGaussians, output: int) -> Tensor:
+    """L (d, d) float32 of a class: L L' = Sigma + 1e-4 I, factorised in float64."""
+    covariance = gaussians.covariance(output)
+    covariance.diagonal().add_(SHRINKAGE)
+    return cholesky(covariance, f"the covariance of output {output} has no Cholesky factor").to(gaussians.means)
 
 
 class Aligner(nn.Module):
@@ -128,10 +146,8 @@ class Aligner(nn.Module):
         self.rows[:n] = aligned(self.rows[:n], means, factors, sizes, config, generator)
 
     def factor(self, output: int) -> Tensor:
-        """L (d, d) float32 of a class: L L' = Sigma + 1e-4 I, factorised in float64."""
-        covariance = self.gaussians.covariance(output)
-        covariance.diagonal().add_(SHRINKAGE)
-        return cholesky(covariance, f"the covariance of output {output} has no Cholesky factor").to(self.rows)
+        """See `shrunk_factor`."""
+        return shrunk_factor(self.gaussians, output)
 
     def scores(self, features: Tensor) -> Tensor:
         """(B, outputs begun): by aligned rows where tasks ended, by the domain's elsewhere."""

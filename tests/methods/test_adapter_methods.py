@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from dualcl.benchmark.core.domain import Images
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.runs.runner import Run, run
 from dualcl.methods.ease import EASEConfig, completed, weighed
-from dualcl.methods.shared.adapters import AdapterConfig
+from dualcl.methods.shared.adapters import AdapterConfig, Bottleneck, CosineRows
+from dualcl.methods.shared.alignment import aligned, scales
+from dualcl.methods.tuna import TUNAConfig, answers, cosine_loss, merged, overlap, rising_scales
 
 SMALL = ("method.bottleneck=4",)
 
@@ -171,8 +175,105 @@ def test_ease_keeps_earlier_adapters_and_counts_what_was_seen(
     assert work.domain.predict(noise()).shape == (6, 7)
 
 
+# --- tuna -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_universal_adapter_by_hand() -> None:
+    assert merged(torch.tensor([[1.0, -2.0, 0.5], [3.0, 1.0, -0.5]])).tolist() == [3.0, -2.0, -0.5]
+    one = torch.randn(1, 50)
+    assert torch.equal(merged(one), one[0])
+
+
+def test_the_surest_adapter_answers_beside_the_last() -> None:
+    shares = torch.tensor([[[0.5, 0.5], [0.9, 0.1], [0.3, 0.7]], [[0.2, 0.8], [0.5, 0.5], [0.3, 0.7]]])
+    assert -(shares[0, :2] * shares[0, :2].log()).sum(1) == pytest.approx([0.693147, 0.325083], abs=1e-6)
+    wanted = torch.tensor([[0.9 + 0.3, 0.1 + 0.7], [0.2 + 0.3, 0.8 + 0.7]])
+    torch.testing.assert_close(answers(shares.log(), 2), wanted)
+    torch.testing.assert_close(answers(shares.log()[[1, 0]], 2), wanted[[1, 0]])  # per image
+    torch.testing.assert_close(answers(shares.log()[:, [1, 0, 2]], 2), wanted)
+
+
+def test_scales_of_means_that_fall_for_earlier_classes_and_as_the_public_code_has_them() -> None:
+    assert scales([2, 2]).tolist() == pytest.approx([0.95, 0.95, 1, 1])
+    assert rising_scales([2, 2]).tolist() == pytest.approx([0.95, 0.9, 0.9, 0.85])
+    assert float(rising_scales([20] * 10)[-1]) == pytest.approx(0.81)
+
+
+def test_orthogonality_by_hand(build: Callable[..., Any]) -> None:
+    one, two = (Bottleneck(2, 2, torch.Generator().manual_seed(0), torch.device("cpu")) for _ in range(2))
+    with torch.no_grad():
+        one.up.copy_(torch.tensor([[3.0, 0.0], [0.5, 0.0]]))
+        two.up.copy_(torch.tensor([[0.0, 2.0], [1.0, 0.0]]))
+    rows = [F.normalize(side.up, dim=1) for side in (one, two)]
+    assert float((rows[0] @ rows[1].T).mean()) == pytest.approx(0.5)
+    assert float(overlap([one], [two])) == pytest.approx(0.5)
+    assert float(overlap([one, one], [two, one])) == pytest.approx(0.75)
+
+    domain, method = build("tuna", *SMALL, "method.orthogonality=0.3", "method.align_epochs=0")
+    ended(domain, method, range(1), moved(method))
+    assert method.penalty() is None  # the first task has none before it
+    method.begin_task(1)
+    assert all(map(torch.equal, method.adapters[1].parameters(), method.adapters[0].parameters()))
+    wanted = 0.3 * math.exp(-2) * float(overlap(method.adapters[0], method.adapters[0]))
+    assert float(method.penalty()) == pytest.approx(wanted)
+    assert wanted > 0
+
+
+def test_alignment_of_rows_by_cosine_finds_the_means() -> None:
+    means, factors = 3 * torch.eye(4), 0.01 * torch.eye(4).expand(4, 4, 4)
+    start = torch.randn(4, 4, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(0)
+    rows = aligned(start, means, factors, [2, 2], TUNAConfig(align_epochs=5, align_lr=0.5), generator, cosine_loss)
+    assert (means @ F.normalize(rows, dim=1).T).argmax(1).tolist() == [0, 1, 2, 3]
+    assert (means @ F.normalize(start, dim=1).T).argmax(1).tolist() != [0, 1, 2, 3]
+
+
+TUNA = (*SMALL, "method.align_epochs=2")
+
+
+def test_tuna_after_one_task_answers_by_its_adapter_alone(build: Callable[..., Any]) -> None:
+    domain, method = build("tuna", *TUNA)
+    said = ended(domain, method, range(1), moved(method))
+    features = domain.network.run(noise(), sides=dict(enumerate(method.adapters[0])))
+    cosines = F.cosine_similarity(features[:, None], method.rows[0].rows[None], dim=-1)
+    torch.testing.assert_close(said, 2 * (20 * cosines).softmax(1))
+    assert float(method.rows[0].scale) == 20
+    assert not method.rows[0].scale.requires_grad
+
+
+def test_tuna_aligns_all_rows_and_no_order_of_adapters_matters(build: Callable[..., Any]) -> None:
+    found = []
+    for quirks in ("[]", "[no_universal]", "[rising_decay]"):
+        domain, method = build("tuna", *TUNA, f"method.reference_quirks={quirks}")
+        found.append(ended(domain, method, range(3), moved(method)))
+        passed = method.features(Images(noise()), domain.network)
+        assert passed.shape == (6, 3 if quirks == "[no_universal]" else 4, 32)
+        assert len(method.caveats()) == 2 + (quirks != "[]")
+    assert not torch.allclose(found[0], found[1])
+    assert not torch.allclose(found[0], found[2])
+    domain, method = build("tuna", *TUNA)
+    torch.testing.assert_close(ended(domain, method, range(3), moved(method)), found[0])
+    fresh = CosineRows(3, 32, method.generator("adapters", 0), torch.device("cpu"))  # drawn after the bottlenecks
+    assert not torch.equal(method.rows[0].rows, fresh.rows)
+    rows = [r.rows.clone() for r in method.rows]
+    method.adapters = torch.nn.ModuleList([method.adapters[i] for i in (2, 0, 1)])
+    method.restored(3)
+    domain.network.forget()
+    torch.testing.assert_close(domain.predict(noise()), found[0])
+    assert all(torch.equal(a, b.rows) for a, b in zip(rows, method.rows, strict=True))
+    assert method.stored_parameters() == 3 * SIDES + 7 * 32 + 7 * (32 + 32 * 33 // 2)
+
+
 def test_settings_of_adapter_methods_are_checked() -> None:
     with pytest.raises(UserError, match="bottleneck must be at least 1, got 0"):
         AdapterConfig(bottleneck=0)
     with pytest.raises(UserError, match="alpha must not be negative"):
         EASEConfig(alpha=-0.1)
+    with pytest.raises(UserError, match="orthogonality must not be negative"):
+        TUNAConfig(orthogonality=-1.0)
+    with pytest.raises(UserError, match="align_epochs must not be negative"):
+        TUNAConfig(align_epochs=-1)
+    with pytest.raises(UserError, match="bottleneck must be at least 1"):
+        TUNAConfig(bottleneck=0)
+    with pytest.raises(UserError, match=r"unknown name 'no_univers' in method\.reference_quirks"):
+        TUNAConfig(reference_quirks=("no_univers",))
