@@ -147,6 +147,9 @@ class Method(nn.Module):
         """Extra loss terms, a scalar, once per optimiser step after `loss`; None when there are none."""
         return None
 
+    def stepped(self, ended: bool) -> None:
+        """Called after each optimiser step; `ended`: an epoch did with it. May change what `trained` gives."""
+
     def end_task(self, task: int) -> None:
         """Keeps what must outlive the task: folds adapters, sums Gram matrices, solves, aligns."""
 

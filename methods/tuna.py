@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -111,8 +111,6 @@ class TUNA(AdapterMethod):
         self.merges = "no_universal" not in config.reference_quirks
         #: bottlenecks, not a part of the state
         self.universal: list[Bottleneck] = []
-        #: while statistics of a task are taken: its adapter alone is read
-        self.alone: int | None = None
 
     def grow(self, task: int) -> None:
         """Bottlenecks as the last task's ended; all tasks' rows are kept."""
@@ -132,25 +130,16 @@ class TUNA(AdapterMethod):
 
     def features(self, images: Images, network: Network) -> Tensor:
         """(B, n, d): under each finished adapter, and under the universal one."""
-        own = range(max(self.finished, 1)) if self.alone is None else [self.alone]
-        found = [self.read(images, network, i) for i in own]
-        if self.alone is None and self.universal:
+        found = [self.read(images, network, i) for i in self.asked or range(max(self.finished, 1))]
+        if self.asked is None and self.universal:
             found.append(network(images, sides=dict(enumerate(self.universal)), key=("universal", self.finished)))
         return torch.stack(found, 1)
-
-    def own_features(self, task: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(features (B, d), outputs (B,)) of the task's images under its own adapter."""
-        self.alone = task
-        try:
-            yield from ((x[:, 0], y) for x, y in self.classifier.training_features(task))
-        finally:
-            self.alone = None
 
     @torch.no_grad()
     def end_task(self, task: int) -> None:
         """Takes statistics, aligns all rows, merges."""
         self.restored(task + 1)
-        self.gaussians.add(self.own_features(task), self.classifier.outputs(task))
+        self.gaussians.add([(x[:, 0], y) for x, y in self.taken(task, task)], self.classifier.outputs(task))
         if task == 0 or self.config.align_epochs == 0:
             return
         sizes = [len(self.classifier.outputs(t)) for t in range(task + 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -95,6 +96,8 @@ class AdapterMethod(Method):
         #: of the last task that learns, dropped by the next
         self.rows = nn.ModuleList()
         self.task, self.begun, self.finished = 0, 0, 0
+        #: adapters that `features` is to read images under; None: as it likes
+        self.asked: Sequence[int] | None = None
 
     @property
     def known(self) -> int:
@@ -133,6 +136,14 @@ class AdapterMethod(Method):
         features = self.read(self.classifier.images(batch), self.classifier.network, len(self.adapters) - 1)
         labels = self.classifier.targets(batch) - self.classifier.outputs(self.task).start
         return cast(CosineRows, self.rows[-1]).loss(features, labels)
+
+    def taken(self, task: int, *which: int) -> list[tuple[Tensor, Tensor]]:
+        """(features (B, n, d), outputs (B,)) of the task's training images under these adapters."""
+        self.asked = which
+        try:
+            return list(self.classifier.training_features(task))
+        finally:
+            self.asked = None
 
     def branch_means(self, task: int, branches: int) -> Tensor:
         """Means (n, branches, d) float64 of what `features` gives of the task's classes; UserError without images."""

@@ -13,7 +13,7 @@ z = W x + b are the logits of all classes, z_j those of task j's, tau = 0.1. SGD
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -91,6 +91,11 @@ def aligned(
     return rows.detach()
 
 
+def linear_loss(rows: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of z = W x + b, rows (C, d + 1)."""
+    return F.cross_entropy(F.linear(features, rows[:, :-1], rows[:, -1]), labels)
+
+
 def shrunk_factor(gaussians: ClassGaussians, output: int) -> Tensor:
     """L (d, d) float32 of a class: L L' = Sigma + 1e-4 I, factorised in float64."""
     covariance = gaussians.covariance(output)
@@ -124,14 +129,23 @@ class Aligner(nn.Module):
 
     @torch.no_grad()
     def end_task(
-        self, task: int, config: AlignConfig, generator: torch.Generator, *, restart: bool = False, equal: bool = False
+        self,
+        task: int,
+        config: AlignConfig,
+        generator: torch.Generator,
+        *,
+        restart: bool = False,
+        equal: bool = False,
+        features: Iterable[tuple[Tensor, Tensor]] | None = None,
+        plain: bool = False,
     ) -> None:
         """Keeps the task's statistics and aligns all rows.
 
         `restart`: from the rows as they were trained. `equal`: s_c as if every task had the size of this one.
+        `features`: where they are not what the domain gives. `plain`: the cross entropy of z, and s_c is 1.
         """
         (domain,) = self._domain
-        self.gaussians.add(domain.training_features(task), domain.outputs(task))
+        self.gaussians.add(domain.training_features(task) if features is None else features, domain.outputs(task))
         for t in range(0 if restart else task, task + 1):
             weight, bias = domain.output_rows(t)
             self.rows[domain.outputs(t).start : domain.outputs(t).stop] = torch.cat([weight, bias.unsqueeze(1)], 1)
@@ -141,9 +155,10 @@ class Aligner(nn.Module):
         n, sizes = self.known, [len(domain.outputs(t)) for t in range(task + 1)]
         of_task = torch.arange(n) // sizes[-1]
         s = 0.9 + 0.1 * (of_task + 1) / (task + 1) if equal else scales(sizes)
-        means = self.gaussians.means[:n] * s.unsqueeze(1).to(self.rows)
+        means = self.gaussians.means[:n] if plain else self.gaussians.means[:n] * s.unsqueeze(1).to(self.rows)
         factors = torch.stack([self.factor(c) for c in range(n)])
-        self.rows[:n] = aligned(self.rows[:n], means, factors, sizes, config, generator)
+        loss = linear_loss if plain else None
+        self.rows[:n] = aligned(self.rows[:n], means, factors, sizes, config, generator, loss)
 
     def factor(self, output: int) -> Tensor:
         """See `shrunk_factor`."""

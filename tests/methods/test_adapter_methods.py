@@ -15,6 +15,7 @@ from dualcl.benchmark.core.domain import Images
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.runs.runner import Run, run
 from dualcl.methods.ease import EASEConfig, completed, weighed
+from dualcl.methods.mos import MOSConfig, found, told_apart
 from dualcl.methods.shared.adapters import AdapterConfig, Bottleneck, CosineRows
 from dualcl.methods.shared.alignment import aligned, scales
 from dualcl.methods.tuna import TUNAConfig, answers, cosine_loss, merged, overlap, rising_scales
@@ -264,6 +265,73 @@ def test_tuna_aligns_all_rows_and_no_order_of_adapters_matters(build: Callable[.
     assert method.stored_parameters() == 3 * SIDES + 7 * 32 + 7 * (32 + 32 * 33 // 2)
 
 
+# --- mos --------------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_is_found_by_asking_again() -> None:
+    tasks = torch.tensor([0, 0, 1, 2])
+    logits = torch.zeros(4, 3, 4)  # of four images under three adapters
+    logits[0, 0, 3] = logits[0, 2, 3] = 5.0  # adapter 0 says task 2, which stays
+    logits[1, 0, 2] = logits[1, 1, 1] = 5.0  # 0 says 1, 1 says 0, and so on: the fourth answer counts
+    logits[2, 1, 2] = 5.0  # stays at once
+    logits[3, 2, 2] = logits[3, 1, 3] = logits[3, 0, 0] = 5.0
+    got = found(logits, torch.tensor([0, 0, 1, 2]), tasks)
+    assert torch.equal(got, torch.stack([logits[0, 2], logits[1, 1], logits[2, 1], logits[3, 1]]))
+
+
+def test_the_mixture_of_adapters_by_hand(build: Callable[..., Any]) -> None:
+    _, method = build("mos", *SMALL)
+    for task, value in enumerate((1.0, 3.0, 10.0)):
+        method.begin_task(task)
+        for parameter in method.adapters[task].parameters():
+            with torch.no_grad():
+                parameter.fill_(value)
+        if task == 0:
+            method.stepped(True)  # nothing is there to be mixed in
+    method.stepped(False)
+    values = [torch.cat([p.flatten() for p in sides.parameters()]) for sides in method.adapters]
+    for value, wanted in zip(values, (1.0, 3.0, 9.2), strict=True):
+        torch.testing.assert_close(value, torch.full_like(value, wanted))
+
+
+def test_features_are_told_apart_by_hand() -> None:
+    features, means = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0]])
+    wanted = (math.log(1 + math.exp(-1 / 0.8)) + math.log(1 + math.exp(-4 / 0.8))) / 2
+    assert float(told_apart(features, means)) == pytest.approx(wanted)
+
+
+def test_mos_after_one_task_adds_means_under_its_adapter_to_its_rows(build: Callable[..., Any]) -> None:
+    domain, method = build("mos", *SMALL, "head.init=linear")
+    said = ended(domain, method, range(1), moved(method))
+    features = domain.network.run(noise(), sides=dict(enumerate(method.adapters[0])))
+    pairs = list(domain.training_features(0))
+    x, y = torch.cat([f[:, 0] for f, _ in pairs]), torch.cat([y for _, y in pairs])
+    means = torch.stack([x[y == c].mean(0) for c in range(3)])
+    cosines = F.cosine_similarity(features[:, None], means[None], dim=-1)
+    torch.testing.assert_close(said, domain.rows(features).softmax(1) + cosines.softmax(1))
+
+
+def test_mos_mixes_after_each_step_of_a_run(
+    tiny: Callable[..., Any], executed: Callable[..., Any], tmp_path: Path
+) -> None:
+    runs = {}
+    for mixture in (0.0, 1.0):
+        sets = (*SMALL, f"method.mixture={mixture}", "method.align_epochs=1", "method.reference_quirks=[feature_loss]")
+        runs[mixture] = executed(tiny("mos", *sets), tmp_path / str(mixture), Kept)
+        assert runs[mixture].stored == [
+            (t + 1) * SIDES + n * (33 + 32 + 32 + 32 * 33 // 2) for t, n in enumerate((3, 5, 7))
+        ]
+    for i in (1, 2):  # all of each step is undone
+        for own, first in zip(*(runs[1.0].method.adapters[j].parameters() for j in (i, 0)), strict=True):
+            torch.testing.assert_close(own, first)
+        assert not torch.equal(runs[0.0].method.adapters[i][0].up, runs[0.0].method.adapters[0][0].up)
+    assert torch.equal(runs[0.0].method.adapters[0][0].up, runs[1.0].method.adapters[0][0].up)
+    domain: Any = runs[0.0].domain
+    rows = torch.cat([torch.cat([head.weight, head.bias[:, None]], 1) for head in domain.heads])
+    assert not torch.equal(rows[:3], runs[0.0].method.aligner.rows[:3])  # aligned since
+    assert len(runs[0.0].method.caveats()) == 3
+
+
 def test_settings_of_adapter_methods_are_checked() -> None:
     with pytest.raises(UserError, match="bottleneck must be at least 1, got 0"):
         AdapterConfig(bottleneck=0)
@@ -271,6 +339,8 @@ def test_settings_of_adapter_methods_are_checked() -> None:
         EASEConfig(alpha=-0.1)
     with pytest.raises(UserError, match="orthogonality must not be negative"):
         TUNAConfig(orthogonality=-1.0)
+    with pytest.raises(UserError, match=r"mixture must be between 0 and 1, got 1\.5"):
+        MOSConfig(mixture=1.5)
     with pytest.raises(UserError, match="align_epochs must not be negative"):
         TUNAConfig(align_epochs=-1)
     with pytest.raises(UserError, match="bottleneck must be at least 1"):

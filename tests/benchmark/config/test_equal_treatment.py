@@ -343,7 +343,21 @@ def test_search_spaces_are_of_equal_size_and_valid(preset, tmp_path):
     loaded = load_preset(preset)
     trained = {n for n in loaded.compare if method_class(n).takes_steps is Method.takes_steps}
     if loaded.domain == "classification":
-        trained |= {"ewc", "l2", "lwf_mc", "er", "slca", "inflora", "sdlora", "ranpac", "fecam", "aper", "ease", "tuna"}
+        trained |= {
+            "ewc",
+            "l2",
+            "lwf_mc",
+            "er",
+            "slca",
+            "inflora",
+            "sdlora",
+            "ranpac",
+            "fecam",
+            "aper",
+            "ease",
+            "tuna",
+            "mos",
+        }
     assert trained <= set(loaded.search)
     for name, axes in loaded.search.items():
         own = {f.name for f in dataclasses.fields(method_class(name).Config)}

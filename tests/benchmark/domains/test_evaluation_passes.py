@@ -47,6 +47,7 @@ def frozen_pass(domain: Classification) -> torch.Tensor:
 BRANCHES: dict[str, Callable[[int], list[Any]]] = {
     "aper": lambda t: ["plain", "adapted"],
     "ease": lambda t: [*range(t + 1)],
+    "mos": lambda t: [*range(t + 1)],
     "tuna": lambda t: [*range(t + 1), f"universal {t}"],
 }
 
