@@ -148,7 +148,11 @@ class Method(nn.Module):
         return None
 
     def stepped(self, ended: bool) -> None:
-        """Called after each optimiser step; `ended`: an epoch did with it. May change what `trained` gives."""
+        """Called after each optimiser step (`ended`: the last of an epoch). May change `trained` and `averages`."""
+
+    def averages(self) -> list[Tensor]:
+        """State beside what is trained that `stepped` changes, e.g. a moving average; none by default."""
+        return []
 
     def end_task(self, task: int) -> None:
         """Keeps what must outlive the task: folds adapters, sums Gram matrices, solves, aligns."""

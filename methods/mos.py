@@ -33,7 +33,6 @@ from dualcl.benchmark.core.domain import Domain, Images, Network
 from dualcl.methods.base import check, check_quirks, register_method
 from dualcl.methods.shared.adapters import AdapterConfig, AdapterMethod
 from dualcl.methods.shared.alignment import AlignConfig, Aligner, caveat
-from dualcl.methods.shared.class_statistics import class_means
 
 #: times that the classifier is asked for an adapter
 ASKED = 4
@@ -130,7 +129,7 @@ class MOS(AdapterMethod):
         """Takes statistics, and aligns all rows."""
         self.finished = task + 1
         outputs, features = self.classifier.outputs(task), self.taken(task, 0, task)
-        means, _ = class_means([(x[:, 0], y) for x, y in features], outputs, self.width)
+        means = self.branch_means(task, 1, [(x[:, 0], y) for x, y in features])[:, 0]
         self.means[outputs.start : outputs.stop].copy_(means)
         own, generator = [(x[:, 1], y) for x, y in features], self.generator("align", task)
         self.aligner.end_task(task, self.config, generator, features=own, plain=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -145,9 +145,9 @@ class AdapterMethod(Method):
         finally:
             self.asked = None
 
-    def branch_means(self, task: int, branches: int) -> Tensor:
+    def branch_means(self, task: int, branches: int, features: Iterable[tuple[Tensor, Tensor]] | None = None) -> Tensor:
         """Means (n, branches, d) float64 of what `features` gives of the task's classes; UserError without images."""
-        outputs, features = self.classifier.outputs(task), self.classifier.training_features(task)
+        outputs, features = self.classifier.outputs(task), features or self.classifier.training_features(task)
         flat = ((x.flatten(1), y) for x, y in features)
         means, counts = class_means(flat, outputs, branches * self.width)
         empty = [output for output, n in zip(outputs, counts.tolist(), strict=True) if not n]

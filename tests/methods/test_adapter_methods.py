@@ -15,9 +15,12 @@ from dualcl.benchmark.core.domain import Images
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.runs.runner import Run, run
 from dualcl.methods.ease import EASEConfig, completed, weighed
+from dualcl.methods.moal import MoALConfig
 from dualcl.methods.mos import MOSConfig, found, told_apart
 from dualcl.methods.shared.adapters import AdapterConfig, Bottleneck, CosineRows
 from dualcl.methods.shared.alignment import aligned, scales
+from dualcl.methods.shared.class_statistics import carried
+from dualcl.methods.shared.ridge import Ridge
 from dualcl.methods.tuna import TUNAConfig, answers, cosine_loss, merged, overlap, rising_scales
 
 SMALL = ("method.bottleneck=4",)
@@ -332,6 +335,152 @@ def test_mos_mixes_after_each_step_of_a_run(
     assert len(runs[0.0].method.caveats()) == 3
 
 
+# --- moal -------------------------------------------------------------------------------------------------------------
+
+
+def recursive(
+    parts: list[tuple[torch.Tensor, torch.Tensor]], size: int, start: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """R and W of the public code: a solution of the first part times `start`, then updates by batches of `size`."""
+    (h, y), *rest = parts
+    r = torch.linalg.inv(h.T @ h + torch.eye(h.shape[1]).double())
+    w = start * r @ h.T @ y
+    for h, y in rest:
+        for x, z in zip(h.split(size), y.split(size), strict=True):
+            inner = torch.linalg.inv(torch.eye(len(x)).double() + x @ r @ x.T)
+            r = r - r @ x.T @ inner @ x @ r
+            w = w + r @ x.T @ (z - x @ w)
+    return r, w
+
+
+def test_recursive_updates_are_the_solution_of_the_sums() -> None:
+    one, two = torch.tensor([[1.0, 0.0]]).double(), torch.tensor([[0.0, 2.0]]).double()
+    nothing = torch.zeros(1, 2).double()
+    r, w = recursive([(nothing, nothing), (one, one), (two, two / 2)], 1)
+    torch.testing.assert_close(r, torch.diag(torch.tensor([1 / 2, 1 / 5]).double()), atol=1e-9, rtol=1e-7)
+    torch.testing.assert_close(w, torch.diag(torch.tensor([1 / 2, 2 / 5]).double()), atol=1e-9, rtol=1e-7)
+
+    generator = torch.Generator().manual_seed(0)
+    h, y = torch.randn(28, 5, generator=generator).double(), torch.arange(28) % 4
+    onehot = F.one_hot(y, 4).double()
+    for start in (1.0, 0.9):
+        ridge = Ridge(5, 4, torch.device("cpu")).double()
+        ridge.add(h[:14], y[:14])
+        ridge.cross.mul_(start)
+        ridge.add(h[14:], y[14:])
+        for size in (1, 7, 14):
+            _, w = recursive([(h[:14], onehot[:14]), (h[14:], onehot[14:])], size, start)
+            torch.testing.assert_close(w, ridge.solve(1.0), atol=1e-9, rtol=1e-9)
+
+
+def test_means_stay_where_features_do_and_follow_a_linear_map() -> None:
+    x, means = torch.randn(40, 6), torch.randn(3, 6)
+    torch.testing.assert_close(carried(means, x, x, 1.0), means.double(), atol=1e-9, rtol=1e-9)
+    by, shift = torch.randn(6, 6), torch.randn(6)
+    torch.testing.assert_close(
+        carried(means, x, x @ by + shift, 1e-9).float(), means @ by + shift, atol=1e-4, rtol=1e-4
+    )
+
+
+MOAL = (*SMALL, "method.width=60", "method.lambda_=10")
+
+
+def test_moal_without_movement_and_rumination_is_ranpac(build: Callable[..., Any]) -> None:
+    sets = ("method.lambda_=10", "method.bottleneck=4", "method.width=60")
+    domain, method = build("moal", *sets, "method.momentum=1", "method.ruminate=false")
+    other, ranpac = build("ranpac", *sets, "method.adapt=adapter")
+    ranpac.layer.copy_(method.layer)
+
+    def learn(task: int) -> None:
+        for i, side in enumerate(method.adapters[0]):
+            with torch.no_grad():
+                side.up.normal_(generator=torch.Generator().manual_seed(i + 7 * task))
+        method.stepped(True)  # the average undoes it in later tasks
+
+    def copied(task: int) -> None:
+        ranpac.adapters.load_state_dict(method.adapters[0].state_dict())
+
+    ours, theirs = ended(domain, method, range(3), learn), ended(other, ranpac, range(3), copied)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert (ours.amax(1) - ours.amin(1)).min() > 0.01
+    assert method.caveats() == [
+        "stores sums of products of random features, and a mean of every class; two more passes over each task's images"
+    ]
+
+
+def test_moal_adds_what_it_gets_wrong_of_new_and_of_made_up_features(build: Callable[..., Any]) -> None:
+    domain, method = build("moal", *MOAL)
+    ended(domain, method, range(1), moved(method))
+    sums, means = method.ridge.cross.clone(), method.means.clone()
+    domain.begin_task(1)
+    method.begin_task(1)
+    method.prepare(1)
+    method.end_task(1)  # no step was taken: the means stay
+    torch.testing.assert_close(method.means[:3], means[:3], rtol=1e-4, atol=1e-4)
+    assert method.means[3:5].abs().min() > 0
+    features, labels = (torch.cat(part) for part in zip(*domain.training_features(1), strict=True))
+    h = method.random(features)
+    grown = sums + h.T @ F.one_hot(labels, 7).float()
+    wanted, added = grown.clone(), 0
+    near = F.cosine_similarity(method.means[:3, None], method.means[None, 3:5], dim=-1).argmax(1) + 3
+    before = build("moal", *MOAL, "method.ruminate=false")
+    ended(*before, range(1), moved(before[1]))
+    before[0].begin_task(1)
+    before[1].begin_task(1)
+    before[1].prepare(1)
+    before[1].end_task(1)
+    torch.testing.assert_close(before[1].ridge.cross, grown, rtol=1e-4, atol=1e-4)
+    for output in range(5):
+        source = output if output > 2 else int(near[output])
+        made = method.random(features[labels == source] - method.means[source] + method.means[output])
+        wrong = (made @ before[1].solved[:, :5]).argmax(1) != output
+        wanted[:, output] += made[wrong].sum(0)
+        added += int(wrong.sum())
+    assert 0 < added < 25
+    torch.testing.assert_close(method.ridge.cross, wanted, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(method.ridge.gram, before[1].ridge.gram)
+
+
+@pytest.mark.parametrize("quirk", ["", "epoch_average"])
+def test_the_adapter_of_moal_follows_by_its_average(
+    quirk: str, tiny: Callable[..., Any], executed: Callable[..., Any], tmp_path: Path
+) -> None:
+    quirks = f"method.reference_quirks=[{quirk}]"
+    half = executed(tiny("moal", *MOAL, "method.momentum=0.5", quirks, "method.ruminate=false"), tmp_path / "a", Kept)
+    still = executed(tiny("moal", *MOAL, "method.momentum=1", "method.ruminate=false"), tmp_path / "b", Kept)
+    live = executed(tiny("moal", *MOAL, "method.momentum=0", quirks, "method.ruminate=false"), tmp_path / "c", Kept)
+    name = "adapters.0.0.up"
+    first, second = (work.after[0][name] for work in (half, still))
+    assert torch.equal(first, second)  # the first task has no average
+    assert torch.equal(still.after[2][name], first)
+    assert not torch.equal(live.after[1][name], first)
+    middle = (first + live.after[1][name]) / 2
+    once = torch.allclose(half.after[1][name], middle, rtol=1e-4, atol=1e-7)
+    assert once == (quirk == "epoch_average")  # one epoch of two steps
+    assert len(half.method.caveats()) == 1 + bool(quirk)
+    known = (3, 5, 7)
+    assert half.stored == [SIDES + n * (2 * 32 + 60) + 60 * 61 // 2 for n in known]
+
+
+def test_the_first_solution_of_moal_is_scaled_where_asked(build: Callable[..., Any]) -> None:
+    plain, shrunk = (
+        ended(*build("moal", *MOAL, f"method.reference_quirks={q}"), range(1)) for q in ("[]", "[shrunk_start]")
+    )
+    torch.testing.assert_close(0.9 * plain, shrunk, rtol=1e-4, atol=1e-5)
+
+
+def test_the_ridge_of_moal_is_chosen_once(build: Callable[..., Any]) -> None:
+    domain, method = build("moal", *SMALL, "method.width=60")
+    ended(domain, method, range(1), moved(method))
+    chosen = method.diagnostics()["lambda"]
+    assert chosen > 0
+    for task in (1, 2):
+        ended_again = ended(domain, method, range(task, task + 1))
+        assert ended_again.isfinite().all()
+    assert method.diagnostics()["lambda"] == chosen
+    assert type(method).least_kept(MoALConfig()) == 10_000 * 10_001 // 2
+
+
 def test_settings_of_adapter_methods_are_checked() -> None:
     with pytest.raises(UserError, match="bottleneck must be at least 1, got 0"):
         AdapterConfig(bottleneck=0)
@@ -341,6 +490,14 @@ def test_settings_of_adapter_methods_are_checked() -> None:
         TUNAConfig(orthogonality=-1.0)
     with pytest.raises(UserError, match=r"mixture must be between 0 and 1, got 1\.5"):
         MOSConfig(mixture=1.5)
+    for given, words in (
+        ({"width": 0}, "width must be at least 1"),
+        ({"lambda_": 0.0}, "lambda_ must be positive"),
+        ({"momentum": 2.0}, "momentum must be between 0 and 1"),
+        ({"map_ridge": 0.0}, "map_ridge must be positive"),
+    ):
+        with pytest.raises(UserError, match=words):
+            MoALConfig(**given)
     with pytest.raises(UserError, match="align_epochs must not be negative"):
         TUNAConfig(align_epochs=-1)
     with pytest.raises(UserError, match="bottleneck must be at least 1"):

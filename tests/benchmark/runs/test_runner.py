@@ -43,7 +43,7 @@ backbone:
   kwargs: {img_size: 32, patch_size: 16, depth: 2, embed_dim: 32, num_heads: 2}
 train: {epochs: 2, batch_size: 4, log_every: 1}
 input: {workers: 0}
-methods: {clora: {rank: 3}}
+methods: {clora: {rank: 3}, ranpac: {width: 100}, moal: {width: 100}}
 threads: 1
 """
 
