@@ -90,7 +90,7 @@ def answers(logits: Tensor, adapters: int) -> Tensor:
     log = logits.log_softmax(2)
     shares = log.exp()
     entropies = -(shares * log).sum(2)[:, :adapters]
-    return shares[torch.arange(len(shares)), entropies.argmin(1)] + shares[:, -1]
+    return shares[torch.arange(len(shares), device=shares.device), entropies.argmin(1)] + shares[:, -1]
 
 
 @register_method(
