@@ -39,7 +39,8 @@ def forecast(plan: Sequence[Planned], waiting: Sequence[Planned], jobs: int = 1)
         jobs = min(jobs, len(waiting))
         least = max(sum(seconds) / jobs, *seconds) if len(seconds) > 1 else seconds[0]
         told += f"; about {duration(least)}" + f" for {len(seconds)} of the others" * bool(unknown)
-        told += f", {jobs} at once" * (jobs > 1) + ", as finished runs with such settings took"
+        told += f", {jobs} at once" if jobs > 1 else ", one after another" * (len(seconds) > 1)
+        told += ", as finished runs with such settings took"
     if unknown:
         told += f"; how long {', '.join(unknown)} will take is not known: no finished run with such settings"
     held = sum(found[1] for p in waiting if (found := known[p.resolved.method]))

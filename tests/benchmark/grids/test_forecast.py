@@ -45,7 +45,7 @@ def test_a_dry_run_tells_what_finished_runs_took_and_writes_nothing(
     assert "not known" in said("--methods", "ncm", "--seeds", "1", "--set", "train.epochs=2")[0]
     runs, disk = said("--methods", "ncm,ranpac,slca", "--seeds", "1,2", "--set", "stream.order_seed=4")
     assert runs.startswith("6 runs, 0 finished already; about ")
-    assert " for 2 of the others, as " in runs
+    assert " for 2 of the others, one after another, as finished " in runs
     assert runs.endswith("; how long ranpac, slca will take is not known: no finished run with such settings")
     gram = 2 * 4 * 100 * 101 / 2 / 2**20  # of two seeds, packed
     assert disk.endswith(f", at least {gram:.1f} MiB of ranpac, not known of slca")
