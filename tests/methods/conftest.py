@@ -24,6 +24,7 @@ methods:
   orthogonal_adaptation: {rank: 2}
   mix_of_show: {rank: 2}
   lora_merge: {rank: 2}
+  stamina: {rank: 2}
   ewc: {fisher_batches: 1}
   custom_diffusion_merge: {captions: 60}
   generative_replay: {per_concept: 2}
