@@ -147,6 +147,13 @@ class Method(nn.Module):
         """Extra loss terms, a scalar, once per optimiser step after `loss`; None when there are none."""
         return None
 
+    def stepped(self, ended: bool) -> None:
+        """Called after each optimiser step (`ended`: the last of an epoch). May change `trained` and `averages`."""
+
+    def averages(self) -> list[Tensor]:
+        """State beside what is trained that `stepped` changes, e.g. a moving average; none by default."""
+        return []
+
     def end_task(self, task: int) -> None:
         """Keeps what must outlive the task: folds adapters, sums Gram matrices, solves, aligns."""
 
@@ -176,6 +183,11 @@ class Method(nn.Module):
         """
         kept = {id(t): t for t in self.state_dict(keep_vars=True).values() if t.is_floating_point()}
         return sum(t.numel() for t in kept.values())
+
+    @classmethod
+    def least_kept(cls, config: Any) -> int:
+        """Numbers that a checkpoint holds at least, as far as settings alone tell; what `dualcl compare` warns of."""
+        return 0
 
     def diagnostics(self) -> dict[str, Any]:
         """JSON-able facts for the record after a task, e.g. update norms or prompt use; empty by default."""

@@ -32,7 +32,7 @@ from torch import Tensor
 from dualcl.benchmark.core.domain import Domain, FeatureDomain
 from dualcl.methods.base import check, register_method
 from dualcl.methods.clora import CLoRA, CLoRAConfig
-from dualcl.methods.shared.class_statistics import Moments, class_moments
+from dualcl.methods.shared.class_statistics import Moments, carrying_map, class_moments
 from dualcl.methods.shared.low_rank import without_updates
 from dualcl.methods.shared.symmetric import cholesky, double, pack, packed_size, unpack
 
@@ -55,14 +55,6 @@ class CLoRACarryConfig(CLoRAConfig):
         check(self.shrinkage > 0, f"method.shrinkage must be positive, got {self.shrinkage}")
         check(not self.align, "method.align trains rows, which are not read here; leave it out")
         check(not self.one_adapter, "method.one_adapter is an ablation of C-LoRA alone; leave it out")
-
-
-def carrying_map(before: Moments, cross: Tensor, ridge: float) -> Tensor:
-    """M (d, d) float64 of centred X'X = `before.scatter` and X'Y = `cross`: the identity where X shows nothing."""
-    k = ridge * before.scatter.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    eye = torch.eye(len(cross)).to(cross)
-    factor = cholesky(before.scatter + k * eye, "the new task's features are no numbers; lower the learning rate")
-    return torch.cholesky_solve(cross + k * eye, factor)
 
 
 def lda(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:

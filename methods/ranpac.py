@@ -32,6 +32,7 @@ from dualcl.benchmark.core.domain import Domain, FeatureDomain, Images, Network
 from dualcl.methods.base import Method, MethodConfig, ParamGroup, check, check_quirks, register_method
 from dualcl.methods.shared.adapters import CosineRows, bottlenecks
 from dualcl.methods.shared.ridge import Ridge, choose_strength, held_out
+from dualcl.methods.shared.symmetric import packed_size
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,11 @@ class RanPAC(Method):
         """G as a triangle, Q of the outputs known, and the bottlenecks."""
         kept = sum(p.numel() for p in self.adapters.parameters())
         return self.ridge.gram.numel() + self.ridge.width * self.known + kept
+
+    @classmethod
+    def least_kept(cls, config: RanPACConfig) -> int:
+        """G."""
+        return packed_size(config.width)
 
     def caveats(self) -> list[str]:
         """What is left out, or learnt in the first task alone."""

@@ -63,6 +63,9 @@ backbone:
 methods:
   coda_prompt: {{pool: 8}} # at most the backbone's width
   ranpac: {{width: 100}}
+  moal: {{width: 100}}
+  tuna: {{align_epochs: 2}}
+  mos: {{align_epochs: 2}}
 """
     )
     return str(file)

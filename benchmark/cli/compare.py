@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from dualcl.benchmark.cli.options import RUNS
@@ -13,6 +14,7 @@ from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.reading import parse_names
 from dualcl.benchmark.core.text import say
 from dualcl.benchmark.grids.execute import conclude, execute, slurm_script
+from dualcl.benchmark.grids.forecast import forecast
 from dualcl.benchmark.grids.plan import Planned, default_methods, parse_seeds, plan_comparison
 from dualcl.benchmark.grids.survey import write_plan
 from dualcl.benchmark.runs.mirror import PLAN, local_and_url, push_files
@@ -35,13 +37,22 @@ def main(args: argparse.Namespace) -> int:
     rows = dict.fromkeys([*(r.method for r in runs), *(r.general.label or r.method for r in runs)])
     if args.baseline is not None and args.baseline not in rows:  # said now, not after hours
         raise UserError(f"the baseline {args.baseline!r} is not compared; {nearest(args.baseline, rows, 'methods')}")
+    if args.print_slurm and args.dry_run:
+        raise UserError("--print-slurm runs nothing either; leave --dry-run out")
     if args.print_slurm:
         return _print_slurm(plan, out, url, args.slurm_options)
     if args.slurm_options:
         raise UserError("--slurm-option is for --print-slurm; leave it out")
-    outcomes = execute(
-        plan, engine=args.engine, address=args.address, jobs=args.jobs, quiet=args.quiet, root=out, url=url
-    )
+
+    def before(waiting: Sequence[Planned]) -> bool:
+        for line in forecast(plan, waiting, args.jobs) if args.dry_run or not args.quiet else ():
+            print(line) if args.dry_run else say(line)
+        return not args.dry_run
+
+    given = {"engine": args.engine, "address": args.address, "jobs": args.jobs, "quiet": args.quiet}
+    outcomes = execute(plan, **given, root=out, url=url, before=before)
+    if args.dry_run:
+        return 0
     code = conclude(outcomes, args.quiet)
     if any(o.code == 0 for o in outcomes):
         dirs = [p.out for p in plan if (p.out / "record.json").is_file()]

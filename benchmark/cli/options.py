@@ -149,6 +149,7 @@ def _compare(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", type=_place, metavar="DIR|URL", help="default runs/PRESET")
     _add_many(command)
     _add_engine(command)
+    command.add_argument("--dry-run", action="store_true", help="say how many runs, how long, what disk; run nothing")
     command.add_argument(
         "--print-slurm", action="store_true", help="print an array script for sbatch, and run nothing (plan: grid.json)"
     )

@@ -24,12 +24,13 @@ def execute(
     quiet: bool = False,
     root: Path | None = None,
     url: str | None = None,
+    before: Callable[[Sequence[Planned]], bool] | None = None,
 ) -> list[Outcome]:
     """Does all planned runs that have no finished record; one that fails does not stop the others.
 
     `jobs` > 1 (engine local) runs that many processes side by side, each with its share of the cores; `address` is a
     Ray cluster's. `root`, where given, gets the plan (grid.json); with `url` it is the local copy of what lies there.
-    KeyboardInterrupt stops them all, resumable.
+    KeyboardInterrupt stops them all, resumable. `before` gets the runs that are to be done, and says whether they are.
     """
     refresh = None if url is None else partial(pull_records, url)
     doer = make_engine(engine, jobs=jobs, address=address, quiet=quiet, refresh=refresh)
@@ -39,6 +40,8 @@ def execute(
     checked = {planned.out: finished(planned) for planned in plan}
     done = {out: why for out, why in checked.items() if why is not None}
     waiting = [planned for planned in plan if planned.out not in done]
+    if before is not None and not before(waiting):
+        return []
     if root is not None:
         write_plan(root, plan)
         if url is not None:

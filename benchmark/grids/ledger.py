@@ -21,7 +21,7 @@ from dualcl.benchmark.models.bundled import bundled_backbones, bundled_diffusion
 from dualcl.datasets import available_datasets
 from dualcl.results.files import write_text
 from dualcl.results.metrics import KINDS, METRICS
-from dualcl.results.published import Group, Number, groups, numbers_beside, numbers_for, our_metric
+from dualcl.results.published import CONCEPTS, Group, Number, groups, numbers_beside, numbers_for, our_metric, streams
 from dualcl.results.published.differences import compare_number, is_of, variant
 from dualcl.results.records import Record, assignments, comparable, scan_records, set_words
 from dualcl.results.tables import DASH, PER_SEED, tell_apart
@@ -350,7 +350,27 @@ def sections(records: Sequence[Record], here: Path) -> list[Section]:
         numbers = _preset_numbers(preset)
         lines = [line for method in _methods(preset, numbers) for line in _lines_not_run(preset, method, numbers)]
         out.append(Section(name, preset.domain, "", preset.summary[:1].upper() + preset.summary[1:], lines, []))
-    return out
+    return [*out, *_without_preset()]
+
+
+def _without_preset() -> list[Section]:
+    """Published streams of concepts and requests: none is of a preset, as their pictures and base models are others."""
+    found = []
+    for name, numbers in streams().items():
+        scenario = numbers[0].scenario
+        if scenario not in CONCEPTS:
+            continue
+        lines = []
+        for group in groups(numbers):
+            for method in group.methods:
+                own = [n for n in group.numbers if n.method == method]
+                ours = own[0].dualcl_method
+                why = "no preset of ours has this stream" if ours else "no method of ours has this name"
+                row = (_protocol(group), _published(own), DASH, DASH, DASH, "not run", why)
+                lines.append(Line(ours or DASH, *row))
+        about = f"Published, {scenario}" + (f": {numbers[0].tasks} {CONCEPTS[scenario]}" if numbers[0].tasks else "")
+        found.append(Section(name, "customization", "", about, lines, []))
+    return found
 
 
 def _link(text: str, target: str, here: Path) -> str:

@@ -138,7 +138,7 @@ class Watched(Run):
     def _fit(self, task: int, groups: Any, steps: int, partial: Any) -> dict[str, Any]:
         before = {n: (t, t.detach().clone()) for n, t in self.everything().items()}
         result = super()._fit(task, groups, steps, partial)
-        declared = {id(p) for g in groups for p in g.params}
+        declared = {id(t) for t in (*self.method.averages(), *(p for g in groups for p in g.params))}
         changed = [n for n, (t, old) in before.items() if not torch.equal(t, old)]
         # a gradient in front of frozen weights is computed for nothing
         held = [n for n, (t, _) in before.items() if t.is_leaf and t.grad is not None]

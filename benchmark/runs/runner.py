@@ -263,6 +263,7 @@ class Run(Steps):
                     loss_sum, loss_count = 0.0, 0
                 factor = lr_factor(self.train, step, per_epoch)
                 value, penalty = self.step(batch, optimizer, factor, f"task {task + 1}, step {step}")
+                self.method.stepped((step + 1) % per_epoch == 0)
                 if optimizer is not None and step % self.train.log_every == 0:
                     entry = {
                         "task": task,

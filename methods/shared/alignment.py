@@ -13,7 +13,7 @@ z = W x + b are the logits of all classes, z_j those of task j's, tau = 0.1. SGD
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -30,6 +30,8 @@ DRAWS = 256
 SHRINKAGE = 1e-4
 TAU = 0.1
 MOMENTUM, DECAY = 0.9, 5e-4
+#: of rows, features (B, d) and right outputs (B,)
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,17 @@ def aligned(
     sizes: Sequence[int],
     config: AlignConfig,
     generator: torch.Generator,
+    loss: Loss | None = None,
 ) -> Tensor:
-    """Rows (C, d + 1), weights and bias, trained on draws from N(means (C, d), L L'), factors L (C, d, d); float32."""
+    """Rows trained on draws from N(means (C, d), L L'), factors L (C, d, d); float32.
+
+    (C, d + 1), weights and bias, under SLCA's loss; as `loss` wants them where it is given.
+    """
+
+    def slca(rows: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+        return alignment_loss(F.linear(features, rows[:, :-1], rows[:, -1]), labels, sizes)
+
+    loss = loss or slca
     rows = nn.Parameter(rows.clone())
     labels = torch.arange(len(rows), device=rows.device).repeat_interleave(DRAWS)
     optimizer = torch.optim.SGD([rows], lr=config.align_lr, momentum=MOMENTUM, weight_decay=DECAY)
@@ -73,11 +84,23 @@ def aligned(
         optimizer.param_groups[0]["lr"] = config.align_lr * (1 + math.cos(math.pi * epoch / config.align_epochs)) / 2
         drawn = torch.cat(list(draws(means, factors, DRAWS, generator)))
         for batch in torch.randperm(len(labels), generator=generator).to(rows.device).split(DRAWS):
-            logits = F.linear(drawn[batch], rows[:, :-1], rows[:, -1])
+            found = loss(rows, drawn[batch], labels[batch])
             optimizer.zero_grad()
-            alignment_loss(logits, labels[batch], sizes).backward()
+            found.backward()
             optimizer.step()
     return rows.detach()
+
+
+def linear_loss(rows: Tensor, features: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy of z = W x + b, rows (C, d + 1)."""
+    return F.cross_entropy(F.linear(features, rows[:, :-1], rows[:, -1]), labels)
+
+
+def shrunk_factor(gaussians: ClassGaussians, output: int) -> Tensor:
+    """L (d, d) float32 of a class: L L' = Sigma + 1e-4 I, factorised in float64."""
+    covariance = gaussians.covariance(output)
+    covariance.diagonal().add_(SHRINKAGE)
+    return cholesky(covariance, f"the covariance of output {output} has no Cholesky factor").to(gaussians.means)
 
 
 class Aligner(nn.Module):
@@ -106,14 +129,23 @@ class Aligner(nn.Module):
 
     @torch.no_grad()
     def end_task(
-        self, task: int, config: AlignConfig, generator: torch.Generator, *, restart: bool = False, equal: bool = False
+        self,
+        task: int,
+        config: AlignConfig,
+        generator: torch.Generator,
+        *,
+        restart: bool = False,
+        equal: bool = False,
+        features: Iterable[tuple[Tensor, Tensor]] | None = None,
+        plain: bool = False,
     ) -> None:
         """Keeps the task's statistics and aligns all rows.
 
         `restart`: from the rows as they were trained. `equal`: s_c as if every task had the size of this one.
+        `features`: where they are not what the domain gives. `plain`: the cross entropy of z, and s_c is 1.
         """
         (domain,) = self._domain
-        self.gaussians.add(domain.training_features(task), domain.outputs(task))
+        self.gaussians.add(domain.training_features(task) if features is None else features, domain.outputs(task))
         for t in range(0 if restart else task, task + 1):
             weight, bias = domain.output_rows(t)
             self.rows[domain.outputs(t).start : domain.outputs(t).stop] = torch.cat([weight, bias.unsqueeze(1)], 1)
@@ -123,15 +155,14 @@ class Aligner(nn.Module):
         n, sizes = self.known, [len(domain.outputs(t)) for t in range(task + 1)]
         of_task = torch.arange(n) // sizes[-1]
         s = 0.9 + 0.1 * (of_task + 1) / (task + 1) if equal else scales(sizes)
-        means = self.gaussians.means[:n] * s.unsqueeze(1).to(self.rows)
+        means = self.gaussians.means[:n] if plain else self.gaussians.means[:n] * s.unsqueeze(1).to(self.rows)
         factors = torch.stack([self.factor(c) for c in range(n)])
-        self.rows[:n] = aligned(self.rows[:n], means, factors, sizes, config, generator)
+        loss = linear_loss if plain else None
+        self.rows[:n] = aligned(self.rows[:n], means, factors, sizes, config, generator, loss)
 
     def factor(self, output: int) -> Tensor:
-        """L (d, d) float32 of a class: L L' = Sigma + 1e-4 I, factorised in float64."""
-        covariance = self.gaussians.covariance(output)
-        covariance.diagonal().add_(SHRINKAGE)
-        return cholesky(covariance, f"the covariance of output {output} has no Cholesky factor").to(self.rows)
+        """See `shrunk_factor`."""
+        return shrunk_factor(self.gaussians, output)
 
     def scores(self, features: Tensor) -> Tensor:
         """(B, outputs begun): by aligned rows where tasks ended, by the domain's elsewhere."""

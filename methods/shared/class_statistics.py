@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.methods.shared.symmetric import double, pack, packed_size, unpack
+from dualcl.methods.shared.symmetric import cholesky, double, pack, packed_size, unpack
 
 
 def class_means(features: Iterable[tuple[Tensor, Tensor]], outputs: range, width: int) -> tuple[Tensor, Tensor]:
@@ -47,6 +47,22 @@ class Moments:
     def covariance(self) -> Tensor:
         """Unbiased, (d, d); 0 of a single vector."""
         return self.scatter / max(self.count - 1, 1)
+
+
+def carrying_map(before: Moments, cross: Tensor, ridge: float) -> Tensor:
+    """M (d, d) float64 of centred X'X = `before.scatter` and X'Y = `cross`: the identity where X shows nothing."""
+    k = ridge * before.scatter.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    eye = torch.eye(len(cross)).to(cross)
+    factor = cholesky(before.scatter + k * eye, "the new task's features are no numbers; lower the learning rate")
+    return torch.cholesky_solve(cross + k * eye, factor)
+
+
+def carried(means: Tensor, before: Tensor, after: Tensor, ridge: float) -> Tensor:
+    """Means (C, d) moved by the map that takes the features `before` (n, d) to those `after`, float64."""
+    x, y = double(before), double(after)
+    moments = Moments(x)
+    by = carrying_map(moments, (x - moments.mean).T @ (y - y.mean(0)), ridge)
+    return (double(means) - moments.mean) @ by + y.mean(0)
 
 
 def class_moments(features: Iterable[tuple[Tensor, Tensor]], outputs: range) -> list[Moments]:

@@ -62,6 +62,8 @@ class LowRankUpdate(nn.Module):
         self.w_init: Tensor | None = None
         #: False while A is zero for good (between tasks): the side path is then left out
         self.active = False
+        #: (d_out, d_in) with gradient: what stands in for A B in a pass; None: A B itself
+        self.instead: Tensor | None = None
 
     @torch.no_grad()
     def start(self, generator: torch.Generator) -> None:
@@ -181,6 +183,8 @@ class AdaptedLinear(nn.Module):
         if not active:
             plain: Tensor = self.base(x)
             return plain
+        if any(_instead(u) is not None for u in active):
+            return self.dense_paths(x, active)
         if self._merges(x, active):
             rows = [slice(u.site.start, u.site.stop) for u in active]
             factors = [f for u in active for f in (u.A, u.B)]
@@ -193,6 +197,15 @@ class AdaptedLinear(nn.Module):
         y: Tensor = self.base(x)
         hidden = F.linear(x, torch.cat([u.B for u in active]))
         return y + F.linear(hidden, self._blocks(active))
+
+    def dense_paths(self, x: Tensor, active: list[Update]) -> Tensor:
+        """The frozen Linear plus what stands in for the low-rank products, x (..., d_in) -> (..., d_out)."""
+        y: Tensor = self.base(x)
+        full = torch.zeros(self.out_features, self.in_features, device=x.device, dtype=active[0].A.dtype)
+        for u in active:
+            given = _instead(u)
+            full[u.site.start : u.site.stop] = u.A @ u.B if given is None else given
+        return y + F.linear(x, full)
 
     def _merges(self, x: Tensor, active: list[Update]) -> bool:
         many = len(active) > 1 and x.dim() > 1 and x.numel() > self.in_features**2
@@ -209,6 +222,10 @@ class AdaptedLinear(nn.Module):
             return blocks
         rows = torch.cat([torch.arange(u.site.start, u.site.stop, device=blocks.device) for u in active])
         return blocks.new_zeros(self.out_features, blocks.shape[1]).index_copy(0, rows, blocks)
+
+
+def _instead(update: Update) -> Tensor | None:
+    return update.instead if isinstance(update, LowRankUpdate) else None
 
 
 def inject(model: nn.Module, sites: dict[str, Site], rank: int) -> dict[str, LowRankUpdate]:

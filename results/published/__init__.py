@@ -16,11 +16,24 @@ from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.results.records import Record
 
 FOLDER = Path(__file__).parent
-#: benchmark -> its number of classes, in the order shown
-BENCHMARKS = {"imagenet-r": 200, "cifar100": 100, "domainnet": 345, "domainnet-domains": 345}
+#: benchmark -> its number of classes, concepts or requests, 0 where not seen, in the order shown
+BENCHMARKS = {
+    "imagenet-r": 200,
+    "cifar100": 100,
+    "domainnet": 345,
+    "domainnet-domains": 345,
+    "cifc": 10,
+    "merged-faces": 3,
+    "t2i-conbench-items": 4,
+    "conceptguard": 0,
+    "unlearncanvas-objects": 12,
+    "unlearncanvas-styles": 12,
+}
 #: benchmarks whose classes all have as many test images: averages over tasks and over images agree
 EQUAL_TEST_SETS = frozenset({"cifar100"})
-SCENARIOS = ("class-incremental", "domain-incremental")
+#: of them, what the tasks are called in customization
+CONCEPTS = {"customization": "concepts", "unlearning": "requests"}
+SCENARIOS = ("class-incremental", "domain-incremental", *CONCEPTS)
 SEEN = {
     "P": "in the paper's own text or table, or in the authors' own repository",
     "S": "in a secondary transcription: notes, a machine extraction, a later paper or repository that quotes it",

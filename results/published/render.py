@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dualcl.results.published import (
+    CONCEPTS,
     SEEN,
     WEIGHTS,
     Group,
@@ -169,6 +170,11 @@ def stream_blocks(name: str | None = None) -> list[Block]:
 
 def _stream_title(name: str, numbers: Sequence[Number]) -> str:
     first = numbers[0]
+    if first.scenario in CONCEPTS:
+        what = CONCEPTS[first.scenario]
+        return f"{name}, {first.scenario}: " + (
+            f"{first.tasks} {what}" if first.tasks else f"number of {what} not seen"
+        )
     if first.scenario != "class-incremental":
         return f"{name}, {first.scenario}: another benchmark"
     if first.tasks is None:
@@ -187,6 +193,6 @@ def overview() -> list[list[str]]:
     rows = []
     for name, numbers in streams().items():
         found = list(dict.fromkeys(group.protocol.protocol for group in groups(numbers)))
-        what = "domain-incremental; " if numbers[0].scenario == "domain-incremental" else ""
+        what = "" if numbers[0].scenario == "class-incremental" else f"{numbers[0].scenario}; "
         rows.append([name, f"{len(numbers)} numbers", f"{what}protocols: {', '.join(found)}"])
     return rows

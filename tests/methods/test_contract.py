@@ -27,7 +27,7 @@ from dualcl.methods.base import Method, ParamGroup, register_method
 
 RANDOM_RIDGE = Path(__file__).with_name("random_ridge.py")
 SHORT = ("train.epochs=1", "stream.tasks=2")
-HOOKS = ("begin_task", "prepare", "loss", "penalty", "end_task", "features", "scores", "diagnostics")
+HOOKS = ("begin_task", "prepare", "loss", "penalty", "stepped", "end_task", "features", "scores", "diagnostics")
 
 
 def executed(resolved: Any, folder: Path, record: dict[str, Any]) -> Run:
@@ -78,7 +78,8 @@ def test_a_ridge_read_out_is_the_same_in_bfloat16(empty_record: Callable[[], dic
     accuracy, predicted, passes = {}, {}, {}
     for precision in ("fp32", "bf16"):
         for seed in range(3):
-            sets = [f"precision={precision}", f"seed={seed}", "input.workers=0", "device=cpu"]
+            tiny = ("data.classes=10", "stream.tasks=2", "data.train_per_class=20")
+            sets = [f"precision={precision}", f"seed={seed}", "input.workers=0", "device=cpu", *tiny]
             folder = RunFolder(tmp_path / f"{precision}{seed}")
             work = Run(resolve("glyphs", str(RANDOM_RIDGE), sets), folder, Reporter(quiet=True))
             dtypes: set[torch.dtype] = set()
@@ -150,6 +151,18 @@ def test_what_a_method_does_before_and_after_its_steps_is_on_the_clock(
         assert task["train_seconds"] >= task["begin_seconds"] + task["end_seconds"]
     told = record["measured"]["wall_seconds"]
     assert told == pytest.approx(sum(t["train_seconds"] + t["eval_seconds"] for t in tasks))
+
+
+def test_a_method_hears_of_each_step_and_of_ends_of_epochs(
+    tiny: Callable[..., Any],
+    empty_record: Callable[[], dict[str, Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heard: list[bool] = []
+    monkeypatch.setattr(method_class("linear_probe"), "stepped", lambda self, ended: heard.append(ended))
+    executed(tiny("linear_probe", "train.epochs=2"), tmp_path, empty_record())
+    assert heard == 2 * [False, False, True] + 4 * [False, True]
 
 
 # --- precision --------------------------------------------------------------------------------------------------------

@@ -44,6 +44,23 @@ def direct(updates, weight, s=None):
     return torch.cat(rows)
 
 
+@pytest.mark.parametrize("parts", ["qkv", "v", "qv"])
+def test_what_stands_in_for_a_product_counts_in_its_place(parts):
+    model, w_init, updates = fused(parts)
+    begin(updates, seed=0)
+    x, mix = torch.randn(2, 4, D_IN, dtype=torch.float64), torch.randn(2, 4, 3 * D, dtype=torch.float64)
+    mask = torch.rand(D, D_IN, dtype=torch.float64).requires_grad_()
+    last = updates["v"]
+    last.instead = mask * (last.A @ last.B)  # the others, if any, keep their products
+    inputs = [mask, *(p for u in updates.values() for p in (u.A, u.B))]
+    weight = direct({n: u for n, u in updates.items() if n != "v"}, w_init)
+    weight = torch.cat([weight[: 2 * D], weight[2 * D :] + mask * (last.A @ last.B)])
+    fast, slow = model(x), F.linear(x, weight, model.qkv.base.bias)
+    torch.testing.assert_close(fast, slow)
+    for one, two in zip(*(torch.autograd.grad((y * mix).sum(), inputs) for y in (fast, slow)), strict=True):
+        torch.testing.assert_close(one, two)
+
+
 @pytest.mark.parametrize("rows", [4, 20], ids=["side paths", "merged"])
 @pytest.mark.parametrize("parts", ["qkv", "kv", "q", "qv"])
 def test_adapters_and_folds_equal_the_direct_weight(parts, rows):

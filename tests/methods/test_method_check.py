@@ -156,7 +156,7 @@ def test_the_page_s_method_runs_and_keeps_its_promises(
     (shell,) = re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Path("ridge.py").write_text(text)
-    tiny = ["--set", "data.train_per_class=6", "data.test_per_class=4"]
+    tiny = ["--set", "data.train_per_class=6", "data.test_per_class=4", "train.epochs=1"]
     commands = [shlex.split(line, comments=True)[1:] for line in shell.splitlines()]
     assert [words[0] for words in commands] == ["check", "show", "run", "compare"]
     for words in commands:

@@ -65,6 +65,17 @@ def test_every_published_number_of_a_preset_has_a_row() -> None:
     assert re.search(r"\| l2p \(deep=true\) \| coda: .* \| Deep L2P\+\+: A_last 71\.66 .*--set method\.deep=true", part)
 
 
+def test_published_streams_of_concepts_have_a_section_of_their_own() -> None:
+    text = COMMITTED.read_text(encoding="utf-8").replace("\\", "")
+    part = re.split(r"\n### cifc-10\n", text.split("\n## Customization\n")[1])[1].split("\n### ")[0]
+    assert re.search(
+        r"\| clora \| cidm-sd15: .* \| C-LoRA: CLIP-I 76\.9, CLIP-T 73\.6 \(runs not seen, seen S\) \|", part
+    )
+    assert "not run: no preset of ours has this stream" in part
+    assert "not run: no method of ours has this name" in part
+    assert text.count("C-LoRA: image align., single 77.5") == 1
+
+
 # --- what counts as verified ------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ from dualcl.methods import available_methods
 from dualcl.results.metrics import METRICS
 from dualcl.results.published import (
     BENCHMARKS,
+    CONCEPTS,
     FOLDER,
     SCENARIOS,
     SEEN,
@@ -40,6 +41,15 @@ ROOT = Path(__file__).parents[2]
 COLLECTED = ROOT.parent / "shared" / "design" / "published.md"
 #: sections of the collected text that a benchmark's numbers may stand in: 1e holds CIFAR-100 too
 PLACES = {"imagenet-r": "1", "cifar100": "12", "domainnet": "3", "domainnet-domains": "3"}
+#: a line of the collected text on customization, which a benchmark's numbers stand in
+BULLETS = {
+    "cifc": "CIDM, Tables 1-3",
+    "merged-faces": "Orthogonal Adaptation, Table 2",
+    "t2i-conbench-items": "T2I-ConBench, table picture",
+    "conceptguard": "ConceptGuard",
+    "unlearncanvas-objects": "CUIG, plots",
+    "unlearncanvas-styles": "CUIG, plots",
+}
 
 
 def where(number: Number) -> str:
@@ -85,6 +95,8 @@ def test_streams_have_as_many_classes_as_their_benchmark() -> None:
         assert (n.tasks is None) == (n.classes_per_task is None), where(n)
         if n.tasks is not None and n.classes_per_task is not None:
             assert n.tasks * n.classes_per_task == BENCHMARKS[n.benchmark], where(n)
+        if n.scenario in CONCEPTS:
+            assert (n.benchmark in BULLETS, n.classes_per_task in (1, None)) == (True, True), where(n)
 
 
 def test_our_names_are_registered_and_settings_are_keys_of_theirs() -> None:
@@ -115,7 +127,16 @@ def test_no_number_of_the_papers_that_nobody_saw() -> None:
     for n in published_numbers():
         assert not re.search("2304.06027|2311.18763|2410.00700|2411.00623|2502.17920", n.source), where(n)
         if n.method == "C-LoRA":
-            assert n.source.startswith("InfLoRA"), where(n)
+            others = {"cifc": "CIDM", "t2i-conbench-items": "T2I-ConBench", "conceptguard": "ConceptGuard"}
+            assert n.source.startswith(others.get(n.benchmark, "InfLoRA")), where(n)
+
+
+def test_numbers_of_customization_stand_beside_no_run_and_mean_none_of_our_metrics() -> None:
+    found = [n for n in published_numbers() if n.scenario in CONCEPTS]
+    assert {n.benchmark for n in found} == set(BULLETS)
+    for n in found:
+        assert our_metric(n) == "", where(n)
+        assert numbers_for(n.benchmark, n.tasks or 0) == [], where(n)
 
 
 def test_rows_known_to_be_a_copying_slip_are_left_out() -> None:
@@ -126,6 +147,7 @@ def test_rows_known_to_be_a_copying_slip_are_left_out() -> None:
 
 #: what was collected later, of the methods of 2023 to 2025
 RIVALS = COLLECTED.with_name("rivals-classification.md")
+CUSTOMIZATION = COLLECTED.with_name("rivals-customization.md")
 
 
 def _collected() -> dict[str, str]:
@@ -141,9 +163,13 @@ needs_collected = pytest.mark.skipif(not COLLECTED.is_file(), reason="the collec
 @needs_collected
 def test_each_value_stands_in_the_section_of_its_benchmark() -> None:
     sections, rivals = _collected(), RIVALS.read_text(encoding="utf-8").replace(" ± ", "±")
+    bullets = re.split(r"\n- (?=\*\*)", CUSTOMIZATION.read_text(encoding="utf-8").split("## Published numbers")[1])
     for n in published_numbers():
-        later = n.protocol in ("ranpac", "mos")
-        text = rivals if later else "".join(sections[place] for place in PLACES[n.benchmark])
+        later = n.protocol in ("ranpac", "mos", "ease-log", "mos-log", "tuna-log", "moal", "aper-log")
+        if n.scenario in CONCEPTS:
+            (text,) = [b for b in bullets if b.startswith(f"**{BULLETS[n.benchmark]}")]
+        else:
+            text = rivals if later else "".join(sections[place] for place in PLACES[n.benchmark])
         wanted = [n.value] if not n.std else [f"{n.value}±{n.std}", f"{n.value}({n.std})"]
         assert any(re.search(rf"(?<![\d.]){re.escape(w)}(?![\d])", text) for w in wanted), where(n)
 
@@ -324,6 +350,11 @@ RIVAL_ROWS = {
     "inflora": {"InfLoRA"},
     "sdlora": {"SD-LoRA"},
     "fecam": set(),
+    "aper": {"APER/ADAM adapter", "APER-adapter"},
+    "ease": {"EASE"},
+    "tuna": {"TUNA"},
+    "moal": {"MoAL"},
+    "mos": {"MOS"},
 }
 
 

@@ -66,7 +66,9 @@ def test_a_method_has_no_key_of_a_shared_section(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_no_assignment_to_a_method_reaches_a_shared_key(name, tmp_path):
+def test_no_assignment_to_a_method_reaches_a_shared_key(name, tmp_path, monkeypatch):
+    # the nearest known key is looked for at each of hundreds of names: most of the time, and not what is tested here
+    monkeypatch.setitem(resolve.__globals__, "nearest", lambda *given: "")
     preset = "glyphs" if name in CLASSIFICATION else "glyph-concepts"
     own = {f.name for f in dataclasses.fields(method_class(name).Config)}
     names = sorted({key.rpartition(".")[2] for key in SHARED} - own)
@@ -175,10 +177,12 @@ def test_classification_methods_get_the_same(name, images_run, expected):
     for key in ("test", "judged", "identity", "started"):
         assert got[key] == expected[key]
     assert len(set(got["started"].values())) == 3
-    if work.method.takes_steps(0) and not work.joint:  # joint: all tasks at once, other batches of the same data
-        assert len(got["batches"]) == 14  # two epochs of 3, 2 and 2 batches
-        assert got["batches"] == expected["batches"]
-        assert got["lr_factors"] == expected["lr_factors"]
+    if not work.joint:  # joint: all tasks at once, other batches of the same data
+        learnt = [t for t in range(3) if work.method.takes_steps(t)]
+        assert len(got["batches"]) == sum((6, 4, 4)[t] for t in learnt)  # two epochs of 3, 2 and 2 batches
+        for what in ("batches", "lr_factors"):
+            wanted = {k: v for k, v in expected[what].items() if k.startswith(tuple(f"task {t + 1}," for t in learnt))}
+            assert got[what] == wanted
 
 
 class WatchedConcepts(WatchedRun):
@@ -339,7 +343,21 @@ def test_search_spaces_are_of_equal_size_and_valid(preset, tmp_path):
     loaded = load_preset(preset)
     trained = {n for n in loaded.compare if method_class(n).takes_steps is Method.takes_steps}
     if loaded.domain == "classification":
-        trained |= {"ewc", "l2", "lwf_mc", "er", "slca", "inflora", "sdlora", "ranpac", "fecam"}
+        trained |= {
+            "ewc",
+            "l2",
+            "lwf_mc",
+            "er",
+            "slca",
+            "inflora",
+            "sdlora",
+            "ranpac",
+            "fecam",
+            "aper",
+            "ease",
+            "tuna",
+            "mos",
+        }
     assert trained <= set(loaded.search)
     for name, axes in loaded.search.items():
         own = {f.name for f in dataclasses.fields(method_class(name).Config)}

@@ -108,6 +108,9 @@ methods:
   orthogonal_adaptation: {{rank: 2}}
   mix_of_show: {{rank: 2}}
   lora_merge: {{rank: 2}}
+  stamina: {{rank: 2}}
+  ewc_dc: {{rank: 2, fisher_batches: 1}}
+  dsc: {{rank: 2}}
   custom_diffusion_merge: {{captions: 60}}
   generative_replay: {{per_concept: 3}}
 """
