@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -48,6 +49,9 @@ class Portraits:
     @dataclass(frozen=True)
     class Config:
         """The keys below `data.`."""
+
+        #: what a sweep sets
+        to_tune_on: ClassVar[Mapping[str, str]] = {"people": "tuning"}
 
         people: Literal["reported", "tuning"] = field(
             default="reported", metadata={"help": "whom: tuning are others, to choose settings on"}

@@ -159,8 +159,8 @@ def validation(preset: str, method: str, resolved: Resolved) -> tuple[list[str],
     """What makes a sweep run on validation data, as `--set` assignments, and the name of that data.
 
     Labelled images: a part of the training images (`data.holdout`). Concepts: others than those that are reported on,
-    by number (`data.skip`) or set apart in every run (`data.validation`). Raises UserError where a setting or the data
-    set would leave nothing but what is reported on.
+    by number (`data.skip`), set apart in every run (`data.validation`), or of another draw (`to_tune_on` of the data
+    set's Config). Raises UserError where a setting or the data set would leave nothing but what is reported on.
     """
     flat, sources = resolved.flat(), resolved.sources
 
@@ -196,6 +196,9 @@ def validation(preset: str, method: str, resolved: Resolved) -> tuple[list[str],
         own = [] if given("data.skip") else [f"data.skip={skip}"]
         own += [] if given("data.concepts") else [f"data.concepts={concepts}"]
         return own + shorter(concepts), f"{concepts} other concepts (data.skip={skip})"
+    if others := getattr(resolved.sections["data"], "to_tune_on", {}):
+        own = [f"data.{key}={value}" for key, value in others.items() if flat[f"data.{key}"] != value]
+        return own, f"other concepts ({', '.join(f'data.{key}={value}' for key, value in others.items())})"
     if "data.validation" in flat:
         concepts = flat["data.validation"]
         own = ["data.tuning=true"]

@@ -354,6 +354,13 @@ def test_a_sweep_knows_the_concepts_that_a_preset_leaves_out(tmp_path: Path) -> 
         plan_sweep(str(own), "clora", None, [0], ["data.skip=0", "data.concepts=7"], tmp_path)
 
 
+@pytest.mark.parametrize("preset", ["portraits-10", "portraits-tune", "portraits-50"])
+def test_a_sweep_on_drawn_persons_runs_on_others(preset: str, tmp_path: Path) -> None:
+    sweep = plan_sweep(preset, "clora", None, [0], [], tmp_path)
+    assert sweep.plan[0].resolved.flat()["data.people"] == "tuning"
+    assert sweep.measured_on == "other concepts (data.people=tuning)"
+
+
 def test_a_sweep_on_photographs_runs_on_validation_concepts(tmp_path: Path) -> None:
     flat = plan_sweep("celeba-hq-10", "clora", None, [0], [], tmp_path).plan[0].resolved.flat()
     # chosen by rule: the five after the ten that are reported on
