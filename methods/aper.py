@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dualcl.benchmark.core.domain import Domain, Images, Network
 from dualcl.methods.base import register_method
 from dualcl.methods.shared.adapters import AdapterConfig, AdapterMethod
+from dualcl.methods.shared.class_statistics import cosine
 
 
 @register_method(
@@ -56,8 +56,7 @@ class APER(AdapterMethod):
 
     def scores(self, features: Tensor) -> Tensor:
         """(B, outputs begun), those of tasks that did not end lowest."""
-        means = F.normalize(self.means[: self.known].flatten(1), dim=1)
-        return self.with_lowest(F.normalize(features.flatten(1), dim=1) @ means.T)
+        return self.with_lowest(cosine(features.flatten(1), self.means[: self.known].flatten(1)))
 
     def stored_parameters(self) -> int:
         """The bottlenecks, and two means of each class."""

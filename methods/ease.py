@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from dualcl.benchmark.core.domain import Domain, Images, Network
 from dualcl.methods.base import check, register_method
 from dualcl.methods.shared.adapters import AdapterConfig, AdapterMethod
+from dualcl.methods.shared.class_statistics import cosine
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def completed(means: Tensor, sizes: Sequence[int]) -> Tensor:
     for a in range(len(sizes)):
         old = slice(starts[a], starts[a + 1])
         for j in range(a + 1, len(sizes)):
-            near = F.normalize(means[old, a], dim=-1) @ F.normalize(means[starts[j] :, a], dim=-1).T
+            near = cosine(means[old, a], means[starts[j] :, a])
             made[old, j] = near.softmax(1) @ means[starts[j] :, j]
     return made
 

@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from dualcl.benchmark.core.domain import Domain
 from dualcl.methods.base import MethodConfig, ParamGroup, check, check_quirks, register_method
+from dualcl.methods.shared.class_statistics import cosine
 from dualcl.methods.shared.prompting import (
     PromptMethod,
     check_blocks,
     check_depth,
     check_length,
-    cosine,
     count_choices,
     halves,
     majority,

@@ -26,12 +26,11 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dualcl.benchmark.core.domain import Domain, Images, Network
 from dualcl.methods.base import check, check_quirks, register_method
 from dualcl.methods.shared.adapters import AdapterConfig, AdapterMethod, CosineRows
-from dualcl.methods.shared.class_statistics import carried
+from dualcl.methods.shared.class_statistics import carried, cosine
 from dualcl.methods.shared.ridge import Ridge, choose_strength, held_out
 from dualcl.methods.shared.symmetric import packed_size
 
@@ -168,7 +167,7 @@ class MoAL(AdapterMethod):
         old = self.means[: outputs.start]
         old.copy_(carried(old, before, features, self.config.map_ridge))
         new = self.means[outputs.start : outputs.stop]
-        nearest = (F.normalize(old, dim=1) @ F.normalize(new, dim=1).T).argmax(1) + outputs.start
+        nearest = cosine(old, new).argmax(1) + outputs.start
         for output in range(outputs.stop):
             source = output if output >= outputs.start else int(nearest[output])
             h = self.random(features[labels == source] - self.means[source] + self.means[output])

@@ -33,6 +33,7 @@ from dualcl.benchmark.core.domain import Domain, Images, Network
 from dualcl.methods.base import check, check_quirks, register_method
 from dualcl.methods.shared.adapters import AdapterConfig, AdapterMethod
 from dualcl.methods.shared.alignment import AlignConfig, Aligner, caveat
+from dualcl.methods.shared.class_statistics import cosine
 
 #: times that the classifier is asked for an adapter
 ASKED = 4
@@ -145,7 +146,7 @@ class MOS(AdapterMethod):
             return self.with_lowest(features.new_zeros(len(features), 0))
         rows, sizes = self.aligner.rows[: self.known], [len(self.classifier.outputs(t)) for t in range(self.finished)]
         logits = F.linear(features, rows[:, :-1], rows[:, -1])
-        cosines = F.normalize(features[:, 0], dim=1) @ F.normalize(self.means[: self.known], dim=1).T
+        cosines = cosine(features[:, 0], self.means[: self.known])
         tasks = torch.arange(self.finished).repeat_interleave(torch.tensor(sizes)).to(features.device)
         answer = found(logits, tasks[cosines.argmax(1)], tasks)
         return self.with_lowest(answer.softmax(1) + (self.finished * cosines).softmax(1))

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from dualcl.benchmark.core.domain import Domain, FeatureDomain, Images, Network
 from dualcl.methods.base import Method, MethodConfig, ParamGroup, check, check_quirks, register_method
-from dualcl.methods.shared.adapters import CosineRows, bottlenecks
+from dualcl.methods.shared.adapters import CosineRows, adapter_groups, bottlenecks, stream_width
 from dualcl.methods.shared.ridge import Ridge, choose_strength, held_out
 from dualcl.methods.shared.symmetric import packed_size
 
@@ -95,14 +95,10 @@ class RanPAC(Method):
         self.adapters, self.first_rows = nn.ModuleList(), nn.ModuleList()
         if config.adapt != "none":
             start = self.generator("adapters")
-            self.adapters.extend(bottlenecks(network.blocks, self.token_width(), config.bottleneck, start, device))
+            self.adapters.extend(bottlenecks(network.blocks, stream_width(domain), config.bottleneck, start, device))
             self.first_rows.append(CosineRows(len(self.classifier.outputs(0)), d, start, device))
         self.seen, self.known = 0, 0
         self.chosen = 0.0
-
-    def token_width(self) -> int:
-        """Width of the residual stream."""
-        return next(iter(self.domain.sites().values())).d_in
 
     def takes_steps(self, task: int) -> bool:
         """The first one, where it adapts."""
@@ -116,9 +112,7 @@ class RanPAC(Method):
 
     def trained(self) -> list[ParamGroup]:
         """Bottlenecks and the first task's rows."""
-        parts = (("adapters", self.adapters, self.config.lr), ("rows", self.first_rows, self.config.head_lr))
-        found = [(name, [p for p in part.parameters() if p.requires_grad], lr) for name, part, lr in parts]
-        return [ParamGroup(name, params, lr, self.config.weight_decay) for name, params, lr in found if params]
+        return adapter_groups(self.config, self.adapters, self.first_rows)
 
     def features(self, images: Images, network: Network) -> Tensor:
         """(B, d), through the bottlenecks."""

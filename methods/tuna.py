@@ -32,8 +32,8 @@ from torch.nn import functional as F
 from dualcl.benchmark.core.domain import Domain, Images, Network
 from dualcl.methods.base import check, check_quirks, register_method
 from dualcl.methods.shared.adapters import AdapterConfig, AdapterMethod, Bottleneck, CosineRows
-from dualcl.methods.shared.alignment import AlignConfig, aligned, caveat, scales, shrunk_factor
-from dualcl.methods.shared.class_statistics import ClassGaussians
+from dualcl.methods.shared.alignment import AlignConfig, aligned, caveat, scales, shrunk_factors
+from dualcl.methods.shared.class_statistics import ClassGaussians, cosine
 
 SCALE = 20.0
 
@@ -82,7 +82,7 @@ def overlap(one: Sequence[Bottleneck], two: Sequence[Bottleneck]) -> Tensor:
 
 def cosine_loss(rows: Tensor, features: Tensor, labels: Tensor) -> Tensor:
     """Cross entropy of z."""
-    return F.cross_entropy(SCALE * F.normalize(features, dim=1) @ F.normalize(rows, dim=1).T, labels)
+    return F.cross_entropy(SCALE * cosine(features, rows), labels)
 
 
 def answers(logits: Tensor, adapters: int) -> Tensor:
@@ -147,7 +147,7 @@ class TUNA(AdapterMethod):
         if self.config.mean_decay:
             s = (rising_scales if "rising_decay" in self.config.reference_quirks else scales)(sizes)
             means = means * s.unsqueeze(1).to(means)
-        factors = torch.stack([shrunk_factor(self.gaussians, c) for c in range(self.known)])
+        factors = shrunk_factors(self.gaussians, self.known)
         generator = self.generator("align", task)
         found = aligned(self.all_rows(), means, factors, sizes, self.config, generator, cosine_loss)
         for rows, part in zip(self.rows, found.split(sizes), strict=True):
@@ -173,7 +173,7 @@ class TUNA(AdapterMethod):
         """(B, outputs begun), those of tasks that did not end lowest."""
         if not self.finished:
             return self.with_lowest(features.new_zeros(len(features), 0))
-        logits = SCALE * F.normalize(features, dim=2) @ F.normalize(self.all_rows(), dim=1).T
+        logits = SCALE * cosine(features, self.all_rows())
         return self.with_lowest(answers(logits, self.finished))
 
     def stored_parameters(self) -> int:

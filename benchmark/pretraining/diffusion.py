@@ -26,7 +26,6 @@ import transformers
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from dualcl.benchmark.core.files import atomic_write
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.seeding import derive_seed, numpy_generator
 from dualcl.benchmark.pretraining.text_to_image import (
@@ -43,6 +42,7 @@ from dualcl.benchmark.pretraining.text_to_image import (
     save_pipeline,
     to_input,
     weight_hashes,
+    write_card,
 )
 from dualcl.datasets.drawing.captions import (
     CLASS_NOUN,
@@ -475,10 +475,7 @@ def measure(
         },
         "glyphs": names,
     }
-    with atomic_write(target / "card.json") as handle:
-        handle.write((json.dumps(card, indent=1) + "\n").encode())
-    with atomic_write(target / "README.md") as handle:
-        handle.write(_card_text(card).encode())
+    write_card(target, card, _card_text(card))
     say(json.dumps(measured))
     return card
 

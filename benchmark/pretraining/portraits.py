@@ -45,6 +45,7 @@ from dualcl.benchmark.pretraining.text_to_image import (
     save_pipeline,
     to_input,
     weight_hashes,
+    write_card,
 )
 from dualcl.datasets.drawing.people import sample_person
 from dualcl.datasets.drawing.portrait_captions import caption, caption_words, sample_caption, sample_kind, sample_named
@@ -259,13 +260,9 @@ def make_judge(folder: Path, seed: int, recipe: JudgeRecipe, command: str, say: 
         "versions": {"torch": torch.__version__},
     }
     target = folder / "portraits_judge"
-    for name, data in {
-        "model.safetensors": weights,
-        "card.json": (json.dumps(card, indent=1) + "\n").encode(),
-        "README.md": _judge_text(card).encode(),
-    }.items():
-        with atomic_write(target / name) as handle:
-            handle.write(data)
+    with atomic_write(target / "model.safetensors") as handle:
+        handle.write(weights)
+    write_card(target, card, _judge_text(card))
     say(json.dumps(card["measured"]))
     return card
 
@@ -375,6 +372,10 @@ class Portraits:
         """What a stage depends on: these fields of the recipe, seed and drawing."""
         return {"seed": self.seed, "drawing": drawing_hash(), **{name: getattr(self.recipe, name) for name in names}}
 
+    def told_with_words(self, *names: str) -> dict[str, Any]:
+        """The same of a stage that reads captions."""
+        return {**self.told(*names), "words": hash_of(self.tokenizer.get_vocab())}
+
     _VAE = ("vae_pictures", "vae_batch", "vae_lr", "pull", "latent_channels")
     _TEXT = ("text_steps", "text_batch", "text_lr", "text_width", "text_length")
     _UNET = (
@@ -433,7 +434,7 @@ class Portraits:
             return torch.stack(errors).mean()
 
         schedule = Schedule(recipe.text_steps, recipe.text_lr, flat=0.3, weight_decay=0.01)
-        told = {**self.told(*self._TEXT), "words": hash_of(self.tokenizer.get_vocab())}
+        told = self.told_with_words(*self._TEXT)
         return train(self.state / "text.safetensors", told, reader, loss, schedule, self.say).text
 
     def text_and_unet(self, vae: Any) -> TextAndUNet:
@@ -472,7 +473,7 @@ class Portraits:
             self.save(average, vae)
 
         schedule = Schedule(recipe.unet_steps, recipe.lr, warm=200, weight_decay=0.01, ema=recipe.ema)
-        told = {**self.told(*self._UNET), "words": hash_of(self.tokenizer.get_vocab())}
+        told = self.told_with_words(*self._UNET)
         file = self.state / "unet.safetensors"
         return train(file, told, model, loss, schedule, self.say, at_save=at_save)
 
@@ -607,10 +608,7 @@ def measure(work: Portraits, command: str, judge: Judge | None = None) -> dict[s
         "captioned": CAPTIONED,
         "hidden": HIDDEN,
     }
-    with atomic_write(target / "card.json") as handle:
-        handle.write((json.dumps(card, indent=1) + "\n").encode())
-    with atomic_write(target / "README.md") as handle:
-        handle.write(_card_text(card).encode())
+    write_card(target, card, _card_text(card))
     say(json.dumps(measured))
     return card
 

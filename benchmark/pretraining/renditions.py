@@ -67,6 +67,14 @@ def _draw(
     return torch.from_numpy(images), torch.arange(len(names)).repeat_interleave(count)
 
 
+def write_backbone(path: Path, weights: bytes, card: Mapping[str, Any], text: str) -> None:
+    """The three files of a bundled backbone: `path` with the suffixes .safetensors, .json and .md."""
+    described = (json.dumps(card, indent=2) + "\n").encode()
+    for suffix, data in (".safetensors", weights), (".json", described), (".md", text.encode()):
+        with atomic_write(path.with_suffix(suffix)) as handle:
+            handle.write(data)
+
+
 def augmented(inputs: Tensor, by: int, generator: torch.Generator) -> Tensor:
     """Each image (B, 3, H, W) shifted by up to `by` pixels, its colour channels permuted."""
     batch, channels, height, width = inputs.shape
@@ -162,13 +170,7 @@ def make_renditions_vit(folder: Path, seed: int, recipe: RenditionsViTRecipe, co
         "measured": {"held_out_accuracy": round(own, 4), "nearest_class_mean_accuracy": means},
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
-    for suffix, data in (
-        ("safetensors", weights),
-        ("json", (json.dumps(card, indent=2) + "\n").encode()),
-        ("md", _card_text(card, list(chosen)).encode()),
-    ):
-        with atomic_write(folder / f"renditions_vit.{suffix}") as handle:
-            handle.write(data)
+    write_backbone(folder / "renditions_vit", weights, card, _card_text(card, list(chosen)))
     say(json.dumps(card["measured"]))
     return card
 

@@ -9,7 +9,7 @@ import math
 import shutil
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,13 @@ def write_vocabulary(folder: Path) -> None:
     merges = [" ".join(m) if isinstance(m, list) else m for m in model["merges"]]
     (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+
+
+def write_card(target: Path, card: Mapping[str, Any], text: str) -> None:
+    """card.json and README.md of a bundled model."""
+    for name, data in ("card.json", json.dumps(card, indent=1) + "\n"), ("README.md", text):
+        with atomic_write(target / name) as handle:
+            handle.write(data.encode())
 
 
 def contact_sheet(images: Tensor, captions: list[str], path: Path, columns: int = 8, zoom: int = 3) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import sys
 import textwrap
@@ -26,12 +25,11 @@ import dualcl.benchmark.core.compat  # noqa: F401 - before timm
 import timm
 
 from dualcl.benchmark.core.errors import UserError, nearest
-from dualcl.benchmark.core.files import atomic_write
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.seeding import derive_seed, numpy_generator
 from dualcl.benchmark.pretraining.diffusion import GlyphDiffusionRecipe, make_glyph_diffusion
 from dualcl.benchmark.pretraining.portraits import JudgeRecipe, PortraitsRecipe, make_judge, make_portraits
-from dualcl.benchmark.pretraining.renditions import RenditionsViTRecipe, augmented, make_renditions_vit
+from dualcl.benchmark.pretraining.renditions import RenditionsViTRecipe, augmented, make_renditions_vit, write_backbone
 from dualcl.benchmark.pretraining.text_to_image import to_input
 from dualcl.datasets.drawing.glyphs import (
     PRETRAINING_GLYPHS,
@@ -220,10 +218,7 @@ def _make_glyph_vit(folder: Path, seed: int, recipe: GlyphViTRecipe, settings: d
         },
         "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
-    text = json.dumps(card, indent=2) + "\n"
-    for suffix, data in ("safetensors", weights), ("json", text.encode()), ("md", _model_card(card, chosen).encode()):
-        with atomic_write(folder / f"glyph_vit.{suffix}") as handle:
-            handle.write(data)
+    write_backbone(folder / "glyph_vit", weights, card, _model_card(card, chosen))
     _say(f"held-out accuracy {own:.1%}, nearest class mean on the stream's classes {ncm:.1%}; written to {folder}")
     return card
 

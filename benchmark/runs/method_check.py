@@ -157,11 +157,13 @@ class Watched(Run):
 class Killed(Run):
     """Is interrupted in the last task: in its second step, after a checkpoint of the first, or where it takes none."""
 
-    def step(self, batch: Any, optimizer: Any, factor: float, where: str) -> tuple[float, Tensor | None]:
+    def step(
+        self, batch: Any, optimizer: Any, factor: float, where: str, ended: bool = False
+    ) -> tuple[float, Tensor | None]:
         """The second one of the last task never ends."""
         if where == f"task {1 if self.joint else self.n_tasks}, step 1":
             raise KeyboardInterrupt
-        return super().step(batch, optimizer, factor, where)
+        return super().step(batch, optimizer, factor, where, ended)
 
     def _stage(self, record: dict[str, Any], task: int, stages: int, partial: Any) -> None:
         if task == stages - 1 and not self.method.takes_steps(task):

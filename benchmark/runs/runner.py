@@ -262,8 +262,8 @@ class Run(Steps):
                 if step % per_epoch == 0:
                     loss_sum, loss_count = 0.0, 0
                 factor = lr_factor(self.train, step, per_epoch)
-                value, penalty = self.step(batch, optimizer, factor, f"task {task + 1}, step {step}")
-                self.method.stepped((step + 1) % per_epoch == 0)
+                ended, where = (step + 1) % per_epoch == 0, f"task {task + 1}, step {step}"
+                value, penalty = self.step(batch, optimizer, factor, where, ended)
                 if optimizer is not None and step % self.train.log_every == 0:
                     entry = {
                         "task": task,

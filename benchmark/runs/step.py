@@ -87,10 +87,11 @@ class Steps:
         return torch.amp.GradScaler(self.device.type, init_scale=2.0**12, enabled=self.precision == "fp16")
 
     def step(
-        self, batch: Any, optimizer: torch.optim.Optimizer | None, factor: float, where: str
+        self, batch: Any, optimizer: torch.optim.Optimizer | None, factor: float, where: str, ended: bool = False
     ) -> tuple[float, Tensor | None]:
         """One optimiser step with every learning rate times `factor`; returns the loss and the penalty in it.
 
+        The method hears of it, and whether it `ended` an epoch.
         Raises NonFiniteLoss, which says `where`, before anything is changed. Under `train.on_oom=split` a step that
         runs out of memory is taken again with half the micro-batch.
         """
@@ -105,6 +106,7 @@ class Steps:
                 nn.utils.clip_grad_norm_(params, self.train.grad_clip)
             self.scaler.step(optimizer)
             self.scaler.update()
+        self.method.stepped(ended)
         return loss, penalty
 
     def _gradients(

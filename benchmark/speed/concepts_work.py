@@ -173,7 +173,6 @@ def measure_once(resolved: Resolved, job: ConceptJob, diffusion: TextToImage) ->
         def step() -> None:
             number, batch = fetched.pop()
             losses.append(run.step(batch, optimizer, 1.0, f"step {number}")[0])
-            run.method.stepped(False)
 
         steps = [seconds(device, step)]
         while len(steps) < job.repeats:

@@ -156,7 +156,6 @@ class TaskSteps:
         """Fetches a batch and trains on it."""
         number, batch = next(self.batches)
         self.run.step(batch, self.optimizer, 1.0, f"task {self.index + 1}, step {number}")
-        self.run.method.stepped(False)
 
     def end(self) -> None:
         """Ends the task."""

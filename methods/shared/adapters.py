@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from dualcl.benchmark.core.domain import Domain, FeatureDomain, Images, Network
 from dualcl.methods.base import Method, MethodConfig, ParamGroup, check
-from dualcl.methods.shared.class_statistics import class_means
+from dualcl.methods.shared.class_statistics import class_means, cosine
 
 SCALE = 0.1
 
@@ -41,6 +41,18 @@ def bottlenecks(
     return [Bottleneck(width, rank, generator, device) for _ in range(blocks)]
 
 
+def stream_width(domain: Domain) -> int:
+    """Width of what runs from block to block."""
+    return next(iter(domain.sites().values())).d_in
+
+
+def adapter_groups(config: MethodConfig, adapters: nn.Module, rows: nn.Module) -> list[ParamGroup]:
+    """What of bottlenecks and rows wants a gradient, at method.lr and method.head_lr."""
+    parts = (("adapters", adapters, config.lr), ("rows", rows, config.head_lr))
+    found = [(name, [p for p in part.parameters() if p.requires_grad], lr) for name, part, lr in parts]
+    return [ParamGroup(name, params, lr, config.weight_decay) for name, params, lr in found if params]
+
+
 class CosineRows(nn.Module):
     """Rows whose scores are s cos(f, w) with a learnt s, 1 at first, or a given one that stays."""
 
@@ -56,7 +68,7 @@ class CosineRows(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, width) -> (B, classes)."""
-        return self.scale * (F.normalize(features, dim=1) @ F.normalize(self.rows, dim=1).T)
+        return self.scale * cosine(features, self.rows)
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy."""
@@ -115,16 +127,14 @@ class AdapterMethod(Method):
     def grow(self, task: int) -> None:
         """Fresh bottlenecks, and rows of the task's classes."""
         start, device = self.generator("adapters", task), self.domain.device
-        blocks, width = self.classifier.network.blocks, next(iter(self.domain.sites().values())).d_in
+        blocks, width = self.classifier.network.blocks, stream_width(self.domain)
         self.adapters.append(nn.ModuleList(bottlenecks(blocks, width, self.config.bottleneck, start, device)))
         rows = CosineRows(len(self.classifier.outputs(task)), self.width, start, device, self.scale)
         self.rows = nn.ModuleList([rows])
 
     def trained(self) -> list[ParamGroup]:
         """The task's bottlenecks and rows."""
-        parts = (("adapters", self.adapters, self.config.lr), ("rows", self.rows, self.config.head_lr))
-        found = [(name, [p for p in part.parameters() if p.requires_grad], lr) for name, part, lr in parts]
-        return [ParamGroup(name, params, lr, self.config.weight_decay) for name, params, lr in found if params]
+        return adapter_groups(self.config, self.adapters, self.rows)
 
     def read(self, images: Images, network: Network, which: int) -> Tensor:
         """(B, d) under the bottlenecks of one task; kept once these stay."""

@@ -96,11 +96,15 @@ def linear_loss(rows: Tensor, features: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(features, rows[:, :-1], rows[:, -1]), labels)
 
 
-def shrunk_factor(gaussians: ClassGaussians, output: int) -> Tensor:
-    """L (d, d) float32 of a class: L L' = Sigma + 1e-4 I, factorised in float64."""
-    covariance = gaussians.covariance(output)
-    covariance.diagonal().add_(SHRINKAGE)
-    return cholesky(covariance, f"the covariance of output {output} has no Cholesky factor").to(gaussians.means)
+def shrunk_factors(gaussians: ClassGaussians, known: int) -> Tensor:
+    """L (known, d, d) float32 of the first classes: L L' = Sigma + 1e-4 I, factorised in float64."""
+
+    def factor(output: int) -> Tensor:
+        covariance = gaussians.covariance(output)
+        covariance.diagonal().add_(SHRINKAGE)
+        return cholesky(covariance, f"the covariance of output {output} has no Cholesky factor").to(gaussians.means)
+
+    return torch.stack([factor(output) for output in range(known)])
 
 
 class Aligner(nn.Module):
@@ -156,13 +160,9 @@ class Aligner(nn.Module):
         of_task = torch.arange(n) // sizes[-1]
         s = 0.9 + 0.1 * (of_task + 1) / (task + 1) if equal else scales(sizes)
         means = self.gaussians.means[:n] if plain else self.gaussians.means[:n] * s.unsqueeze(1).to(self.rows)
-        factors = torch.stack([self.factor(c) for c in range(n)])
+        factors = shrunk_factors(self.gaussians, n)
         loss = linear_loss if plain else None
         self.rows[:n] = aligned(self.rows[:n], means, factors, sizes, config, generator, loss)
-
-    def factor(self, output: int) -> Tensor:
-        """See `shrunk_factor`."""
-        return shrunk_factor(self.gaussians, output)
 
     def scores(self, features: Tensor) -> Tensor:
         """(B, outputs begun): by aligned rows where tasks ended, by the domain's elsewhere."""

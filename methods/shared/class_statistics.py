@@ -6,9 +6,15 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dualcl.benchmark.core.errors import UserError
 from dualcl.methods.shared.symmetric import cholesky, double, pack, packed_size, unpack
+
+
+def cosine(features: Tensor, rows: Tensor) -> Tensor:
+    """Cosine of each feature (..., B, d) with each row (..., C, d), shape (..., B, C), in the rows' precision."""
+    return F.normalize(features.to(rows.dtype), dim=-1) @ F.normalize(rows, dim=-1).mT
 
 
 def class_means(features: Iterable[tuple[Tensor, Tensor]], outputs: range, width: int) -> tuple[Tensor, Tensor]:

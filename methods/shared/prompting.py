@@ -1,4 +1,4 @@
-"""What the prompt methods share: prompts as prefixes of attention blocks, option checks, cosines in float32."""
+"""What the prompt methods share: prompts as prefixes of attention blocks, option checks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dualcl.benchmark.core.domain import Domain, FeatureDomain, Images, Network
 from dualcl.methods.base import Method, ParamGroup, check
@@ -48,11 +47,6 @@ def halves(prompts: Tensor) -> tuple[Tensor, Tensor]:
     """Splits prompts (..., L, D) into what is prepended to the keys and to the values, each (..., L/2, D)."""
     keys, values = prompts.chunk(2, dim=-2)
     return keys, values
-
-
-def cosine(query: Tensor, keys: Tensor) -> Tensor:
-    """Cosine of each query (B, D) with each key (n_blocks, M, D), shape (n_blocks, B, M)."""
-    return F.normalize(query.to(keys.dtype), dim=-1) @ F.normalize(keys, dim=-1).mT
 
 
 def count_choices(choice: Tensor, pool: int) -> Tensor:

@@ -113,10 +113,10 @@ def resumed(executed: Callable[..., Any], tmp_path: Path) -> Callable[..., dict[
 
     def run_twice(resolved: Any, where: str) -> dict[str, torch.Tensor]:
         class Killed(Run):
-            def step(self, batch: Any, optimizer: Any, factor: float, at: str) -> Any:
+            def step(self, batch: Any, optimizer: Any, factor: float, at: str, ended: bool = False) -> Any:
                 if at == where:
                     raise KeyboardInterrupt
-                return super().step(batch, optimizer, factor, at)
+                return super().step(batch, optimizer, factor, at, ended)
 
         whole: dict[str, torch.Tensor] = executed(resolved, tmp_path / "whole").tensors()
         with pytest.raises(KeyboardInterrupt):

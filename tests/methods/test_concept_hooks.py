@@ -88,10 +88,10 @@ class Encoder(Method):
 class Killed(Run):
     """Stops after the first step of the second task."""
 
-    def step(self, batch: Any, optimizer: Any, factor: float, where: str) -> Any:
+    def step(self, batch: Any, optimizer: Any, factor: float, where: str, ended: bool = False) -> Any:
         if where == "task 2, step 1":
             raise KeyboardInterrupt
-        return super().step(batch, optimizer, factor, where)
+        return super().step(batch, optimizer, factor, where, ended)
 
 
 @pytest.fixture

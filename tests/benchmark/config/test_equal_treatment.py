@@ -137,10 +137,10 @@ class WatchedRun(Run):
         domain: Any = self.domain
         return list(domain.heads[task].parameters())
 
-    def step(self, batch: Any, optimizer: Any, factor: float, where: str) -> Any:
+    def step(self, batch: Any, optimizer: Any, factor: float, where: str, ended: bool = False) -> Any:
         self.got["batches"][where] = self.of_batch(batch)
         self.got["lr_factors"][where] = factor, type(optimizer).__name__
-        return super().step(batch, optimizer, factor, where)
+        return super().step(batch, optimizer, factor, where, ended)
 
     def of_batch(self, batch: Any) -> str:
         return digest(batch.images, batch.labels, batch.indices, batch.flipped)

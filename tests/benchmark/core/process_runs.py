@@ -59,10 +59,10 @@ def work(preset: str, methods: str, out: Path, stop: str, sets: Sequence[str]) -
             return found
 
     class Stopped(Run):
-        def step(self, batch: Any, optimizer: Any, factor: float, where: str) -> Any:
+        def step(self, batch: Any, optimizer: Any, factor: float, where: str, ended: bool = False) -> Any:
             if where == stop:
                 raise KeyboardInterrupt
-            return super().step(batch, optimizer, factor, where)
+            return super().step(batch, optimizer, factor, where, ended)
 
     for method in methods.split(","):
         said.clear()
