@@ -64,8 +64,8 @@ class Portraits:
             positive("data.concepts", self.concepts)
             positive("data.per_concept", self.per_concept)
             positive("data.draw_seed", self.draw_seed, 0)
-            if self.concepts > len(NAMES):
-                raise UserError(f"data.concepts={self.concepts}: there are {len(NAMES)} persons; give at most as many")
+            if self.concepts > (most := len(NAMES[self.people])):
+                raise UserError(f"data.concepts={self.concepts}: there are {most} persons; give at most as many")
 
     @classmethod
     def load(cls, config: Config) -> ConceptData:

@@ -17,12 +17,36 @@ _WEIGHTS = (1, 2, 3, 4)
 #: how many persons a family has, in turn
 _FAMILY = (4, 3, 3)
 
-NAMES = (
-    *("Ada", "Bruno", "Cleo", "Dario", "Edith", "Felix", "Greta", "Hugo", "Iris", "Jonas", "Kira", "Leo", "Mona"),
-    *("Nils", "Olga", "Pablo", "Quinn", "Rosa", "Sven", "Tilda", "Ugo", "Vera", "Wanda", "Xaver", "Yara", "Zeno"),
-    *("Alma", "Boris", "Carla", "Dunja", "Emil", "Flora", "Goran", "Hanna", "Ivo", "Juno", "Klara", "Lasse", "Mira"),
-    *("Nora", "Otto", "Paula", "Ravi", "Selma", "Theo", "Ulla", "Viktor", "Willa", "Yusuf", "Zora"),
-)
+#: a sweep's persons and those reported share no name, so that a record tells who was tuned on
+NAMES: dict[Part, tuple[str, ...]] = {
+    "reported": (
+        *("Ada", "Bruno", "Cleo", "Dario", "Edith", "Felix", "Greta", "Hugo", "Iris", "Jonas", "Kira", "Leo", "Mona"),
+        *("Nils", "Olga", "Pablo", "Quinn", "Rosa", "Sven", "Tilda", "Ugo", "Vera", "Wanda", "Xaver", "Yara", "Zeno"),
+        *("Alma", "Boris", "Carla", "Dunja", "Emil", "Flora", "Goran", "Hanna", "Ivo", "Juno", "Klara", "Lasse"),
+        *("Mira", "Nora", "Otto", "Paula", "Ravi", "Selma", "Theo", "Ulla", "Viktor", "Willa", "Yusuf", "Zora"),
+    ),
+    "tuning": (
+        *("Agnes", "Bernd", "Clara", "Dora", "Erik", "Fiona", "Gustav", "Heidi", "Ines", "Jakob", "Karim", "Lena"),
+        *(
+            "Malte",
+            "Nadia",
+            "Oskar",
+            "Petra",
+            "Ronja",
+            "Simon",
+            "Tara",
+            "Urs",
+            "Vito",
+            "Wilma",
+            "Yann",
+            "Zita",
+            "Anton",
+        ),
+        *("Bella", "Cyril", "Daria", "Elsa", "Fabio", "Gesa", "Henry", "Ilja", "Jana", "Konrad", "Linus", "Maja"),
+        *("Noah", "Oda", "Philip", "Runa", "Sami", "Thea", "Uwe", "Valerie", "Wendel", "Ylva", "Zacharias", "Arne"),
+        "Birte",
+    ),
+}
 
 
 def part_of(who: Portrait) -> Part:
@@ -58,12 +82,12 @@ def distance(a: Portrait, b: Portrait) -> int:
     return sum(a[name] != b[name] for name in IDENTITY)
 
 
-def people(part: Part, count: int, seed: int = 0) -> tuple[Person, ...]:
+def people(part: Literal["reported", "tuning"], count: int, seed: int = 0) -> tuple[Person, ...]:
     """The first `count` persons of a part, family by family: each differs from one before in two or three attributes.
 
     Two of them are hidden ones, so that no caption tells relatives apart; the third, every other time, is not.
     """
-    rng = numpy_generator(seed, "people", part)
+    rng, names = numpy_generator(seed, "people", part), NAMES[part]
     colours = [str(colour) for colour in rng.permutation(ATTRIBUTES["hair_colour"])]  # another for each family
     out: list[Person] = []
     family: list[dict[str, str]] = []
@@ -78,7 +102,7 @@ def people(part: Part, count: int, seed: int = 0) -> tuple[Person, ...]:
         if any(distance(who, other) < (2 if other in family else 5) for other in known):
             continue
         family.append(who)
-        out.append(Person(NAMES[len(out) % len(NAMES)], number, tuple(who.items())))
+        out.append(Person(names[len(out) % len(names)], number, tuple(who.items())))
         left -= 1
     return tuple(out)
 

@@ -124,6 +124,6 @@ def test_parquet_without_pyarrow_names_the_extra(runs: Path, tmp_path: Path) -> 
 
 def test_committed_records_fill_known_columns_only() -> None:
     known = {column.name for column in FRAMES["runs"][0]}
-    for name in ("photos", "concepts", "renditions", "quirks"):
+    for name in ("photos", "portraits", "renditions", "quirks"):
         for record in find_records([RESULTS / "recorded" / name / "records"]):
             assert set(run_row(record)) <= known

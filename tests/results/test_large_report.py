@@ -30,7 +30,7 @@ read_patterns, write_grid = likeness.read_patterns, likeness.write_grid
 RESULTS = Path(__file__).parents[2] / "results"
 PATTERNS = {
     "accuracy": Path(__file__).parent / "stored" / "glyphs",
-    "mmd": RESULTS / "recorded" / "concepts" / "records",
+    "mmd": Path(__file__).parent / "stored" / "concepts",
 }
 
 

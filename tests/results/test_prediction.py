@@ -87,7 +87,7 @@ def test_what_cannot_be_compared_is_refused(table: Table, tmp_path: Path, capsys
         predictions(table, "imagenet-r-11")
     command = [
         "report",
-        str(Path(prediction.__file__).parent / "recorded" / "concepts"),
+        str(Path(__file__).parent / "stored" / "concepts"),
         "--out",
         str(tmp_path),
         "--format",

@@ -30,7 +30,7 @@ def test_all_committed_records_have_the_schema() -> None:
     files = [*RESULTS.glob("recorded/*/records/*/record.json"), *STORED.glob("version-*.json")]
     folders = {folder.parent.name for folder in RESULTS.glob("recorded/*/records")}
     assert {file.parents[2].name for file in files[: -len([*STORED.glob("version-*.json")])]} == folders
-    assert folders >= {"concepts", "photos", "quirks", "renditions"}
+    assert folders >= {"photos", "portraits", "quirks", "renditions"}
     for file in files:
         assert errors(json.loads(file.read_text(encoding="utf-8"))) == [], file
     assert SCHEMA["properties"]["version"] == {"const": VERSION}

@@ -190,7 +190,7 @@ def test_rows_of_concept_runs_say_what_they_were_measured_with(write_concept_run
     assert found == ["glyph-diffusion", "glyph-vit", "poly2", "biased", 8, "ddim", 200]
 
 
-@pytest.mark.parametrize("name", ["photos", "renditions", "concepts"])
+@pytest.mark.parametrize("name", ["photos", "renditions", "portraits"])
 def test_the_published_records_still_give_the_published_numbers(name: str) -> None:
     folder = Path(__file__).parents[2] / "results" / "recorded" / name
     with (folder / "runs.csv").open(encoding="utf-8") as file:
