@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,8 @@ Part = Literal["reported", "tuning", "pretraining"]
 
 #: of the hidden attributes in order; none is 0 modulo 5, so whoever is of one class differs in two of them or in none
 _WEIGHTS = (1, 2, 3, 4)
+#: of identity, what a caption can name
+NAMED = tuple(name for name in IDENTITY if name not in HIDDEN)
 #: how many persons a family has, in turn
 _FAMILY = (4, 3, 3)
 
@@ -77,15 +80,15 @@ class Person:
         return {**sample_attributes(rng), **dict(self.looks)}
 
 
-def distance(a: Portrait, b: Portrait) -> int:
+def distance(a: Portrait, b: Portrait, among: Sequence[str] = IDENTITY) -> int:
     """In how many attributes of identity two persons differ."""
-    return sum(a[name] != b[name] for name in IDENTITY)
+    return sum(a[name] != b[name] for name in among)
 
 
 def people(part: Literal["reported", "tuning"], count: int, seed: int = 0) -> tuple[Person, ...]:
-    """The first `count` persons of a part, family by family: each differs from one before in two or three attributes.
+    """The first `count` persons of a part, family by family: each differs from one before in two or four attributes.
 
-    Two of them are hidden ones, so that no caption tells relatives apart; the third, every other time, is not.
+    Two of them a caption can name, and any two relatives differ in two such; the others, every other time, are hidden.
     """
     rng, names = numpy_generator(seed, "people", part), NAMES[part]
     colours = [str(colour) for colour in rng.permutation(ATTRIBUTES["hair_colour"])]  # another for each family
@@ -99,7 +102,7 @@ def people(part: Literal["reported", "tuning"], count: int, seed: int = 0) -> tu
         founder = {**sample_person(rng, part), "hair_colour": colours[number % len(colours)]}
         who = _relative(base, rng, part) if base else _identity(founder)
         known = [dict(person.looks) for person in out]
-        if any(distance(who, other) < (2 if other in family else 5) for other in known):
+        if any(distance(who, other, NAMED) < 2 if other in family else distance(who, other) < 5 for other in known):
             continue
         family.append(who)
         out.append(Person(names[len(out) % len(names)], number, tuple(who.items())))
@@ -112,12 +115,13 @@ def _identity(who: Portrait) -> dict[str, str]:
 
 
 def _relative(base: dict[str, str], rng: np.random.Generator, part: Part) -> dict[str, str]:
-    """Someone of this part who differs from `base` in two hidden attributes, and in another with a chance of a half."""
+    """Someone of this part: two captioned attributes are not those of `base`, half of the time two hidden ones too."""
+    unlike = rng.uniform() < 0.5
     while True:
         who = dict(base)
-        changed = list(rng.choice(list(HIDDEN), 2, replace=False))
-        if rng.uniform() < 0.5:
-            changed.append(rng.choice([name for name in IDENTITY if name not in HIDDEN]))
+        changed = list(rng.choice([name for name in NAMED if name != "hair_colour"], 2, replace=False))
+        if unlike:
+            changed += list(rng.choice(list(HIDDEN), 2, replace=False))
         for name in map(str, changed):
             others = [value for value in ATTRIBUTES[name] if value != base[name]]
             who[name] = others[rng.integers(len(others))]
