@@ -187,6 +187,13 @@ def drifts(matrix: Mapping[str, Any], n_tasks: int) -> list[list[float | None] |
     return [row and row[:-1] for row in _scaled_rows(matrix, n_tasks, "drift")]
 
 
+def right_concepts(matrix: Mapping[str, Any], n_tasks: int) -> list[list[float | None] | None]:
+    """Images generated for concept j after task i that are nearest to its own real images, percent: N rows of i + 1."""
+    rows = _rows(matrix)
+    counts = {i: zip(row["nearest_correct"], row["generated"], strict=True) for i, row in rows.items()}
+    return [[_share([n], [total]) for n, total in counts[i]] if i in counts else None for i in range(n_tasks)]
+
+
 def _mmd_row_problem(row: Mapping[str, Any], n_tasks: int, joint: bool) -> str | None:
     """What is wrong with where a row has no value; None when it is in order."""
     after, seen = row["after_task"], [value is not None for value in row["mmd"]]
@@ -400,6 +407,12 @@ KINDS: dict[str, MatrixKind] = {
                 "MMD to the images right after learning × 10³,\nmean over earlier concepts",
                 drifts,
                 "F_mmd",
+            ),
+            Curve(
+                "pictures of the right concept",
+                "nearest to their own concept's real images [%],\nmean over concepts so far",
+                right_concepts,
+                "concept_accuracy_last",
             ),
         ),
         cells=distances,

@@ -219,6 +219,12 @@ def drift_curves(records: Sequence[Record]) -> Figure | None:
     return _curves(records, curves[1]) if len(curves) > 1 else None
 
 
+def nearest_curves(records: Sequence[Record]) -> Figure | None:
+    """Share of generated images that are nearest to their own concept, after every task; kinds that count them."""
+    curves = records[0].kind.curves
+    return _curves(records, curves[2]) if len(curves) > 2 else None
+
+
 def _mean_cells(group: Sequence[Record]) -> list[list[float | None] | None]:
     """The matrix averaged over seeds; what some seed lacks is averaged over the others."""
     out: list[list[float | None] | None] = []
@@ -662,6 +668,12 @@ PLOTS: dict[str, Plot] = {
         quality_curves,
         "After every task",
         "Line plot: mean over the tasks learnt so far after every task, one line per method, band: standard deviation.",
+    ),
+    "nearest": Plot(
+        nearest_curves,
+        "Pictures of the right concept",
+        "Line plot: share of the images of the concepts learnt so far that are nearest to their own concept's real "
+        "images, after every concept; dashed: joint training.",
     ),
     "drift": Plot(
         drift_curves,

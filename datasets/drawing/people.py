@@ -15,11 +15,10 @@ Part = Literal["reported", "tuning", "pretraining"]
 
 #: of the hidden attributes in order; none is 0 modulo 5, so whoever is of one class differs in two of them or in none
 _WEIGHTS = (1, 2, 3, 4)
-#: of identity, what a caption can name
-NAMED = tuple(name for name in IDENTITY if name not in HIDDEN)
-#: how many persons a family has, in turn
-_FAMILY = (4, 3, 3)
-
+#: what captions name and relatives may differ in; hair colour and skin run in the family
+CHANGED = ("hair", "glasses", "hat", "beard")
+#: how many persons a family has
+FAMILY = 10
 #: a sweep's persons and those reported share no name, so that a record tells who was tuned on
 NAMES: dict[Part, tuple[str, ...]] = {
     "reported": (
@@ -30,24 +29,10 @@ NAMES: dict[Part, tuple[str, ...]] = {
     ),
     "tuning": (
         *("Agnes", "Bernd", "Clara", "Dora", "Erik", "Fiona", "Gustav", "Heidi", "Ines", "Jakob", "Karim", "Lena"),
-        *(
-            "Malte",
-            "Nadia",
-            "Oskar",
-            "Petra",
-            "Ronja",
-            "Simon",
-            "Tara",
-            "Urs",
-            "Vito",
-            "Wilma",
-            "Yann",
-            "Zita",
-            "Anton",
-        ),
-        *("Bella", "Cyril", "Daria", "Elsa", "Fabio", "Gesa", "Henry", "Ilja", "Jana", "Konrad", "Linus", "Maja"),
-        *("Noah", "Oda", "Philip", "Runa", "Sami", "Thea", "Uwe", "Valerie", "Wendel", "Ylva", "Zacharias", "Arne"),
-        "Birte",
+        *("Malte", "Nadia", "Oskar", "Petra", "Ronja", "Simon", "Tara", "Urs", "Vito", "Wilma", "Yann", "Zita"),
+        *("Anton", "Bella", "Cyril", "Daria", "Elsa", "Fabio", "Gesa", "Henry", "Ilja", "Jana", "Konrad", "Linus"),
+        *("Maja", "Noah", "Oda", "Philip", "Runa", "Sami", "Thea", "Uwe", "Valerie", "Wendel", "Ylva", "Zacharias"),
+        *("Arne", "Birte"),
     ),
 }
 
@@ -88,7 +73,7 @@ def distance(a: Portrait, b: Portrait, among: Sequence[str] = IDENTITY) -> int:
 def people(part: Literal["reported", "tuning"], count: int, seed: int = 0) -> tuple[Person, ...]:
     """The first `count` persons of a part, family by family: each differs from one before in two or four attributes.
 
-    Two of them a caption can name, and any two relatives differ in two such; the others, every other time, are hidden.
+    Two of them captions can name, and any two relatives differ in two such; the others, every other time, are hidden.
     """
     rng, names = numpy_generator(seed, "people", part), NAMES[part]
     colours = [str(colour) for colour in rng.permutation(ATTRIBUTES["hair_colour"])]  # another for each family
@@ -97,12 +82,12 @@ def people(part: Literal["reported", "tuning"], count: int, seed: int = 0) -> tu
     number, left = -1, 0
     while len(out) < count:
         if not left:
-            number, left, family = number + 1, _FAMILY[(number + 1) % len(_FAMILY)], []
+            number, left, family = number + 1, FAMILY, []
         base = family[rng.integers(len(family))] if family else None
         founder = {**sample_person(rng, part), "hair_colour": colours[number % len(colours)]}
         who = _relative(base, rng, part) if base else _identity(founder)
         known = [dict(person.looks) for person in out]
-        if any(distance(who, other, NAMED) < 2 if other in family else distance(who, other) < 5 for other in known):
+        if any(distance(who, other, CHANGED) < 2 if other in family else distance(who, other) < 5 for other in known):
             continue
         family.append(who)
         out.append(Person(names[len(out) % len(names)], number, tuple(who.items())))
@@ -119,7 +104,7 @@ def _relative(base: dict[str, str], rng: np.random.Generator, part: Part) -> dic
     unlike = rng.uniform() < 0.5
     while True:
         who = dict(base)
-        changed = list(rng.choice([name for name in NAMED if name != "hair_colour"], 2, replace=False))
+        changed = list(rng.choice(CHANGED, 2, replace=False))
         if unlike:
             changed += list(rng.choice(list(HIDDEN), 2, replace=False))
         for name in map(str, changed):

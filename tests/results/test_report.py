@@ -31,6 +31,7 @@ from dualcl.results.plots import (
     drift_curves,
     heat_maps,
     loss_curves,
+    nearest_curves,
     quality_curves,
     quality_forgetting,
     quality_storage,
@@ -46,7 +47,7 @@ from dualcl.results.tables import rare_collections, summarise
 WriteRun = Callable[..., Path]
 
 #: plots of what classification records do not hold
-ELSEWHERE = {"drift", "updates"}
+ELSEWHERE = {"drift", "nearest", "updates"}
 LOG = [{"task": t, "step": s, "loss": 2.0 - s / 10} for t in range(3) for s in (0, 5, 10)]
 
 
@@ -279,6 +280,12 @@ def test_plots_of_concepts_show_the_recorded_numbers(write_concept_run: WriteRun
     assert list(lines["clora"].get_xdata()) == [2, 3]
     assert list(lines["clora"].get_ydata()) == pytest.approx([40, 45])
     assert list(lines["lora"].get_ydata()) == pytest.approx([40])
+    nearest = nearest_curves(records)
+    assert nearest is not None
+    lines = {line.get_label(): line for line in nearest.axes[0].lines}
+    after = next(r for r in records if r.label == "clora").data["matrix"]["rows"]
+    shares = [[100 * n / g for n, g in zip(row["nearest_correct"], row["generated"], strict=True)] for row in after]
+    assert list(lines["clora"].get_ydata()) == pytest.approx([sum(row) / len(row) for row in shares])
     maps = heat_maps(records)
     assert maps is not None
     assert [text.get_text() for text in maps.axes[1].texts] == ["20.0", "30.0", "90.0", "40.0", "20.0"]
