@@ -41,7 +41,7 @@ class Portraits:
     """Persons drawn in memory from a seed; the bundled model has seen none of them.
 
     All pictures of a person agree in hair, skin, glasses, hat, beard, face, eyes, nose and mark; expression, shirt and
-    what is around change. Relatives differ in two or more of hair, glasses, hat and beard, some in more.
+    what is around change. Relatives differ in three or all of hair, glasses, hat and beard, some in more.
     """
 
     name: ClassVar[str]

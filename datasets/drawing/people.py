@@ -71,11 +71,11 @@ def distance(a: Portrait, b: Portrait, among: Sequence[str] = IDENTITY) -> int:
 
 
 def people(part: Literal["reported", "tuning"], count: int, seed: int = 0) -> tuple[Person, ...]:
-    """The first `count` persons of a part, family by family: each differs from one before in two or four attributes.
+    """The first `count` persons of a part, family by family: each differs from one before in three or five attributes.
 
-    Two of them captions can name, and any two relatives differ in two such; the others, every other time, are hidden.
+    Three of them captions can name, and any two relatives differ in three such; the others are hidden.
     """
-    rng, names = numpy_generator(seed, "people", part), NAMES[part]
+    rng, names = numpy_generator(seed, "relatives", part), NAMES[part]
     colours = [str(colour) for colour in rng.permutation(ATTRIBUTES["hair_colour"])]  # another for each family
     out: list[Person] = []
     family: list[dict[str, str]] = []
@@ -87,7 +87,7 @@ def people(part: Literal["reported", "tuning"], count: int, seed: int = 0) -> tu
         founder = {**sample_person(rng, part), "hair_colour": colours[number % len(colours)]}
         who = _relative(base, rng, part) if base else _identity(founder)
         known = [dict(person.looks) for person in out]
-        if any(distance(who, other, CHANGED) < 2 if other in family else distance(who, other) < 5 for other in known):
+        if any(distance(who, other, CHANGED) < 3 if other in family else distance(who, other) < 5 for other in known):
             continue
         family.append(who)
         out.append(Person(names[len(out) % len(names)], number, tuple(who.items())))
@@ -100,11 +100,11 @@ def _identity(who: Portrait) -> dict[str, str]:
 
 
 def _relative(base: dict[str, str], rng: np.random.Generator, part: Part) -> dict[str, str]:
-    """Someone of this part: two captioned attributes are not those of `base`, half of the time two hidden ones too."""
+    """Someone of this part: three captioned attributes are not those of `base`, half the time two hidden ones too."""
     unlike = rng.uniform() < 0.5
     while True:
         who = dict(base)
-        changed = list(rng.choice(CHANGED, 2, replace=False))
+        changed = list(rng.choice(CHANGED, 3, replace=False))
         if unlike:
             changed += list(rng.choice(list(HIDDEN), 2, replace=False))
         for name in map(str, changed):
