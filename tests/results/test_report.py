@@ -46,7 +46,7 @@ from dualcl.results.tables import rare_collections, summarise
 WriteRun = Callable[..., Path]
 
 #: plots of what classification records do not hold
-ELSEWHERE = {"drift", "updates"}
+ELSEWHERE = {"drift", "updates", "unlearning"}
 LOG = [{"task": t, "step": s, "loss": 2.0 - s / 10} for t in range(3) for s in (0, 5, 10)]
 
 
