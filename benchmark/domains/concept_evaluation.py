@@ -277,14 +277,14 @@ class ConceptEvaluator:
         """What must be equal for two runs to share a table: features, kernel, estimator, how images are made."""
         config = self.config
         templates = {c.name: self._templates(j) for j, c in enumerate(self.domain.stream.concepts)}
-        retained = self.domain.stream.data.retained
+        data = self.domain.stream.data
         return {
             "features": self.features.name,
             "features_sha256": self.features.sha256,
             "kernel": KERNEL,
             "estimator": config.estimator,
             **({"reference": "pictures of the anchors"} if self.domain.stream.requests else {}),
-            **({"retained_hash": _hash([repr(r) for r in retained])} if retained else {}),
+            **({"retained_hash": _hash([*map(repr, data.retained), *data.kept])} if data.retained or data.kept else {}),
             "eval": {
                 "n": config.n,
                 "steps": config.steps,

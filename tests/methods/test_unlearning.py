@@ -14,6 +14,11 @@ from torch import nn
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.domains import customization
+from dualcl.benchmark.exports.export import export
+from dualcl.benchmark.models.families import load
+from dualcl.benchmark.models.text_to_image import BaseConfig
+from dualcl.benchmark.runs.restore import restore
+from dualcl.benchmark.runs.runner import run
 from dualcl.datasets.concepts import Concept, ConceptData, Request, Retained, concepts_hash
 from dualcl.datasets.drawing.portrait_captions import caption_words
 from dualcl.datasets.drawing.portraits import CAPTIONED
@@ -291,6 +296,23 @@ def test_the_start_token_teaches_nothing_and_moves_all_the_same() -> None:
         delta.Z.grad = None
     torch.testing.assert_close(grads[0], x[0, 1:].sum(0).expand(2, 3))
     torch.testing.assert_close(grads[1], x[0].sum(0).expand(2, 3))
+
+
+def test_whole_weights_are_exported(
+    stream_of: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resolved = resolve(stream_of("concept_ablation"), "concept_ablation", ("train.steps=1", "method.lr=1e-2"))
+    run(resolved, tmp_path / "run")
+    monkeypatch.setattr(customization, "prior_images", lambda *given: pytest.fail("pictures are for training"))
+    export(tmp_path / "run", "merged", tmp_path / "whole")
+    unlearnt: Any = restore(tmp_path / "run")
+    assert unlearnt.domain.evaluator._before == ({}, {})  # nothing is drawn for a run that is used
+    whole, plain = (load(BaseConfig(**given)) for given in ({"model": str(tmp_path / "whole")}, {}))
+    moved = 0
+    for name, site in unlearnt.domain.sites().items():
+        assert torch.equal(whole.sites()[name].weight, site.weight)
+        moved += not torch.equal(plain.sites()[name].weight, site.weight)
+    assert moved == len(unlearnt.domain.sites())
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
