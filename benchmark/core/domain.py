@@ -205,7 +205,7 @@ class Domain(ABC):
         """The task loss of a batch, a scalar."""
 
     def before_tasks(self) -> None:  # noqa: B027 - few domains measure anything then
-        """Called when a run begins or goes on, with the model as pretrained: for what is measured before any task."""
+        """Called when a run begins or goes on, with the model as pretrained: for what is measured then, on no clock."""
 
     def check_loss(self, task: int | None, scope: Literal["task", "seen"]) -> None:  # noqa: B027 - few domains refuse
         """UserError for a task whose loss can teach nothing; called before anything is trained."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -250,14 +251,16 @@ class ConceptEvaluator:
         return [all(one[name] == value for name, value in wanted.items()) for one in read]
 
     def _earlier(self, at: int, name: str, count: int) -> Tensor | None:
-        """The pretrained model's images in the run's folder; None where they are not all there."""
+        """The pretrained model's images in the run's folder; None where they are not all there, and made again then."""
         run = self.domain.folder
 
         def read() -> Tensor | None:
             folder = None if run is None else sample_folder(run, 0, at + 1, name)
             if folder is None or not all((folder / f"{k}.png").is_file() for k in range(count)):
                 return None
-            return self._read(folder, count)
+            with contextlib.suppress(UserError):  # a damaged one
+                return self._read(folder, count)
+            return None
 
         return self.domain.processes.from_main(read)
 

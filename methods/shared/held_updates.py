@@ -133,6 +133,11 @@ class HeldUpdates(Method):
     def prepare(self, task: int) -> None:
         """Chooses the entries that may move, and the directions that may not."""
         config, self.facts = self.config, {}
+        check(
+            not config.project or bool(self.offered.kept),
+            f"method.project={config.project} needs things to keep, and the data set names none; name some, or set "
+            "method.project=0",
+        )
         if config.select < 1:
             chosen = self.choose(task)
             sizes = [d.Z.numel() for d in self.each()]
@@ -140,11 +145,6 @@ class HeldUpdates(Method):
                 delta.mask = part.view_as(delta.Z).to(delta.Z)
             self.facts["selected"] = int(chosen.sum())
         if config.project:
-            check(
-                bool(self.offered.kept),
-                f"method.project={config.project} needs things to keep, and the data set names none; name some, or set "
-                "method.project=0",
-            )
             held = directions(self.to_hold(task), self.each()[0].in_features // 2)
             for delta in self.each():
                 delta.held = held.to(delta.Z)

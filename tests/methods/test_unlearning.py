@@ -435,6 +435,9 @@ def test_what_is_retained_is_measured_by_a_judge_that_knows_it(
     domain.before_tasks()
     assert drawn == []
     assert domain.evaluator._before == before
+    (tmp_path / "samples/after_0/1_umbrella/0.png").write_bytes(b"no picture")
+    assert domain.evaluator._earlier(0, "umbrella", 2) is None
+    assert domain.evaluator._earlier(1, "cat", 2) is not None
 
 
 def test_there_is_a_base_class_without_a_goal() -> None:
