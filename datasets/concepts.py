@@ -6,7 +6,7 @@ import hashlib
 import string
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -35,6 +35,26 @@ class Request:
             raise UserError(f"a request of {self.target!r} for {self.anchor!r} instead; give two different things")
 
 
+@dataclass(frozen=True)
+class Retained:
+    """What must not suffer under requests: prompts whose images are made, and measured, before and after each of them.
+
+    `attributes` are what all of the images are to show, where a judge of generated images knows them.
+    """
+
+    name: str
+    prompts: tuple[str, ...]
+    #: inside: of an attribute, or a kind, of which requests unlearn other values; across: of another
+    side: Literal["inside", "across"] = "across"
+    attributes: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for word in (self.name, *self.prompts):
+            check_name(word, "what is to be retained")
+        if not self.prompts:
+            raise UserError(f"{self.name!r} is to be retained and has no prompts; give at least one")
+
+
 def _none(index: int) -> Image.Image:
     raise RuntimeError("a request has no photographs")
 
@@ -48,7 +68,7 @@ class Concept:
 
     `noun` is its class noun ("dog"), "" when unknown. Templates hold "{token}" and may hold "{noun}"; without any, the
     domain's `concept.prompt` and `eval.prompt` are used. Labels of `images` are all 0. `attributes` are what all its
-    images show, attribute by value, where a judge of generated images knows them.
+    images show, attribute by value, where a judge of generated images knows them; of a request, its target's images.
     """
 
     name: str
@@ -78,6 +98,9 @@ class ConceptData:
     #: what the files leave open, and how it was taken: said at the start of a run
     notes: tuple[str, ...] = ()
     facts: dict[str, Any] = field(default_factory=dict)
+    #: beside requests: what is measured, and whole prompts that methods may keep as they are, none of them measured
+    retained: tuple[Retained, ...] = ()
+    kept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.concepts:
@@ -93,6 +116,16 @@ class ConceptData:
                 check_template(template, f"concept {concept.name!r}")
         if len({concept.request is None for concept in self.concepts}) > 1:
             raise UserError(f"{self.name} mixes concepts to learn with requests to unlearn; make two data sets of them")
+        if (self.retained or self.kept) and self.concepts[0].request is None:
+            raise UserError(f"{self.name} names what is to be retained or kept, and no requests; leave that out")
+        names = [one.name for one in self.retained]
+        for name in names:
+            if names.count(name) > 1:
+                raise UserError(f"{self.name} is to retain two things called {name!r}; rename one")
+        measured = {prompt for one in self.retained for prompt in one.prompts}
+        for prompt in self.kept:
+            if prompt in measured:
+                raise UserError(f"{self.name} keeps {prompt!r} and measures it; take it out of one of the two")
 
 
 @dataclass(frozen=True)

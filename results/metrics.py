@@ -169,6 +169,34 @@ def attribute_accuracy_last(rows: Rows, n_tasks: int) -> float | None:
     return None if mean is None else 100.0 * mean
 
 
+def last_retained(rows: Rows, n_tasks: int, field: str) -> float | None:
+    """What was measured after the last request, percent: the last entry of a list that has nothing else."""
+    values = rows.get(n_tasks - 1, {}).get(field) or [None]
+    return None if values[-1] is None else 100.0 * values[-1]
+
+
+def unlearning_accuracy(rows: Rows, n_tasks: int) -> float | None:
+    """UA (arXiv 2511.07970): images after the last request that do not show their target, percent, over targets."""
+    mean = last_mean(rows, n_tasks, "target_shown")
+    return None if mean is None else 100.0 * (1.0 - mean)
+
+
+def of_pretrained(rows: Rows, n_tasks: int, field: str) -> float | None:
+    """What is retained after the last request in percent of what the pretrained model shows."""
+    now, before = (last_retained(rows, n_tasks, name) for name in (field, f"{field}_before"))
+    return 100.0 * now / before if now is not None and before else None
+
+
+def unlearnt(matrix: Mapping[str, Any], n_tasks: int) -> list[list[float | None] | None]:
+    """Percent of images of target j, after request i, that do not show it: N rows of i + 1."""
+    rows = [_rows(matrix).get(i, {}).get("target_shown") for i in range(n_tasks)]
+    return [row and [None if value is None else 100.0 * (1.0 - value) for value in row] for row in rows]
+
+
+def _retained_rows(field: str) -> Callable[[Mapping[str, Any], int], list[list[float | None] | None]]:
+    return lambda matrix, n_tasks: [[last_retained(_rows(matrix), i + 1, field)] for i in range(n_tasks)]
+
+
 def _scaled_rows(matrix: Mapping[str, Any], n_tasks: int, field: str) -> list[list[float | None] | None]:
     rows = _rows(matrix)
     return [
@@ -261,6 +289,17 @@ def _values(name: str, what: str, unit: str) -> Field:
 
 _SHARE = Field("attribute_share", "number", "share of attributes right on the images", required=False, nullable=True)
 
+
+def _share_of(name: str, what: str) -> Field:
+    return Field(name, "number", what, required=False, nullable=True)
+
+
+#: requests: what is followed over them, beside the curves of the kind
+UNLEARNING = (
+    Curve("targets gone", "UA [%], over targets so far", unlearnt, "UA"),
+    Curve("retained, inside", "RA-I [%]", _retained_rows("retained_inside"), "RA_I"),
+    Curve("retained, across", "RA-C [%]", _retained_rows("retained_across"), "RA_C"),
+)
 
 KINDS: dict[str, MatrixKind] = {
     "accuracy": MatrixKind(
@@ -390,6 +429,38 @@ KINDS: dict[str, MatrixKind] = {
                 "part",
                 lambda results: text_similarity(results.rows, results.n_tasks), decimals=3,
             ),
+            Measure(
+                "UA", "UA", "%", "higher",
+                "images of the targets' prompts after the last request on which the judge does not see the target, "
+                "mean over targets (arXiv 2511.07970). A broken model has 100: read RA-I and RA-C beside it",
+                lambda results: unlearning_accuracy(results.rows, results.n_tasks), decimals=1,
+                field=_share_of("target_shown", "share of images on which the request's target is seen"),
+            ),
+            Measure(
+                "RA_I", "RA-I", "%", "higher",
+                "images after the last request that show what they should, of values that no request unlearns of the "
+                "attributes that requests are of",
+                lambda results: last_retained(results.rows, results.n_tasks, "retained_inside"), decimals=1,
+                field=_share_of("retained_inside", "the same of what is to be retained, of the requests' attributes"),
+            ),
+            Measure(
+                "RA_C", "RA-C", "%", "higher",
+                "the same of values of other attributes",
+                lambda results: last_retained(results.rows, results.n_tasks, "retained_across"), decimals=1,
+                field=_share_of("retained_across", "the same of other attributes"),
+            ),
+            Measure(
+                "RA_I_kept", "RA-I kept", "%", "higher",
+                "RA-I in percent of that of the pretrained model",
+                lambda results: of_pretrained(results.rows, results.n_tasks, "retained_inside"), decimals=1,
+                field=_share_of("retained_inside_before", "retained_inside of the pretrained model"),
+            ),
+            Measure(
+                "RA_C_kept", "RA-C kept", "%", "higher",
+                "RA-C in percent of that of the pretrained model",
+                lambda results: of_pretrained(results.rows, results.n_tasks, "retained_across"), decimals=1,
+                field=_share_of("retained_across_before", "retained_across of the pretrained model"),
+            ),
         ),
         quality="A_mmd",
         forgetting="F_mmd",
@@ -417,6 +488,7 @@ KINDS: dict[str, MatrixKind] = {
         ),
         cells=distances,
         problem=_mmd_row_problem,
+        row_fields=("target_shown_before",),
     ),
 }  # fmt: skip
 

@@ -26,7 +26,7 @@ from matplotlib.text import Text
 
 from dualcl.results.files import write_bytes
 from dualcl.results.fonts import drawable, families
-from dualcl.results.metrics import METRICS
+from dualcl.results.metrics import METRICS, UNLEARNING
 from dualcl.results.record_type import Curve, MatrixKind, Measure
 from dualcl.results.records import Record
 from dualcl.results.statistics import Ranking
@@ -223,6 +223,26 @@ def nearest_curves(records: Sequence[Record]) -> Figure | None:
     """Share of generated images that are nearest to their own concept, after every task; kinds that count them."""
     curves = records[0].kind.curves
     return _curves(records, curves[2]) if len(curves) > 2 else None
+
+
+def unlearning_curves(records: Sequence[Record]) -> Figure | None:
+    """UA, RA-I and RA-C after every request, a panel each; a broken model has all of UA and nothing of RA."""
+    groups = _by_label([r for r in records if not r.joint])
+    found = [{label: [_row_means(r, c) for r in group] for label, group in groups.items()} for c in UNLEARNING]
+    known = [any(v is not None for seeds in one.values() for means in seeds for v in means) for one in found]
+    if not any(known):
+        return None
+    shown = [(curve, one) for curve, one, there in zip(UNLEARNING, found, known, strict=True) if there]
+    with matplotlib.rc_context(_RC):
+        figure = Figure(figsize=(3.4 * len(shown) + 1.6, 3.6), layout="constrained")
+        panels = figure.subplots(1, len(shown), squeeze=False)[0]
+        for axes, (curve, series) in zip(panels, shown, strict=True):
+            handles = _draw_lines(axes, series, styles(records))
+            axes.set(xlabel="requests unlearnt", ylabel=curve.title, ylim=(-3, 103))
+            axes.set_title(curve.heading, loc="left")
+        figure.suptitle(_title(records, "after every request"), x=0.01, ha="left")
+        figure.legend(handles=handles, loc="outside right upper", handlelength=3.2)
+    return figure
 
 
 def _mean_cells(group: Sequence[Record]) -> list[list[float | None] | None]:
@@ -680,6 +700,12 @@ PLOTS: dict[str, Plot] = {
         "Drift since learning",
         "Line plot: how far what is generated for earlier concepts has moved since they were learnt, mean over them, "
         "after every concept; lower is better.",
+    ),
+    "unlearning": Plot(
+        unlearning_curves,
+        "After every request",
+        "Line plots, one line per method: UA, images without their target, and RA-I and RA-C, images that still show "
+        "what no request unlearns, of the requests' attributes and of others.",
     ),
     "matrix": Plot(
         heat_maps,

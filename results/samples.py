@@ -32,6 +32,8 @@ STAGES = 12
 SHOWN_CONCEPTS = 10
 #: contact sheets per stream: of more runs, those of the first seeds have one
 MAX_SHEETS = 200
+#: of requests: columns of targets, and of what is retained on each side
+TARGETS, RETAINED = 12, 6
 #: no image of a run is larger
 MAX_SIDE = 8192
 
@@ -58,7 +60,15 @@ class Picture:
         """
         if not (near := self.text.get("nearest")):
             return self.tile
-        tile, right = self.tile.copy(), near == self.text.get("concept")
+        return self._barred(near == self.text.get("concept"))
+
+    def read(self) -> Image.Image:
+        """The tile with a bar that says whether the judge sees what was asked for, broken where not; none unjudged."""
+        told = self.text.get("shown")
+        return self._barred(told == "yes") if told in ("yes", "no") else self.tile
+
+    def _barred(self, right: bool) -> Image.Image:
+        tile = self.tile.copy()
         draw, width = ImageDraw.Draw(tile), tile.width
         draw.rectangle((0, tile.height - _BAR - 1, width, tile.height), fill="white")
         for left in (0,) if right else range(0, width, 12):
@@ -416,6 +426,46 @@ def contact_sheet(samples: RunSamples) -> Image.Image | None:
     return _trimmed(title, groups, rows, (), _legend([samples], 0))
 
 
+def requests_sheet(samples: RunSamples) -> Image.Image | None:
+    """One run of requests: a row after each, the pretrained model first; targets so far, and what is to be retained.
+
+    One image of each, always from the same noise. None for a stream of concepts, or without images.
+    """
+    record = samples.record
+    network = record.data["network"]
+    if not network.get("requests") or record.joint:
+        return None
+    retained = network.get("retained") or []
+    first = record.n_tasks
+    sides = [
+        [(first + r, str(one.get("name", ""))) for r, one in enumerate(retained) if one.get("side") == side]
+        for side in ("inside", "across")
+    ]
+    spread = [side if len(side) <= RETAINED else side[:: -(-len(side) // RETAINED)] for side in sides]
+    targets = [(j, samples.name(j)) for j in range(min(first, TARGETS))]
+    columns = [("targets so far", targets), ("retained: same attributes", spread[0]), ("retained: others", spread[1])]
+    columns = [(title, things) for title, things in columns if things]
+    rows = []
+    for after in range(first + 1):
+        label = "before" if after == 0 else f"after {after} {samples.name(after - 1)}"
+        cells = []
+        for _, things in columns:
+            wanted = [at for at, _ in things if at >= first or at < after or after == 0]
+            found = {at: samples.picture(samples.files(f"after_{after}", at).get(0)) for at in wanted}
+            pictures = [found.get(at) for at, _ in things]
+            cells.append([picture.read() if picture else None for picture in pictures])
+        rows.append(_Row(label, "", cells))
+    if not any(tile for row in rows for tiles in row.cells for tile in tiles):
+        return None
+    groups = [_Group(title, tuple(name for _, name in things)) for title, things in columns]
+    title = f"{method_name(record)}, seed {record.seed} ({record.preset}): request after request, same seeds"
+    told = any(p and p.text.get("shown") for p in samples._cache.values())
+    legend = (
+        "bar: the judge sees what the prompt asks for (whole) or not (broken); a target should be gone" if told else ""
+    )
+    return _grid(title, groups, rows, (), legend)
+
+
 def method_strip(runs: Sequence[RunSamples], concept: int) -> Image.Image | None:
     """One concept: a row per run; right after learning, after the last task. None without images."""
     rows = [_Row(method_name(s.record), "", _halves(s, concept, PER_METHOD)) for s in runs]
@@ -458,6 +508,7 @@ def draw_samples(records: Sequence[Record], prefix: str) -> tuple[list[Sheet], l
     Methods are compared at the smallest seed that most of them have images for. `prefix` begins every file name.
     """
     contacts: list[tuple[RunSamples, Image.Image]] = []
+    requests: list[tuple[RunSamples, Image.Image]] = []
     runs = [RunSamples(record) for record in sorted(records, key=lambda r: (r.joint, r.label, r.seed))]
     runs = [samples for samples in runs if samples.folder.is_dir()]
     notes = []
@@ -468,6 +519,8 @@ def draw_samples(records: Sequence[Record], prefix: str) -> tuple[list[Sheet], l
     for samples in runs:
         if (image := contact_sheet(samples)) is not None:
             contacts.append((samples, image))
+            if (asked := requests_sheet(samples)) is not None:
+                requests.append((samples, asked))
         samples.forget()
     seeds = [samples.record.seed for samples, _ in contacts]
     seed = min(seeds, key=lambda s: (-seeds.count(s), s), default=0)
@@ -499,6 +552,18 @@ def draw_samples(records: Sequence[Record], prefix: str) -> tuple[list[Sheet], l
             j < SHOWN_CONCEPTS,
         )
     first: dict[str, int] = {}
+    for samples, image in requests:
+        record = samples.record
+        title = f"{method_name(record)}, seed {record.seed}: request after request"
+        add(
+            f"requests-{record.label}-seed{record.seed}",
+            "contact",
+            title,
+            f"{title}: a row after each request, the pretrained model first; columns: the targets so far, and what is "
+            "to be retained.",
+            image,
+            first.setdefault(record.label, record.seed) == record.seed,
+        )
     for samples, image in contacts:
         record = samples.record
         title = f"{method_name(record)}, seed {record.seed}"

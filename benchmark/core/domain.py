@@ -204,6 +204,9 @@ class Domain(ABC):
     def loss(self, batch: Any) -> Tensor:
         """The task loss of a batch, a scalar."""
 
+    def before_tasks(self) -> None:  # noqa: B027 - few domains measure anything then
+        """Called when a run begins or goes on, with the model as pretrained: for what is measured then, on no clock."""
+
     def check_loss(self, task: int | None, scope: Literal["task", "seen"]) -> None:  # noqa: B027 - few domains refuse
         """UserError for a task whose loss can teach nothing; called before anything is trained."""
 
@@ -406,6 +409,9 @@ class ErrorsDomain(Protocol):
     def predictions(self, batch: Any, prompts: Sequence[str]) -> Tensor:
         """(B, P, C, h, w) float32, with gradient where grad is on. Costs P passes."""
 
+    def paired_predictions(self, batch: Any, prompts: Sequence[str]) -> Tensor:
+        """(B, C, h, w) float32 of B prompts, one for each sample. Costs one pass."""
+
     def errors(self, batch: Any, prompts: Sequence[str]) -> Tensor:
         """(B, P) float32: mean squared error of `predictions` against the batch's target."""
 
@@ -428,6 +434,27 @@ class RequestsDomain(Protocol):
 
     def targets_of(self, prompts: Sequence[str]) -> tuple[str, ...]:
         """Each anchor prompt of the begun task with the target in the anchor's place."""
+
+    def target_prompts(self, task: int) -> tuple[str, ...]:
+        """The training prompts of any task with its target."""
+
+    def picture_targets(self) -> None:
+        """The begun task's batches hold pictures of its target prompts, made by the model as it stands now.
+
+        As many as there were of the anchor's; `prompts` of a batch stay the anchor's. Until the next `begin_task`.
+        """
+
+    #: whole prompts of what may be kept as it is; none of it is measured
+    kept: tuple[str, ...]
+
+    def word_inputs(self, prompts: Sequence[str]) -> Tensor:
+        """(P, d_in) float32: for each prompt the mean input of the sites over the words that the anchor's lacks.
+
+        These are the words from the first that is not that of the begun task's first anchor prompt.
+        """
+
+    def start_input(self) -> Tensor:
+        """(1, d_in) float32: the input of the sites for the start token, the same in all prompts."""
 
 
 class TokenRowsDomain(Protocol):

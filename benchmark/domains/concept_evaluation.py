@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import atomic_write
+from dualcl.benchmark.core.processes import Processes
 from dualcl.benchmark.core.seeding import derive_seed
 from dualcl.benchmark.core.settings import positive
 from dualcl.benchmark.models.image_features import ImageFeatures, load_features, mmd, plain_prompt
@@ -68,6 +70,14 @@ class EvalConfig:
         check_template(self.prompt, "eval.prompt")
 
 
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:16]
+
+
+def _mean(shown: Sequence[bool] | None) -> float | None:
+    return float(np.mean(shown)) if shown else None
+
+
 class EvaluatedDomain(Protocol):
     """What an evaluator asks of its domain."""
 
@@ -77,6 +87,7 @@ class EvaluatedDomain(Protocol):
     seed: int
     device: torch.device
     folder: Path | None
+    processes: Processes
 
     def pixels(self, task: int) -> Tensor:
         """The concept's photographs at the model's size: uint8 (n, S, S, 3)."""
@@ -124,6 +135,8 @@ class ConceptEvaluator:
         self._own: dict[int, Tensor] = {}
         #: concepts whose thumbnails this process has written
         self._shown: set[int] = set()
+        #: of requests: what the pretrained model showed of each target, and of what is to be retained, by side
+        self._before: tuple[dict[int, float | None], dict[str, float | None]] = {}, {}
         for concept in domain.stream.concepts:
             if config.estimator == "unbiased" and concept.request is None and len(concept.images) < 2:
                 raise UserError(
@@ -146,7 +159,9 @@ class ConceptEvaluator:
         text_similarity: mean cosines over all pairs, over images and their own prompts (None without a text tower);
         nearest_correct of `generated` images are nearest to their own concept's mean real feature, of the stream's;
         requests with one anchor count as one concept; attribute_share: what of the concept's attributes the images
-        show, where the data set tells them and the feature model judges them.
+        show, where the data set tells them and the feature model judges them. Of requests, likewise: target_shown, the
+        share of images on which the target is seen; retained_inside, retained_across: the share of the images of what
+        is to be retained on which it is, in the last entry; *_before: the same of the pretrained model.
         Raises UserError when images right after learning are missing from the run folder or cannot be read.
         """
         last = seen[-1]
@@ -172,23 +187,107 @@ class ConceptEvaluator:
             row["image_similarity"][at] = float((found.double() @ real.double().T).mean())
             row["text_similarity"][at] = self._text_similarity(j, prompts, found)
             nearest = [j if labels[i] == labels[j] else i for i in (found.double() @ means.T).argmax(1).tolist()]
-            self._save(j, last, joint, prompts, made, [concepts[i].name for i in nearest])
+            request = concepts[j].request is not None
+            shown = self._seen(made, concepts[j].attributes) if request else None
+            self._save(j, last, joint, prompts, made, [concepts[i].name for i in nearest], shown)
             row["nearest_correct"][at] = nearest.count(j)
             row["generated"][at] = len(found)
-            if (share := self._attribute_share(j, made)) is not None:
+            if shown is not None:
+                for key, value in (("target_shown", _mean(shown)), ("target_shown_before", self._before[0].get(j))):
+                    row.setdefault(key, [None] * len(seen))[at] = value
+            if not request and (share := self._attribute_share(j, made)) is not None:
                 row.setdefault("attribute_share", [None] * len(seen))[at] = share
+        if self.domain.stream.data.retained and (joint or self._evaluates_all(last)):
+            for side, share in self._retained(last + 1).items():
+                if share is not None:
+                    row[f"retained_{side}"] = [*[None] * (len(seen) - 1), share]
+                    row[f"retained_{side}_before"] = [*[None] * (len(seen) - 1), self._before[1].get(side)]
         return row
+
+    @torch.no_grad()
+    def evaluate_pretrained(self) -> None:
+        """Measures requests' targets and what is to be retained before any of them is unlearnt.
+
+        The images are kept as after task 0; a run that goes on reads them there.
+        """
+        for j, concept in enumerate(self.domain.stream.concepts):
+            prompts = self._prompts(j)
+            made = self._earlier(j, concept.name, len(prompts))
+            known, made = made is not None, self._generate(j, prompts) if made is None else made
+            self._before[0][j] = _mean(shown := self._seen(made, concept.attributes))
+            if not known:
+                self._write(0, j, concept.name, prompts, made, shown)
+        self._before[1].update(self._retained(0))
+
+    def _retained(self, after: int) -> dict[str, float | None]:
+        """By side, on what share of the images of what is to be retained it is seen; None where no judge knows.
+
+        Every thing counts the same. `after`: requests unlearnt so far.
+        """
+        things, first = self.domain.stream.data.retained, len(self.domain.stream.concepts)
+        parts = [self._earlier(first + r, one.name, len(one.prompts)) for r, one in enumerate(things) if after == 0]
+        known = bool(parts) and all(part is not None for part in parts)
+        if not known:
+            numbered = [(first + r, k, prompt) for r, one in enumerate(things) for k, prompt in enumerate(one.prompts)]
+            generators = [torch.Generator().manual_seed(self._seed(at, k)) for at, k, _ in numbered]
+            prompts = [self.domain.tokens.expand(prompt) for *_, prompt in numbered]
+            parts = list(self.domain.sample(prompts, generators).split([len(one.prompts) for one in things]))
+        shares: dict[str, list[float | None]] = {"inside": [], "across": []}
+        for r, (one, made) in enumerate(zip(things, parts, strict=True)):
+            assert made is not None
+            shares[one.side].append(_mean(shown := self._seen(made, one.attributes)))
+            final = after == first
+            if not known and (after == 0 or final or self.config.save == "all"):
+                self._write(after, first + r, one.name, list(one.prompts), made, shown)
+        told = {side: [s for s in found if s is not None] for side, found in shares.items()}
+        whole = {side: bool(found) and len(told[side]) == len(found) for side, found in shares.items()}
+        return {side: float(np.mean(found)) if whole[side] else None for side, found in told.items()}
+
+    def _seen(self, images: Tensor, wanted: Mapping[str, str]) -> list[bool] | None:
+        """Whether each image shows what it should; None where nothing is told, or the feature model judges it not."""
+        read = self.features.attributes(images) if wanted else None
+        if not read or not wanted.keys() <= read[0].keys():
+            return None
+        return [all(one[name] == value for name, value in wanted.items()) for one in read]
+
+    def _earlier(self, at: int, name: str, count: int) -> Tensor | None:
+        """The pretrained model's images in the run's folder; None where they are not all there, and made again then."""
+        run = self.domain.folder
+
+        def read() -> Tensor | None:
+            folder = None if run is None else sample_folder(run, 0, at + 1, name)
+            if folder is None or not all((folder / f"{k}.png").is_file() for k in range(count)):
+                return None
+            with contextlib.suppress(UserError):  # a damaged one
+                return self._read(folder, count)
+            return None
+
+        return self.domain.processes.from_main(read)
+
+    def _write(
+        self, after: int, at: int, name: str, prompts: list[str], images: Tensor, shown: list[bool] | None
+    ) -> None:
+        """Writes images of a target, or of what is to be retained, whose numbers come after those of the targets."""
+        if self.domain.folder is None:
+            return
+        folder = sample_folder(self.domain.folder, after, at + 1, name)
+        for k, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+            text = {"prompt": prompt, "seed": str(self._seed(at, k)), "concept": name, "after_task": str(after)}
+            told = {} if shown is None else {"shown": "yes" if shown[k] else "no"}
+            write_image(folder / f"{k}.png", image, {**text, **told})
 
     def identity(self) -> dict[str, object]:
         """What must be equal for two runs to share a table: features, kernel, estimator, how images are made."""
         config = self.config
         templates = {c.name: self._templates(j) for j, c in enumerate(self.domain.stream.concepts)}
+        data = self.domain.stream.data
         return {
             "features": self.features.name,
             "features_sha256": self.features.sha256,
             "kernel": KERNEL,
             "estimator": config.estimator,
             **({"reference": "pictures of the anchors"} if self.domain.stream.requests else {}),
+            **({"retained_hash": _hash([*map(repr, data.retained), *data.kept])} if data.retained or data.kept else {}),
             "eval": {
                 "n": config.n,
                 "steps": config.steps,
@@ -196,7 +295,7 @@ class ConceptEvaluator:
                 "guidance": config.guidance,
                 "prompt": config.prompt,
                 "negative_prompt": config.negative_prompt,
-                "prompts_hash": hashlib.sha256(json.dumps(sorted(templates.items())).encode()).hexdigest()[:16],
+                "prompts_hash": _hash(sorted(templates.items())),
             },
         }
 
@@ -228,10 +327,19 @@ class ConceptEvaluator:
         run = self.domain.folder
         return None if run is None else sample_folder(run, after, j + 1, self.domain.stream.concepts[j].name)
 
-    def _save(self, j: int, last: int, joint: bool, prompts: list[str], images: Tensor, nearest: list[str]) -> None:
+    def _save(
+        self,
+        j: int,
+        last: int,
+        joint: bool,
+        prompts: list[str],
+        images: Tensor,
+        nearest: list[str],
+        shown: list[bool] | None = None,
+    ) -> None:
         """Writes the images as far as `eval.save` wants them, and thumbnails of the photographs once.
 
-        Each says which concept's photographs it is `nearest` to.
+        Each says which concept's photographs it is `nearest` to, and whether a request's target is `shown`.
         """
         folder, real = self._folder(last + 1, j), self._folder("real", j)
         if folder is None or real is None:
@@ -246,6 +354,7 @@ class ConceptEvaluator:
                     "concept": concept,
                     "after_task": str(last + 1),
                     "nearest": near,
+                    **({} if shown is None else {"shown": "yes" if shown[k] else "no"}),
                 }
                 write_image(folder / f"{k}.png", image, text)
         if j not in self._shown:  # those that are there may be damaged
@@ -269,13 +378,13 @@ class ConceptEvaluator:
             folder = self._folder(j + 1, j)
             if folder is None:
                 return None
-            self._own[j] = self.features.images(self._read(folder))
+            self._own[j] = self.features.images(self._read(folder, self.config.n))
         return self._own[j]
 
-    def _read(self, folder: Path) -> Tensor:
+    def _read(self, folder: Path, count: int) -> Tensor:
         size = self.domain.diffusion.info.image_size
         images = []
-        for k in range(self.config.n):
+        for k in range(count):
             file = folder / f"{k}.png"
             try:
                 check_blocks(file)

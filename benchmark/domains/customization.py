@@ -169,8 +169,11 @@ class Customization(Domain):
         self._prior_weight = 0.0
         self._prior: dict[str, Entries] = {}
         self._prior_hashes: dict[str, str] = {}
-        #: prompt of each picture, of requests
+        #: of requests: pictures of the anchor, their prompts, and pictures of the begun task's target where asked for
+        self._pictures: dict[int, Tensor] = {}
         self._captions: dict[int, list[tuple[str, ...]]] = {}
+        self._of_target: Tensor | None = None
+        self.kept = self.stream.data.kept
         #: False: neither prior images nor those of requests are made, the model is for use only
         self.makes_pictures = True
         self._check_prompts()
@@ -259,6 +262,7 @@ class Customization(Domain):
                 rows.requires_grad_(True)
         self._current = task
         self._replayed = []
+        self._of_target = None
         self._entries = None
         self._remember_older()
         return new
@@ -324,8 +328,9 @@ class Customization(Domain):
         if evaluation.steps >= timesteps:
             raise UserError(f"eval.steps must be below the {timesteps} steps of the model, got {evaluation.steps}")
         self.diffusion.sampler(evaluation.scheduler, evaluation.steps)
+        whole = [prompt for one in self.stream.data.retained for prompt in one.prompts]
         for vocabulary in self.diffusion.vocabularies:
-            vocabulary.ids([evaluation.negative_prompt])
+            vocabulary.ids([evaluation.negative_prompt, *whole, *self.stream.data.kept])
         for index, concept in enumerate(self.stream.concepts):
             templates = (*(concept.prompts or (config.prompt,)), *(concept.eval_prompts or (evaluation.prompt,)))
             templates += tuple(t for t in self._caption_templates(index) if t)
@@ -373,6 +378,8 @@ class Customization(Domain):
 
         Of a request, pictures of its anchor.
         """
+        if task in self._pictures:
+            return self._pictures[task]
         if task not in self._pixels:
             images = self.stream.concepts[task].images
             config = self.resolved.section("input", ConceptInputConfig)
@@ -397,7 +404,8 @@ class Customization(Domain):
         if self._entries is None or self._entries[0] != task:
             concepts = range(len(self.tasks)) if task is None else [task]
             own = {j: self._captions.get(j) or self._texts(j) for j in concepts}
-            parts = [self._encode(self.pixels(j), own[j], True) for j in concepts]
+            pixels = [self.pixels(j) if self._of_target is None else self._of_target for j in concepts]
+            parts = [self._encode(images, own[j], True) for j, images in zip(concepts, pixels, strict=True)]
             parts += [self._encode(images, [self.prompts(j)] * len(images), False) for j, images in self._replayed]
             entries = parts[0]
             for part in parts[1:]:
@@ -603,6 +611,14 @@ class Customization(Domain):
         at, index = samples.repeat_interleave(len(texts)), texts.repeat(len(samples))
         return self._predicted(model, batch, at, prompts, index).unflatten(0, (len(samples), len(texts)))
 
+    def paired_predictions(self, batch: ConceptBatch, prompts: Sequence[str]) -> Tensor:
+        """What the model predicts (B, C, h, w), float32, for each sample under its own prompt; tokens expanded."""
+        unique = list(dict.fromkeys(prompts))
+        at, index = torch.arange(len(batch.prompts)), torch.tensor([unique.index(p) for p in prompts])
+        if len(at) != len(index):
+            raise ValueError(f"{len(index)} prompts for {len(at)} samples")
+        return self._predicted(self.diffusion, batch, at.to(self.device), unique, index.to(self.device))
+
     def errors(self, batch: ConceptBatch, prompts: Sequence[str]) -> Tensor:
         """Mean squared error (B, P) of `predictions`, float32."""
         return (self.predictions(batch, prompts) - batch.target.float()[:, None]).square().mean((2, 3, 4))
@@ -632,6 +648,37 @@ class Customization(Domain):
         pairs = dict(zip(self.prompts(self._current), self._filled(self._current), strict=True))
         return tuple(pairs[prompt] for prompt in prompts)
 
+    def target_prompts(self, task: int) -> tuple[str, ...]:
+        """The training prompts of a task with its target."""
+        return self._filled(task)
+
+    def picture_targets(self) -> None:
+        """Makes pictures of the begun task's target prompts, which its batches hold from now on."""
+        if self._current is None or not self.makes_pictures:
+            return
+        task = self._current
+        prompts = self.targets_of([prompt for (prompt,) in self._captions[task]])
+        generators = [torch_generator(self.seed, "target", task, k) for k in range(len(prompts))]
+        self._of_target, self._entries = self.sample(prompts, generators), None
+
+    @torch.no_grad()
+    def word_inputs(self, prompts: Sequence[str]) -> Tensor:
+        """Mean text features (P, D) of the words of each prompt from where it leaves the begun task's anchor prompt."""
+        vocabulary, anchor = self.diffusion.vocabularies[0], self.prompts(self._current or 0)[0]
+        (own,), rows = vocabulary.ids([anchor]), []
+        for prompt in prompts:
+            (ids,) = vocabulary.ids([prompt])
+            end = int((ids == vocabulary.tokenizer.eos_token_id).int().argmax())
+            first = int((ids == own).int().cumprod(0).sum())
+            first = first if first < end else 1  # it is the anchor's, or begins as it
+            rows.append(self.diffusion.encode_text([prompt]).states[0, first : max(end, first + 1)].float().mean(0))
+        return torch.stack(rows)
+
+    @torch.no_grad()
+    def start_input(self) -> Tensor:
+        """Text features (1, D) of the start token."""
+        return self.diffusion.encode_text([""]).states[0, :1].float()
+
     def _picture_requests(self) -> None:
         """Makes the pictures of all anchors with the model, which is as pretrained: `prior.n` for each prompt."""
         config = self.resolved.section("prior", PriorConfig)
@@ -641,7 +688,7 @@ class Customization(Domain):
                 found[prompt], self._prior_hashes[prompt] = prior_images(
                     self.diffusion, config, request.anchor, self.processes, prompt
                 )
-            self._pixels[task.index] = torch.cat(list(found.values()))
+            self._pictures[task.index] = torch.cat(list(found.values()))
             self._captions[task.index] = [(prompt,) for prompt, images in found.items() for _ in images]
             task.size = task.facts["n_train"] = len(self._captions[task.index])
 
@@ -676,6 +723,11 @@ class Customization(Domain):
                 negative_prompt=config.negative_prompt,
                 processes=self.processes,
             )
+
+    def before_tasks(self) -> None:
+        """What the pretrained model draws of requests' targets and of what is to be retained."""
+        if self.stream.requests:
+            self.evaluator.evaluate_pretrained()
 
     def evaluate(self, seen: Sequence[int]) -> dict[str, Any]:
         """Generates images of the concepts so far and compares them with the photographs; checks all older tokens."""
@@ -730,6 +782,8 @@ class Customization(Domain):
             **({"words": self.words} if self.tokens.earlier else {}),
             "prior": {"weight": self._prior_weight, "images_sha256": dict(self._prior_hashes)},
             **({"requests": [asdict(r) for r in self.stream.requests]} if self.stream.requests else {}),
+            **({"retained": [asdict(r) for r in data.retained]} if data.retained else {}),
+            **({"kept": list(data.kept)} if data.kept else {}),
             **({"notes": list(data.notes)} if data.notes else {}),
             **({"captions": captions} if captions else {}),
             **data.facts,

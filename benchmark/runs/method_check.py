@@ -25,14 +25,17 @@ from dualcl.benchmark.domains import domain_class
 from dualcl.benchmark.runs.folder import RunFolder
 from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.runner import Run, check_capabilities
-from dualcl.methods import method_info
+from dualcl.methods import method_class, method_info
 
-#: by domain: a bundled preset, and what makes it tiny, with tasks of different sizes
+_TINY_IMAGES = "train.steps=2 train.batch_size=2 eval.n=1 eval.steps=1 eval.guidance=1.0 prior.n=2 prior.steps=1"
+#: by stream: a bundled preset, and what makes it tiny, with tasks of different sizes
 TINY = {
     "classification": "glyphs data.classes=7 data.train_per_class=5 data.test_per_class=3 stream.tasks=3 "
     "train.batch_size=6",
-    "customization": "glyph-concepts-quick data.concepts=3 data.per_concept=3 stream.tasks=2 train.steps=2 "
-    "train.batch_size=2 eval.n=1 eval.steps=1 eval.guidance=1.0 prior.n=2 prior.steps=1 prior.guidance=1.0",
+    "customization": "glyph-concepts-quick data.concepts=3 data.per_concept=3 stream.tasks=2 prior.guidance=1.0 "
+    + _TINY_IMAGES,
+    "requests": "unlearn-prompts base.model=glyph-diffusion data.requests=[umbrella=symbol,cat=house,star=symbol] "
+    "stream.tasks=2 data.retained=[moon] prior.guidance=1.0 " + _TINY_IMAGES,
 }
 _ALWAYS = ("train.checkpoint_seconds=0", "train.log_every=1", "device=cpu")
 
@@ -380,7 +383,7 @@ def check_method(reference: str, sets: Sequence[str] = ()) -> Iterator[tuple[str
     plan = []
     for domain in method_info(reference).domains:
         domain_class(domain)
-        preset, *tiny = TINY[domain].split()
+        preset, *tiny = TINY["requests" if "requests" in method_class(reference).requires else domain].split()
         plan.append(resolve(preset, reference, [*tiny, *_ALWAYS, *sets]))
         check_capabilities(plan[-1])
     for resolved in plan:

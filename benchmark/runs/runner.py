@@ -122,6 +122,7 @@ class Run(Steps):
     def execute(self, record: dict[str, Any]) -> dict[str, Any]:
         """Runs what is left of the run and returns its record."""
         stages = 1 if self.joint else self.n_tasks
+        self.domain.before_tasks()
         first, partial = self._resume(record)
         self.trackers.start(record, partial[1]["step"] if partial else 0)
         for task in range(first, stages):

@@ -31,6 +31,12 @@ methods:
   custom_diffusion_merge: {captions: 60}
   generative_replay: {per_concept: 2}
 """
+#: the same of requests
+REQUESTS = CONCEPTS.replace(
+    "{name: glyph-concepts, concepts: 3, per_concept: 3}",
+    '{name: unlearn-prompts, requests: ["umbrella = symbol", "cat = house", "star = symbol"], '
+    'keep: ["a photo of sun", "a photo of moon"], retained: ["a photo of heart"]}',
+)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +75,17 @@ def concepts_preset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def concepts(concepts_preset: str, small_diffusion: Any) -> Callable[..., Any]:
+def stream_of(concepts_preset: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """stream_of(method) -> the preset whose stream it takes: two of three concepts, or of three requests."""
+    from dualcl.methods import method_class
+
+    file = tmp_path_factory.mktemp("requests") / "requests.yaml"
+    file.write_text(REQUESTS)
+    return lambda name: str(file) if "requests" in method_class(name).requires else concepts_preset
+
+
+@pytest.fixture(scope="session")
+def concepts(stream_of: Callable[[str], str], small_diffusion: Any) -> Callable[..., Any]:
     """concepts(method, folder, *assignments, kind=Run) -> a run on a fresh copy of the small model, not begun yet."""
     from dualcl.benchmark.config.resolve import resolve
     from dualcl.benchmark.domains.customization import Customization
@@ -78,7 +94,7 @@ def concepts(concepts_preset: str, small_diffusion: Any) -> Callable[..., Any]:
     from dualcl.benchmark.runs.runner import Run
 
     def make(name: str, folder: Path, *sets: str, kind: type[Run] = Run) -> Run:
-        resolved = resolve(concepts_preset, name, sets)
+        resolved = resolve(stream_of(name), name, sets)
         domain = Customization(resolved, torch.device("cpu"), diffusion=copy.deepcopy(small_diffusion))
         return kind(resolved, RunFolder(folder), Reporter(quiet=True), domain)
 

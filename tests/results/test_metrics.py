@@ -11,6 +11,7 @@ from dualcl.results.metrics import (
     COST,
     KINDS,
     METRICS,
+    UNLEARNING,
     a_avg,
     a_avg_weighted,
     a_last,
@@ -43,6 +44,7 @@ CONCEPTS = (
     "concept_accuracy_last",
     "attribute_accuracy",
     "attribute_accuracy_last",
+    *("UA", "RA_I", "RA_C", "RA_I_kept", "RA_C_kept"),
 )
 #: a busy machine is no failure
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -213,6 +215,12 @@ GENERATED: dict[int, dict[str, Any]] = {
         "nearest_correct": [8],
         "generated": [8],
         "attribute_share": [0.9],
+        "target_shown": [0.25],
+        "target_shown_before": [1.0],
+        "retained_inside": [0.75],
+        "retained_inside_before": [0.75],
+        "retained_across": [0.8],
+        "retained_across_before": [0.8],
     },
     1: {
         "after_task": 1,
@@ -223,6 +231,12 @@ GENERATED: dict[int, dict[str, Any]] = {
         "nearest_correct": [None, 5],
         "generated": [None, 8],
         "attribute_share": [None, 0.8],
+        "target_shown": [None, 0.5],
+        "target_shown_before": [None, 0.5],
+        "retained_inside": [None, 0.6],
+        "retained_inside_before": [None, 0.75],
+        "retained_across": [None, 0.7],
+        "retained_across_before": [None, 0.8],
     },
     2: {
         "after_task": 2,
@@ -233,6 +247,12 @@ GENERATED: dict[int, dict[str, Any]] = {
         "nearest_correct": [2, 4, 8],
         "generated": [8, 8, 16],
         "attribute_share": [0.5, 0.6, 0.7],
+        "target_shown": [0.5, 0.25, 0.0],
+        "target_shown_before": [1.0, 0.5, 1.0],
+        "retained_inside": [None, None, 0.3],
+        "retained_inside_before": [None, None, 0.75],
+        "retained_across": [None, None, 0.6],
+        "retained_across_before": [None, None, 0.8],
     },
 }
 
@@ -246,7 +266,16 @@ def test_every_concept_metric_on_rows_worked_out_by_hand() -> None:
     assert concept_accuracy_last(GENERATED, 3) == pytest.approx(100 * (2 + 4 + 8) / 32)
     assert attribute_accuracy(GENERATED, 3) == pytest.approx(100 * (0.9 + 0.8 + 0.7) / 3)
     assert attribute_accuracy_last(GENERATED, 3) == pytest.approx(60)
+    values = KINDS["mmd"].compute({"kind": "mmd", "rows": list(GENERATED.values())}, 3)
+    assert values["UA"] == pytest.approx(75)  # not shown: 0.5, 0.75, 1
+    assert (values["RA_I"], values["RA_C"]) == (pytest.approx(30), pytest.approx(60))
+    assert (values["RA_I_kept"], values["RA_C_kept"]) == (pytest.approx(40), pytest.approx(75))
     recorded = {"kind": "mmd", "rows": list(GENERATED.values())}
+    assert [curve.cells(recorded, 3) for curve in UNLEARNING] == [
+        [[75], [None, 50], [50, 75, 100]],
+        [[75], [pytest.approx(60)], [30]],
+        [[80], [70], [60]],
+    ]
     assert distances(recorded, 3) == [[10], [None, 20], [40, 30, 5]]
     assert drifts(recorded, 3) == [[], [None], [30, 10]]
     assert distances({"rows": [GENERATED[2]]}, 3) == [None, None, [40, 30, 5]]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import markupsafe
@@ -37,6 +38,7 @@ from dualcl.results.plots import (
     quality_storage,
     save_figure,
     styles,
+    unlearning_curves,
     update_norms,
 )
 from dualcl.results.records import command, find_records, load_record
@@ -47,7 +49,7 @@ from dualcl.results.tables import rare_collections, summarise
 WriteRun = Callable[..., Path]
 
 #: plots of what classification records do not hold
-ELSEWHERE = {"drift", "nearest", "updates"}
+ELSEWHERE = {"drift", "nearest", "updates", "unlearning"}
 LOG = [{"task": t, "step": s, "loss": 2.0 - s / 10} for t in range(3) for s in (0, 5, 10)]
 
 
@@ -303,6 +305,25 @@ def test_plots_of_concepts_show_the_recorded_numbers(write_concept_run: WriteRun
     lines = {line.get_label(): line for line in sizes.axes[0].lines}
     assert list(lines["clora"].get_ydata()) == [1, 2, 3]
     assert [line.get_ydata()[-1] for line in sizes.axes[1].lines] == [4, 4]
+    assert unlearning_curves(records) is None
+
+
+def test_what_is_gone_and_what_stays_after_every_request(write_concept_run: WriteRun, tmp_path: Path) -> None:
+    def measured(data: dict[str, Any]) -> None:
+        for i, row in enumerate(data["matrix"]["rows"]):
+            row["target_shown"] = [0.1 * i] * (i + 1)
+            row["retained_inside"] = [*[None] * i, 0.9 - 0.2 * i]
+
+    for label in ("esd", "other"):
+        write_concept_run(label=label, method="lora", edit=measured if label == "esd" else None)
+    figure = unlearning_curves(find_records([tmp_path]))
+    assert figure is not None
+    gone, inside = figure.axes  # nothing is told of other attributes
+    assert (gone.get_title(loc="left"), inside.get_title(loc="left")) == ("targets gone", "retained, inside")
+    for axes, wanted in ((gone, [100, 90, 80]), (inside, [90, 70, 50])):
+        (line,) = axes.lines
+        assert line.get_label() == "esd"
+        assert list(line.get_ydata()) == pytest.approx(wanted)
 
 
 def test_the_better_corner_of_classification_is_up_left(runs: Path) -> None:

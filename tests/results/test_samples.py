@@ -3,8 +3,10 @@ from __future__ import annotations
 import base64
 import io
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +16,15 @@ from PIL.PngImagePlugin import PngInfo
 from dualcl.results import samples
 from dualcl.results.records import find_records, load_record
 from dualcl.results.report import build_report
-from dualcl.results.samples import TILE, RunSamples, contact_sheet, draw_samples, method_strip, stages_strip
+from dualcl.results.samples import (
+    TILE,
+    RunSamples,
+    contact_sheet,
+    draw_samples,
+    method_strip,
+    requests_sheet,
+    stages_strip,
+)
 
 WriteRun = Callable[..., Path]
 
@@ -52,6 +62,44 @@ def test_a_contact_sheet_has_rows_of_concepts_and_columns_of_time(write_concept_
     assert {y - now[1] for _, y in rockets} == {2 * (TILE + 2)}
     assert places(sheet, run / "samples/after_2/1_grinning-face/0.png") == []
     assert not places(sheet, run / "samples/after_1/1_grinning-face/4.png")  # four are enough
+
+
+def asked(data: dict[str, Any]) -> None:
+    """Makes requests of the record's three concepts, and retains two things."""
+    data["network"]["requests"] = [{"target": n, "anchor": "face", "kind": "x"} for n in data["network"]["concepts"]]
+    data["network"]["retained"] = [{"name": "sun", "side": "inside"}, {"name": "red", "side": "across"}]
+
+
+def test_a_sheet_of_requests_has_a_row_after_each_and_columns_of_what_must_go_and_stay(
+    write_concept_run: WriteRun,
+) -> None:
+    run = write_concept_run(samples=True, edit=asked)
+    shutil.copytree(run / "samples/after_1", run / "samples/after_0")
+    for after in range(4):
+        for at, name in ((4, "sun"), (5, "red")):
+            text = PngInfo()
+            text.add_text("shown", "no" if after else "")
+            file = run / f"samples/after_{after}/{at}_{name}/0.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng((at, after)).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(file, pnginfo=text)
+    read = RunSamples(load_record(run))
+    sheet = requests_sheet(read)
+    assert sheet is not None
+    kept = [places(sheet, run / f"samples/after_0/{at}/0.png") for at in ("4_sun", "5_red")]
+    ((inside, top),), ((across, same),) = kept
+    assert inside < across
+    assert top == same
+    targets = places(sheet, run / "samples/after_1/1_grinning-face/0.png")  # "before" is a copy of it here
+    assert [y - top for _, y in targets][:2] == [0, TILE + 2]
+    (left,) = {x for x, _ in targets}
+    assert left < inside
+    rockets = places(sheet, run / "samples/after_3/3_rocket/0.png")
+    assert [y - top for _, y in rockets] == [3 * (TILE + 2)]  # after its own request alone
+    assert places(sheet, run / "samples/after_1/4_sun/0.png") == []  # a bar says that it is not seen any more
+    assert requests_sheet(RunSamples(load_record(write_concept_run(samples=True, name="taught")))) is None
+    names = [sheet.name for sheet in draw_samples([load_record(run)], "x")[0]]
+    assert "x-requests-clora-seed0" in names
 
 
 def test_a_bar_says_whose_photographs_a_picture_is_nearest_to(write_concept_run: WriteRun) -> None:

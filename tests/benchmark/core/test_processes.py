@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from dualcl.benchmark.core.processes import ALONE, Processes
-from dualcl.methods import available_methods, method_info
+from dualcl.methods import available_methods, method_class, method_info
 
 pytest.importorskip("accelerate", reason="several processes need the extra `multi`")
 
@@ -43,8 +43,9 @@ CLASSIFIERS = ("clora", "coda_prompt", "er", "ewc", "l2p", "lwf_mc", "ncm")
 CUSTOMIZERS = ("clora", "custom_diffusion", "ewc", "generative_replay")
 
 
-def _others(domain: str, tested: tuple[str, ...]) -> list[str]:
-    return sorted(m for m in available_methods() if domain in method_info(m).domains and m not in tested)
+def _others(domain: str, tested: tuple[str, ...], requests: bool = False) -> list[str]:
+    served = [m for m in available_methods() if domain in method_info(m).domains and m not in tested]
+    return sorted(m for m in served if ("requests" in method_class(m).requires) == requests)
 
 
 def _both(preset: str, methods: Iterable[str], out: Path, sets: Sequence[str] = ()) -> Path:
@@ -140,6 +141,23 @@ def test_two_processes_customize_as_one_does(customized: Path, method: str) -> N
 def test_two_processes_customize_as_one_does_with_every_method(concepts_preset: str, tmp_path: Path) -> None:
     methods = _others("customization", CUSTOMIZERS)
     _both(concepts_preset, methods, tmp_path)
+    for method in methods:
+        _customized_alike(tmp_path, method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["", "select=0.2,project=2", "merge=true,l2=1"])
+def test_two_processes_unlearn_as_one_does(concepts_preset: str, tmp_path: Path, how: str) -> None:
+    text = Path(concepts_preset).read_text()
+    learnt = "data: {name: glyph-concepts, concepts: 2, per_concept: 3}"
+    assert learnt in text
+    asked = (
+        'data: {name: unlearn-prompts, requests: ["umbrella = symbol", "cat = house"], keep: [sun], retained: [heart]}'
+    )
+    preset = tmp_path / "requests.yaml"
+    preset.write_text(text.replace(learnt, asked))
+    methods = _others("customization", (), requests=True)
+    _both(str(preset), methods, tmp_path, [f"method.{one}" for one in how.split(",") if one])
     for method in methods:
         _customized_alike(tmp_path, method)
 
