@@ -107,6 +107,7 @@ methods:
   clora: {{rank: 2}}
   orthogonal_adaptation: {{rank: 2}}
   mix_of_show: {{rank: 2}}
+  loraclr: {{rank: 2}}
   cidm: {{rank: 2}}
   lora_merge: {{rank: 2}}
   stamina: {{rank: 2}}
