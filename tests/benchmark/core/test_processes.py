@@ -108,6 +108,7 @@ methods:
   orthogonal_adaptation: {{rank: 2}}
   mix_of_show: {{rank: 2}}
   loraclr: {{rank: 2}}
+  encoder: {{encoder: untrained}}
   cidm: {{rank: 2}}
   lora_merge: {{rank: 2}}
   stamina: {{rank: 2}}
