@@ -53,6 +53,18 @@ class ParamGroup:
     weight_decay: float = 0.0
 
 
+@dataclass(frozen=True)
+class Routed:
+    """Updates that each prompt weighs anew, so that no one network holds them."""
+
+    #: A (d_out, r) and B (r, d_in) of each site, for each finished task
+    updates: list[dict[str, tuple[Tensor, Tensor]]]
+    #: what prompts are compared with, the tasks first
+    keys: Tensor
+    #: how that makes weights, JSON-able
+    rule: dict[str, Any]
+
+
 #: what the contract was called before, and what it is called now
 _RENAMED = {
     "set_prefix_provider": "features(self, images, network)",
@@ -174,7 +186,11 @@ class Method(nn.Module):
         """(B, C) float32 of all C outputs begun, from what `features` gave; the task is not known."""
         return cast(FeatureDomain, self.domain).rows(features)
 
-    # --- for the record ----------------------------------------------------------------------------------------------
+    # --- for exports and the record -----------------------------------------------------------------------------------
+
+    def routed(self) -> Routed | None:
+        """What was learnt that each prompt weighs anew; None, nearly always: the network's weights hold all."""
+        return None
 
     def stored_parameters(self) -> int:
         """Numbers that must be kept after the last finished task, without the domain's own (classifier rows).

@@ -470,3 +470,10 @@ class TokenRowsDomain(Protocol):
 
     def set_token_rows(self, task: int, rows: Sequence[Tensor]) -> None:
         """Sets the begun task's rows."""
+
+    def row_encoder(self, weights: str, generator: torch.Generator) -> Any:
+        """A frozen module whose `rows` gives rows (n, n_tokens, D) of such photographs; its `card` says what it saw.
+
+        Of a bundled name or a folder, or "untrained": drawn by `generator`, with an empty card. Refused where it was
+        trained for another model or number of tokens.
+        """

@@ -28,6 +28,7 @@ from dualcl.benchmark.domains.content import data_contents
 from dualcl.benchmark.domains.prior import PriorConfig, prior_content, prior_images
 from dualcl.benchmark.models.bundled import bundled_diffusion
 from dualcl.benchmark.models.families import MODEL_FILES, SETTING_FILES, load, part_files
+from dualcl.benchmark.models.row_encoder import UNTRAINED, RowEncoder, fresh_encoder, load_row_encoder
 from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.text_to_image import BaseConfig, TextToImage
 from dualcl.benchmark.models.tokens import ConceptTokens, card_words, exported_card
@@ -705,6 +706,24 @@ class Customization(Domain):
         if [tuple(r.shape) for r in rows] != [tuple(own.shape)]:
             raise ValueError(f"rows of shape {[tuple(r.shape) for r in rows]}, wanted {[tuple(own.shape)]}")
         own.copy_(rows[0])
+
+    def row_encoder(self, weights: str, generator: torch.Generator) -> RowEncoder:
+        """An encoder for this model's table, as many rows as a concept has."""
+        n_tokens, info = self.concept_config.n_tokens, self.diffusion.info
+        if weights == UNTRAINED:
+            return fresh_encoder(self.tokens.weight[: self.tokens.base_size], n_tokens, generator)
+        encoder = load_row_encoder(weights)
+        if (of := encoder.card["base_sha256"]) != info.weights_sha256:
+            raise UserError(
+                f"method.encoder={weights} was trained for {encoder.card['base']} (sha256 {of[:12]}), the model is "
+                f"{info.name} (sha256 {info.weights_sha256[:12]}); choose that base.model, or another method"
+            )
+        if encoder.n_tokens != n_tokens:
+            raise UserError(
+                f"method.encoder={weights} gives a concept {encoder.n_tokens} tokens, concept.n_tokens is {n_tokens}; "
+                f"set concept.n_tokens={encoder.n_tokens}"
+            )
+        return encoder.to(self.device)
 
     # --- images -----------------------------------------------------------------------------------------------------
 

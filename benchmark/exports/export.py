@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from dualcl.benchmark.runs.runner import Run
 
 FORMAT, VERSION = "dualcl-export", 1
 EMBEDDINGS = "learned_embeds"
+#: keys of concepts whose LoRAs each prompt weighs anew
+ROUTING = "routing.safetensors"
 #: weight file of each LoRA format, named as its readers expect
 LORA_FILES = {
     "diffusers-lora": "pytorch_lora_weights.safetensors",
@@ -131,17 +133,20 @@ class Learnt:
     factors: dict[str, Factors]
     #: weights of the U-Net that changed outside the sites
     changed: list[str]
+    #: of a method whose updates each prompt weighs anew: the factors of every concept
+    apart: list[dict[str, Factors]] = field(default_factory=list)
 
     @property
     def rank(self) -> int:
         """Largest rank of all sites: the one of the file. 0 when no site changed."""
-        return max(f.rank for f in self.factors.values())
+        return max(f.rank for factors in (self.factors, *self.apart) for f in factors.values())
 
     @property
     def relative_error(self) -> float:
         """Frobenius norm of what a limit on the rank cut off, relative to that of the update, all sites together."""
-        total = sum(f.total for f in self.factors.values())
-        return float((sum(f.lost for f in self.factors.values()) / total) ** 0.5) if total else 0.0
+        every = [f for factors in (self.factors, *self.apart) for f in factors.values()]
+        total = sum(f.total for f in every)
+        return float((sum(f.lost for f in every) / total) ** 0.5) if total else 0.0
 
     def embeddings(self) -> dict[str, Tensor]:
         """Rows (n_tokens, D) float32 by placeholder."""
@@ -152,6 +157,7 @@ class Learnt:
         """What the exported files are and come from."""
         resolved, info, tokens = self.run.resolved, self.domain.diffusion.info, self.domain.tokens
         base, shown = resolved.section("base", BaseConfig), resolved.section("eval", EvalConfig)
+        routed = self.run.method.routed()
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -189,6 +195,7 @@ class Learnt:
             "lora": {"rank": self.rank, "alpha": self.rank, "relative_error": self.relative_error}
             if kind in LORA_FILES
             else None,
+            **({"routing": {**routed.rule, "file": ROUTING}} if routed and kind in LORA_FILES else {}),
             "sampling": {
                 "scheduler": shown.scheduler,
                 "steps": shown.steps,
@@ -231,7 +238,14 @@ def learnt(
     domain: Any = run.domain
     state = plain_state(domain)
     factors = {name: factorise(w, state[f"{name}.weight"], rank) for name, w in before[0].weights.items()}
-    return Learnt(run, domain, state, factors, before[0].changed(state))
+    apart = []
+    if (routed := run.method.routed()) is not None:
+        modules = {name: site.module_name for name, site in domain.sites().items()}
+        for update in routed.updates:
+            own = {modules[name]: a.double().cpu() @ b.double().cpu() for name, (a, b) in update.items()}
+            weights = {name: before[0].weights[name].double() for name in own}
+            apart.append({name: factorise(w, w + own[name], rank) for name, w in weights.items()})
+    return Learnt(run, domain, state, factors, before[0].changed(state), apart)
 
 
 # --- the formats ------------------------------------------------------------------------------------------------------
@@ -272,8 +286,8 @@ def lora_tensors(found: Learnt, kind: str) -> dict[str, Tensor]:
 
 
 def write_lora(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
-    """One LoRA of the U-Net for all concepts, and their embeddings."""
-    method, kind = found.run.resolved.method, str(card["kind"])
+    """One LoRA of the U-Net for all concepts, or a folder of its own for each, and their embeddings."""
+    method = found.run.resolved.method
     if found.changed:
         raise UserError(
             f"{method} changed {len(found.changed)} weights of the U-Net outside K and V of its cross-attentions, "
@@ -281,7 +295,23 @@ def write_lora(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
         )
     if found.rank == 0:
         raise UserError(f"{method} changed no weight of the U-Net, so there is no LoRA; use --to textual-inversion")
-    metadata = header(card)
+    routed = found.run.method.routed()
+    if routed is None:
+        _write_lora(found, out, card)
+    else:
+        _write_tensors(out / ROUTING, {"keys": routed.keys.cpu()}, header(card))
+        for name, factors in zip(found.embeddings(), found.apart, strict=True):
+            _write_lora(replace(found, factors=factors), out / lora_folder(name), card)
+    write_embeddings(found, out, card)
+
+
+def lora_folder(placeholder: str) -> str:
+    """Folder of a concept's own LoRA."""
+    return Path(embedding_file(placeholder)).stem
+
+
+def _write_lora(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
+    kind, metadata = str(card["kind"]), header(card)
     if kind == "kohya":
         rank = str(found.rank)
         metadata |= {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": f"{rank}.0"}
@@ -302,11 +332,15 @@ def write_lora(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
             },
         )
     _write_tensors(out / LORA_FILES[kind], lora_tensors(found, kind), metadata)
-    write_embeddings(found, out, card)
 
 
 def write_merged(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
     """A whole model in diffusers layout: the tokenizer knows the concepts, the network holds the updates."""
+    if found.apart:
+        raise UserError(
+            f"{found.run.resolved.method} weighs its updates anew for each prompt, so no one model holds them; use "
+            "--to diffusers-lora, which writes a LoRA for each concept"
+        )
     found.domain.diffusion.save(out, found.state, [found.domain.tokens.table()])
 
 
@@ -372,7 +406,12 @@ def describe(card: Mapping[str, Any], out: str | Path) -> list[str]:
         lines.append(f"rank {lora['rank']}{cut}")
     base = f"made on {card['base']['name']} (sha256 {card['base']['weights_sha256'][:12]}); load with"
     each = f"for f in Path({str(out)!r}).glob('{EMBEDDINGS}/*.safetensors'): pipe.load_textual_inversion(f)"
-    if kind == "merged":
+    if routing := card.get("routing"):
+        each = lora_folder(card["concepts"][0]["placeholder"])
+        lines.append(
+            f"a LoRA for each concept, as {each}; prompts weigh them by {routing['file']}: generate from the run"
+        )
+    elif kind == "merged":
         lines.append(f"load with {card['base']['pipeline']}.from_pretrained({str(out)!r})")
     elif kind == "textual-inversion":
         lines.append(f"{base} {each}")

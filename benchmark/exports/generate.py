@@ -195,6 +195,11 @@ def _at(tree: Any, key: str) -> Any:
 def _open_export(path: Path, device: str, base: str | None, say: Say) -> Model:
     card = _read_card(path)
     made_on, kind = card["base"], str(card["kind"])
+    if card.get("routing"):
+        method = card["run"]["method"]
+        raise UserError(
+            f"{path} holds a LoRA for each concept, which {method} weighs anew for each prompt; give the run's folder"
+        )
     if kind == "merged":
         if base is not None:
             raise UserError(f"{path} is a whole model; leave out --base")

@@ -28,6 +28,7 @@ from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.seeding import derive_seed, numpy_generator
 from dualcl.benchmark.pretraining.diffusion import GlyphDiffusionRecipe, make_glyph_diffusion
+from dualcl.benchmark.pretraining.encoder import EncoderRecipe, make_encoder
 from dualcl.benchmark.pretraining.portraits import JudgeRecipe, PortraitsRecipe, make_judge, make_portraits
 from dualcl.benchmark.pretraining.renditions import RenditionsViTRecipe, augmented, make_renditions_vit, write_backbone
 from dualcl.benchmark.pretraining.text_to_image import to_input
@@ -292,6 +293,11 @@ def _make_portraits(folder: Path, seed: int, recipe: Any, settings: dict[str, An
     return make_portraits(folder, seed, recipe, _command("portraits-diffusion", seed, settings), _say)
 
 
+def _make_encoder(folder: Path, seed: int, recipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """Trains the encoder of portraits, or goes on, and writes the folder portraits_encoder."""
+    return make_encoder(folder, seed, recipe, _command("portraits-encoder", seed, settings), _say)
+
+
 def _make_renditions(folder: Path, seed: int, recipe: Any, settings: dict[str, Any]) -> dict[str, Any]:
     """Trains the ViT of the renditions, or goes on, and writes renditions_vit.safetensors, .json and .md."""
     return make_renditions_vit(folder, seed, recipe, _command("renditions-vit", seed, settings), _say)
@@ -306,4 +312,5 @@ RECIPES: dict[str, tuple[type[Any], Maker]] = {
     "renditions-vit": (RenditionsViTRecipe, _make_renditions),
     "portraits-judge": (JudgeRecipe, _make_judge),
     "portraits-diffusion": (PortraitsRecipe, _make_portraits),
+    "portraits-encoder": (EncoderRecipe, _make_encoder),
 }

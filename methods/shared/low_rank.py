@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -243,6 +243,26 @@ def adapt(model: nn.Module, updates: Mapping[str, Update]) -> None:
     for module_name, group in by_module.items():
         parent, _, leaf = module_name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, AdaptedLinear(group[0].site.module, group))
+
+
+class SidedLinear(nn.Module):
+    """A module with what `sides` adds for its input; None: nothing."""
+
+    def __init__(self, base: nn.Module, sides: Callable[[Tensor], Tensor | None]) -> None:
+        super().__init__()
+        self.base, self.sides = base, sides
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d_in) -> (..., d_out)."""
+        y: Tensor = self.base(x)
+        side = self.sides(x)
+        return y if side is None else y + side
+
+
+def add_sides(model: nn.Module, module_name: str, sides: Callable[[Tensor], Tensor | None]) -> None:
+    """Puts a `SidedLinear` before the module of that name, whatever module stands there."""
+    parent, _, leaf = module_name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, SidedLinear(model.get_submodule(module_name), sides))
 
 
 @contextlib.contextmanager

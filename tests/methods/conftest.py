@@ -23,6 +23,9 @@ methods:
   clora: {rank: 2}
   orthogonal_adaptation: {rank: 2}
   mix_of_show: {rank: 2}
+  loraclr: {rank: 2}
+  encoder: {encoder: untrained}
+  cidm: {rank: 2}
   lora_merge: {rank: 2}
   stamina: {rank: 2}
   ewc_dc: {rank: 2, fisher_batches: 1}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dualcl.benchmark.core.domain import Site
 from dualcl.benchmark.core.errors import UserError
 from dualcl.methods.lora_merge import LoRAMerge, LoRAMergeConfig, orthogonal_columns, orthogonal_rows
+from dualcl.methods.loraclr import LoRACLR, LoRACLRConfig, contrast
 from dualcl.methods.mix_of_show import MixOfShow, MixOfShowConfig
 from dualcl.methods.orthogonal_adaptation import OrthogonalAdaptation, OrthogonalAdaptationConfig
 from dualcl.methods.shared.ties import ties
@@ -336,6 +337,87 @@ def test_sites_of_different_widths_are_refused(toy: Callable[..., Any]) -> None:
         Wider(MixOfShowConfig(rank=1), domain, 2, 0)
 
 
+# --- loraclr ----------------------------------------------------------------------------------------------------------
+
+
+def test_margins_work_between_targets_that_are_near() -> None:
+    for apart, loss, share in ((0.3, 0.04, 1.0), (0.6, 0.0, 0.0)):
+        wanted = torch.tensor([[[1.0, 0]], [[1 + apart, 0]]])
+        found = contrast(wanted, wanted, 0.5)
+        assert (found[0].item(), found[1].item()) == (pytest.approx(loss, abs=1e-6), share)
+    # targets at 0 and 5, outputs at 0 and 0.2: the first's target is near the second's output, in the code also others
+    said, wanted = torch.tensor([[[0.0]], [[0.2]]]), torch.tensor([[[0.0]], [[5.0]]])
+    text, code = (contrast(said, wanted, 0.5, code_pairs=c) for c in (False, True))
+    assert text[0].item() == pytest.approx((4.8**2 + 0.3**2) / 2)
+    assert code[0].item() == pytest.approx((4.8**2 + 0.3**2) / 2)
+    assert text[1].item() == code[1].item() == 0.5
+    said = torch.tensor([[[0.0]], [[0.2]], [[0.3]]])
+    wanted = torch.tensor([[[0.0]], [[5.0]], [[9.0]]])
+    assert contrast(said, wanted, 0.5)[1].item() == pytest.approx(1 / 3)
+    assert contrast(said, wanted, 0.5, code_pairs=True)[1].item() == pytest.approx(2 / 3)
+
+
+@pytest.fixture
+def pair(toy: Callable[..., Any]) -> Callable[..., Tensor]:
+    """pair(**settings) -> (method, offset) after both concepts, each of one row of inputs."""
+    x = [rows([1.0, 2, 0]) / 5**0.5, rows([0.0, 1, 3]) / 10**0.5]
+
+    def make(**settings: Any) -> Any:
+        method = toy(LoRACLR, LoRACLRConfig(rank=1, **settings), rows([7.0, 8, 9]), inputs=x)
+        method.domain.token_rows = lambda task: (torch.zeros(0, 4),)
+        start = method.updates["k"].site.weight.clone()
+        assert torch.equal(taught(method, 0, rows([1.0]), rows([1.0, 2, 3])), start + rows([1.0, 2, 3]))
+        return method, taught(method, 1, rows([1.0]), rows([4.0, 5, 6])) - start
+
+    return make
+
+
+def test_a_long_merge_meets_the_targets_but_leaves_the_span_of_the_words(pair: Callable[..., Any]) -> None:
+    none = {"margin": 0.0, "offset_weight": 0.0, "merge_decay": 0.0}
+    method, offset = pair(merge_steps=2500, merge_lr=1e-2, **none)
+    x = torch.cat([method.inputs(j) for j in range(2)])
+    torch.testing.assert_close((x @ offset.T).flatten(), torch.tensor([2.236068, 7.273239]), rtol=0, atol=1e-4)
+    torch.testing.assert_close(offset, rows([-2.506, 3.753, 6.416]), rtol=0, atol=2e-3)
+    nearest = torch.tensor([[2.236068, 7.273239]]) @ torch.linalg.pinv(x).T
+    torch.testing.assert_close(nearest, rows([0.087, 2.457, 6.848]), rtol=0, atol=1e-3)
+    assert method.facts["error_left"] < 1e-6
+    assert method.facts["margins_at_work"] == 0
+
+
+def test_the_papers_merge_hardly_moves(pair: Callable[..., Any]) -> None:
+    method, offset = pair()
+    torch.testing.assert_close(offset.abs(), torch.full((1, 3), 0.005), rtol=0.02, atol=0)
+    assert 0.99 < method.facts["error_left"] < 1
+    assert method.stored_parameters() == 3 + 2
+    seen, _ = pair(reference_quirks=("best_seen",)), None
+    # 49 steps: the last one's outcome is not seen
+    torch.testing.assert_close(seen[1].abs(), torch.full((1, 3), 0.0049), rtol=0.02, atol=0)
+
+
+def test_terms_of_the_merge_pull_on_the_offset(pair: Callable[..., Any]) -> None:
+    long = {"merge_steps": 60, "merge_lr": 5e-2}
+    plain = pair(**long)[1]
+    assert pair(offset_weight=10.0, **long)[1].norm() < plain.norm() - 0.1
+    assert not torch.equal(pair(mse_weight=10.0, **long)[1], plain)
+    apart = pair(margin=20.0, **long)
+    assert apart[0].facts["margins_at_work"] == 1
+    assert not torch.equal(apart[1], plain)
+
+
+def test_a_merge_reads_tokens_and_end_token_and_keeps_what_moves_them(
+    concepts: Callable[..., Any], tmp_path: Path
+) -> None:
+    work = concepts("loraclr", tmp_path, "concept.n_tokens=2", "concept.prompt=a photo of {token} on a table")
+    drawn(work, range(2))
+    for j in range(2):
+        own = work.domain.concept_inputs(j, own=True)
+        assert len(own) > 5
+        assert torch.equal(work.method.inputs(j), own[[0, 1, -1]])
+    sizes = [(u.site.d_out, u.site.d_in) for u in work.method.updates.values()]
+    assert work.method.stored_parameters() == sum(o * i + 2 * 3 * o for o, i in sizes)
+    assert 0 < work.method.facts["error_left"] < 1
+
+
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 
@@ -343,6 +425,8 @@ def test_sites_of_different_widths_are_refused(toy: Callable[..., Any]) -> None:
     ("config", "given", "message"),
     [
         (MixOfShowConfig, {"ridge": -1.0}, "method.ridge must not be negative, got -1.0"),
+        (LoRACLRConfig, {"margin": -1.0}, "method.margin must not be negative, got -1.0"),
+        (LoRACLRConfig, {"merge_steps": 0}, "method.merge_steps must be at least 1, got 0"),
         (LoRAMergeConfig, {"rule": "max"}, "method.rule must be one of sum, magnitude, mean, ties, got 'max'"),
         (LoRAMergeConfig, {"density": 0.0}, "method.density must be above 0 and at most 1, got 0.0"),
         (

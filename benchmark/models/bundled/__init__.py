@@ -27,6 +27,13 @@ def bundled_diffusion() -> dict[str, Path]:
     return {p.parent.name.replace("_", "-"): p.parent for p in sorted(Path(__file__).parent.glob("*/model_index.json"))}
 
 
+def bundled_encoders() -> dict[str, Path]:
+    """Bundled encoders of pictures: name -> folder of model.safetensors, card.json, README.md."""
+    return {
+        p.parent.name.replace("_", "-"): p.parent for p in sorted(Path(__file__).parent.glob("*_encoder/card.json"))
+    }
+
+
 def bundled_judge() -> Path:
     """The folder of the portraits' judge: model.safetensors, card.json, README.md."""
     return Path(__file__).parent / "portraits_judge"

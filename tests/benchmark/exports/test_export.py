@@ -25,6 +25,7 @@ from dualcl.benchmark.cli import main
 from dualcl.benchmark.cli.options import EXPORT_FORMATS
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.exports.export import LORA_FILES, WRITERS, export, factorise
+from dualcl.benchmark.exports.generate import open_model
 from dualcl.benchmark.models.bundled import bundled_diffusion
 from dualcl.benchmark.models.stable_diffusion import StableDiffusion, cross_attention_sites
 from dualcl.benchmark.models.tokens import CARD
@@ -264,6 +265,36 @@ def test_a_changed_network_is_no_lora_but_merges(concept_run: Callable[..., Path
     assert all(torch.equal(now[k], v) for k, v in pipe.unet.state_dict().items())
     base = stock().unet.state_dict()
     assert not torch.equal(now["conv_in.weight"], base["conv_in.weight"])
+
+
+def test_updates_that_prompts_weigh_are_a_lora_for_each_concept(
+    concept_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = concept_run("cidm", "method.rank=2", "stream.tasks=2")
+    method: Any = restore(folder).method
+    with pytest.raises(UserError, match=r"cidm weighs its updates anew for each prompt.*use --to diffusers-lora"):
+        export(folder, "merged", tmp_path / "merged")
+    for kind, up, down in (("diffusers-lora", "lora_B", "lora_A"), ("kohya", "lora_up", "lora_down")):
+        out = tmp_path / kind
+        card = export(folder, kind, out)
+        assert (card["lora"], card["weights_changed"]) == ({"rank": 2, "alpha": 2, "relative_error": 0.0}, True)
+        assert card["routing"]["power"] == 2
+        assert torch.equal(load_file(out / card["routing"]["file"])["keys"], method.keys())
+        for j, update in enumerate(method.routed().updates):
+            tensors = load_file(out / f"c{j + 1}" / LORA_FILES[kind])
+            found = [tensors[n] @ tensors[n.replace(up, down)] for n in tensors if f".{up}." in n]
+            for product, (a, b) in zip(found, (update[n] for n in sorted(update)), strict=True):
+                assert product.norm() > 0
+                torch.testing.assert_close(product, a @ b, rtol=1e-4, atol=1e-6)
+        with pytest.raises(UserError, match="which cidm weighs anew for each prompt; give the run's folder"):
+            open_model(out, "cpu")
+    pipe = stock()
+    pipe.load_lora_weights(tmp_path / "kohya" / "c2", weight_name=LORA_FILES["kohya"])
+    assert main(["export", str(folder), "--to", "textual-inversion", str(tmp_path / "words")]) == 0
+    assert "also changed weights" in capsys.readouterr().err
+    assert main(["export", str(folder), "--to", "peft", str(tmp_path / "peft")]) == 0
+    assert "a LoRA for each concept, as c1; prompts weigh them by routing.safetensors" in capsys.readouterr().err
+    assert (tmp_path / "peft" / "c2" / "adapter_config.json").is_file()
 
 
 def test_embeddings_of_several_tokens(
