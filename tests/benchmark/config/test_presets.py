@@ -182,7 +182,8 @@ def test_the_users_own_concepts_start_from_the_bundled_model() -> None:
     assert own["base.model"] == "portraits-diffusion"
     assert own["data.concepts"] is None
     differ = {k for k in own if k in bundled and own[k] != bundled[k] and not k.startswith("data.")}
-    assert differ == {"preset", "concept.prompt", "prior.prompt", "eval.prompt"}
+    assert differ == {"preset", "concept.init", "concept.prompt", "prior.prompt", "eval.prompt"}
+    assert own["concept.init"] == "random"  # a word needs class nouns
     assert {own[k] for k in ("concept.prompt", "eval.prompt")} == {"a photo of {token}"}
 
 
