@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -404,7 +405,9 @@ def test_what_is_retained_is_measured_by_a_judge_that_knows_it(
     )
     data = ConceptData("asked", asked, "asked", concepts_hash(asked), retained=things)
     resolved = resolve(concepts_preset, "finetune", ("eval.n=2", "stream.class_order=natural"))
-    domain = customization.Customization(resolved, torch.device("cpu"), data=data, diffusion=small_diffusion)
+    domain = customization.Customization(
+        resolved, torch.device("cpu"), data=data, diffusion=copy.deepcopy(small_diffusion)
+    )
     domain.folder = tmp_path
     shows: dict[str, Any] = {"what": "umbrella", "ink": "red"}
     features = type(domain.evaluator.features)
