@@ -33,7 +33,7 @@ from torch import Tensor
 from dualcl.benchmark.core.domain import ConceptInputsDomain, Domain, TokenRowsDomain
 from dualcl.methods.base import Routed, check, check_quirks, register_method
 from dualcl.methods.lora import LoRAConfig, SeparateLoRA, refuse_options
-from dualcl.methods.shared.low_rank import add_sides
+from dualcl.methods.shared.low_rank import SidedLinear, replace_module
 
 
 @dataclass(frozen=True)
@@ -100,13 +100,12 @@ class CIDM(SeparateLoRA):
 
     def __init__(self, config: CIDMConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
-        self.facts: dict[str, Any] = {}
-        widths = sorted({u.site.d_in for u in self.updates.values()})
-        check(len(widths) == 1, f"cidm needs sites that read one text, these read {widths}; choose another model")
+        self.check_one_text("cidm")
         for i, site in enumerate(u.site for u in self.updates.values()):
             whole = site.d_out == site.module.out_features
             check(whole, f"cidm needs sites that are whole projections, {site.name} is a part; choose another model")
-            add_sides(domain.model, site.module_name, functools.partial(self.sides, i))
+            now = domain.model.get_submodule(site.module_name)
+            replace_module(domain.model, site.module_name, SidedLinear(now, functools.partial(self.sides, i)))
 
     def factor(self, kind: str, task: int, site: int) -> Tensor:
         """A or B of a site that a finished task ended with."""

@@ -109,7 +109,7 @@ class CLoRACarry(CLoRA):
     def end_task(self, task: int) -> None:
         """Folds the update, carries the old statistics along and adds the new classes'."""
         old, outputs, mapped = self.known, self.classifier.outputs(task), self.config.carry == "map" and task > 0
-        with without_updates(self.updates):
+        with without_updates(self.updates.values()):
             before = torch.cat([x for x, _ in self.classifier.training_features(task)]) if mapped else None
         super().end_task(task)
         parts = list(self.classifier.training_features(task))

@@ -132,6 +132,16 @@ class SeparateLoRA(LoRA):
     #: False: on what the last task left, as LoRA
     apart = True
 
+    def __init__(self, config: LoRAConfig, domain: Domain, n_tasks: int, seed: int) -> None:
+        super().__init__(config, domain, n_tasks, seed)
+        #: of the last merge, for `diagnostics`
+        self.facts: dict[str, Any] = {}
+
+    def check_one_text(self, name: str) -> None:
+        """UserError when sites read inputs of several widths: no one text reaches them all."""
+        widths = sorted({u.site.d_in for u in self.updates.values()})
+        check(len(widths) == 1, f"{name} needs sites that read one text, these read {widths}; choose another model")
+
     def begin_task(self, task: int) -> None:
         """Starts fresh factors beside the pretrained weights."""
         if self.apart:

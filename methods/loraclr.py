@@ -88,9 +88,7 @@ class LoRACLR(SeparateLoRA):
 
     def __init__(self, config: LoRACLRConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
-        self.facts: dict[str, Any] = {}
-        widths = sorted({u.site.d_in for u in self.updates.values()})
-        check(len(widths) == 1, f"loraclr needs sites that read one text, these read {widths}; choose another model")
+        self.check_one_text("loraclr")
 
     def begin_task(self, task: int) -> None:
         """Starts fresh factors beside the pretrained weights, and makes room for the concept's targets."""

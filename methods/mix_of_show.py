@@ -70,11 +70,7 @@ class MixOfShow(SeparateLoRA):
 
     def __init__(self, config: MixOfShowConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
-        self.facts: dict[str, Any] = {}
-        widths = sorted({u.site.d_in for u in self.updates.values()})
-        check(
-            len(widths) == 1, f"mix_of_show needs sites that read one text, these read {widths}; choose another model"
-        )
+        self.check_one_text("mix_of_show")
 
     def begin_task(self, task: int) -> None:
         """Starts fresh factors beside the pretrained weights, and makes room for the sums."""

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from dualcl.methods.base import check, register_method
 from dualcl.methods.shared.held_updates import HeldConfig, HeldUpdates
-from dualcl.methods.shared.site_delta import without_deltas
+from dualcl.methods.shared.low_rank import without_updates
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class ConceptAblation(Unlearning):
         """What is predicted under the anchor's prompts."""
         if self.config.teacher == "current":
             return self.offered.paired_predictions(batch, batch.prompts)
-        with without_deltas(self.each()):
+        with without_updates(self.each()):
             return self.offered.paired_predictions(batch, batch.prompts)
 
 
@@ -116,7 +116,7 @@ class ESD(Unlearning):
 
     def goal(self, batch: Any, targets: tuple[str, ...]) -> Tensor:
         """f("") - eta (f(c) - f(""))."""
-        with without_deltas(self.each()):
+        with without_updates(self.each()):
             empty = self.offered.paired_predictions(batch, [""] * len(targets))
             away = self.offered.paired_predictions(batch, targets) - empty
         return empty - float(self.config.eta) * away

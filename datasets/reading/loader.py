@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -94,6 +96,22 @@ def lost_process(error: BaseException) -> str | None:
         f"a process that decodes images was killed ({said.splitlines()[0].rstrip('. ')}), perhaps as memory ran out; "
         "lower input.workers, and call the same command again to go on"
     )
+
+
+@contextlib.contextmanager
+def _later_sigchld() -> Iterator[None]:
+    """SIGCHLD reaches this thread at the end, not while processes and the threads that feed them are started.
+
+    torch's handler raises in the main thread: inside Thread.start it would leave a KeyError, or a thread's traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows, which has no SIGCHLD either
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class ImageLoader:
@@ -291,7 +309,9 @@ class ImageLoader:
             generator=torch.Generator(),
         )
         try:
-            for array in loader:
+            with _later_sigchld():
+                arrays = iter(loader)
+            for array in arrays:
                 if isinstance(array, UserError):
                     raise array
                 yield array

@@ -17,11 +17,12 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dualcl.benchmark.core.domain import Domain
 from dualcl.methods.base import Method, MethodConfig, ParamGroup, check, check_quirks
-from dualcl.methods.shared.site_delta import SiteDelta, directions, most_important, put_deltas
+from dualcl.methods.shared.low_rank import replace_module
+from dualcl.methods.shared.site_delta import SiteDelta, directions, most_important
 from dualcl.methods.shared.site_weights import whole_weights
 from dualcl.methods.shared.ties import ties
 
@@ -94,8 +95,11 @@ class HeldUpdates(Method):
         if config.project:
             self.requires = (*type(self).requires, "concept_inputs")  # the text alone reaches the sites
         super().__init__(config, domain, n_tasks, seed)
-        names = list(whole_weights(domain.sites()))
-        self.deltas = put_deltas(domain.model, names)
+        self.deltas = nn.ModuleList()
+        for name in whole_weights(domain.sites()):
+            base: Any = domain.model.get_submodule(name)
+            self.deltas.append(SiteDelta(base))
+            replace_module(domain.model, name, self.deltas[-1])
         for delta in self.each():
             delta.gradients_alone = "project_gradients" in config.reference_quirks
             delta.holds_start = "hold_start_token" in config.reference_quirks

@@ -235,14 +235,19 @@ def inject(model: nn.Module, sites: dict[str, Site], rank: int) -> dict[str, Low
     return updates
 
 
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` where the one of that name stands."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
 def adapt(model: nn.Module, updates: Mapping[str, Update]) -> None:
     """Replaces every Linear that has updates by an `AdaptedLinear`."""
     by_module: dict[str, list[Update]] = {}
     for update in updates.values():
         by_module.setdefault(update.site.module_name, []).append(update)
     for module_name, group in by_module.items():
-        parent, _, leaf = module_name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, AdaptedLinear(group[0].site.module, group))
+        replace_module(model, module_name, AdaptedLinear(group[0].site.module, group))
 
 
 class SidedLinear(nn.Module):
@@ -259,19 +264,19 @@ class SidedLinear(nn.Module):
         return y if side is None else y + side
 
 
-def add_sides(model: nn.Module, module_name: str, sides: Callable[[Tensor], Tensor | None]) -> None:
-    """Puts a `SidedLinear` before the module of that name, whatever module stands there."""
-    parent, _, leaf = module_name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, SidedLinear(model.get_submodule(module_name), sides))
+class Switched(Protocol):
+    """Something beside a network that counts while `active`."""
+
+    active: bool
 
 
 @contextlib.contextmanager
-def without_updates(updates: Mapping[str, LowRankUpdate]) -> Iterator[None]:
+def without_updates(updates: Iterable[Switched]) -> Iterator[None]:
     """The network as the finished tasks left it, without gradient: what is trained now is off until the end.
 
     A teacher that takes no memory. Without gradient, because micro-batches are run again in the backward, after it.
     """
-    before = [(update, update.active) for update in updates.values()]
+    before = [(update, update.active) for update in updates]
     try:
         for update, _ in before:
             update.active = False

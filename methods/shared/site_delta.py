@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -102,28 +98,3 @@ class SiteDelta(nn.Module):
         self.Z.requires_grad_(False)
         self.mask, self.held, self.active = None, None, False
         return update
-
-
-def put_deltas(model: nn.Module, weights: Iterable[str]) -> nn.ModuleList:
-    """Replaces the Linears of these names by a `SiteDelta` each."""
-    deltas = nn.ModuleList()
-    for name in weights:
-        parent, _, leaf = name.rpartition(".")
-        base: Any = model.get_submodule(name)
-        deltas.append(SiteDelta(base))
-        setattr(model.get_submodule(parent), leaf, deltas[-1])
-    return deltas
-
-
-@contextlib.contextmanager
-def without_deltas(deltas: Iterable[SiteDelta]) -> Iterator[None]:
-    """The network without the updates, and without gradient, until the end."""
-    before = [(delta, delta.active) for delta in deltas]
-    try:
-        for delta, _ in before:
-            delta.active = False
-        with torch.no_grad():
-            yield
-    finally:
-        for delta, active in before:
-            delta.active = active

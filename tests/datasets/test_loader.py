@@ -2,6 +2,7 @@ import dualcl.benchmark.core.compat  # noqa: F401 - before torchvision
 
 # isort: split
 import multiprocessing
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -75,6 +76,21 @@ def test_a_loader_process_killed_while_a_step_is_computed_is_recognised():
             time.sleep(0.1)
     assert "lower input.workers" in str(lost_process(raised.value))
     assert lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def test_a_loader_process_killed_while_loading_begins_leaves_threads_alone(monkeypatch):
+    start = threading._start_new_thread
+
+    def killing(*args: Any) -> Any:
+        started = start(*args)
+        multiprocessing.active_children()[0].kill()
+        time.sleep(0.5)  # torch's handler would raise here, inside Thread.start
+        return started
+
+    loader = ImageLoader(noise(10, 13), View(SIZE, augment="crop_flip"), cache_mib=0, workers=2)
+    monkeypatch.setattr(threading, "_start_new_thread", killing)
+    with pytest.raises(UserError, match=r"lower input\.workers"):
+        list(loader.eval_batches(batch_size=4))
 
 
 @pytest.mark.parametrize("augment", ["flip", "crop_flip"])

@@ -25,7 +25,8 @@ from dualcl.datasets.drawing.portrait_captions import caption_words
 from dualcl.datasets.drawing.portraits import CAPTIONED
 from dualcl.datasets.portraits_unlearn import PHRASES, PortraitsUnlearn, split
 from dualcl.datasets.unlearn_prompts import UnlearnPrompts
-from dualcl.methods.shared.site_delta import SiteDelta, directions, most_important, without_deltas
+from dualcl.methods.shared.low_rank import without_updates
+from dualcl.methods.shared.site_delta import SiteDelta, directions, most_important
 from dualcl.methods.shared.ties import ties
 from dualcl.methods.unlearning import Unlearning
 
@@ -149,7 +150,7 @@ def test_the_teacher_is_the_network_before_the_request(concepts: Callable[..., A
     assert (now - before).abs().max() > 1e-4
     direct = work.domain.predictions(batch, [batch.prompts[0]])[:, 0]
     torch.testing.assert_close(now, direct, rtol=1e-5, atol=1e-6)
-    with without_deltas(method.each()):
+    with without_updates(method.each()):
         assert not work.domain.paired_predictions(batch, targets).requires_grad
     assert all(d.active for d in method.each())
     with pytest.raises(ValueError, match="1 prompts for 2 samples"):
