@@ -15,7 +15,7 @@ from dualcl.results.tables import summarise
 
 #: preset, folder, methods (None: the preset's own) and settings of each part of the quickstart
 QUICKSTART: tuple[tuple[str, str, str | None, tuple[str, ...]], ...] = (
-    ("renditions-10", "classification", "joint,clora,lora,ranpac,finetune_pp,ncm", ("train.epochs=4",)),
+    ("renditions-10", "classification", "joint,clora,lora,ranpac,ncm", ("train.epochs=4",)),
     ("portraits-quick", "customization", None, ()),
 )
 
