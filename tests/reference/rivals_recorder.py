@@ -640,6 +640,196 @@ def sdlora(root: Path) -> Numbers:
     return out
 
 
+# --- bottlenecks beside the MLPs --------------------------------------------------------------------------------------
+
+SIDE = 3  # width of the bottlenecks
+PARTS = ("down", "down_bias", "up", "up_bias")
+
+
+def bottleneck(task: int, block: int) -> Numbers:
+    """A task's bottleneck as its steps would leave it."""
+    shapes = {"down": (SIDE, WIDTH), "down_bias": (SIDE,), "up": (WIDTH, SIDE), "up_bias": (WIDTH,)}
+    return {part: draw(f"side {task} {block} {part}", *shape) for part, shape in shapes.items()}
+
+
+def proxy_rows(task: int, classes: int) -> Tensor:
+    """Rows by cosine of a task that learns."""
+    return draw(f"proxy {task}", classes, WIDTH)
+
+
+def configured(**given: Any) -> SimpleNamespace:
+    """What their adapters are told."""
+    return SimpleNamespace(
+        ffn_adapt=True, ffn_option="parallel", ffn_adapter_layernorm_option="none", ffn_adapter_init_option="lora",
+        ffn_adapter_scalar="0.1", ffn_num=SIDE, d_model=WIDTH, vpt_on=False, vpt_num=0, _device="cpu", **given,
+    )  # fmt: skip
+
+
+def with_sides(module: Any, **given: Any) -> Any:
+    """Their ViT with adapters, as small as ours and with its weights, whose names they change as here."""
+    made = module.VisionTransformer(**VIT, num_classes=given.pop("classes", 0), tuning_config=configured(**given))
+    state: Numbers = {}
+    for name, value in small_vit().state_dict().items():
+        for q, rows in zip("qkv", value.chunk(3), strict=True) if "qkv" in name else ():
+            state[name.replace("qkv", f"{q}_proj")] = rows
+        if "qkv" not in name:
+            state[name.replace("mlp.", "")] = value
+    missing, unknown = made.load_state_dict(state, strict=False)
+    assert not unknown
+    assert all("adapt" in name or name.startswith("head.") for name in missing)
+    made.out_dim = WIDTH
+    return made.eval()
+
+
+def set_sides(adapters: Any, task: int) -> None:
+    """Sets a stack of their adapters, in new tensors: sums of theirs may hold the old ones."""
+    for block, adapter in enumerate(adapters):
+        values = bottleneck(task, block)
+        adapter.dropout = 0.0  # MOS leaves its network in training mode when it takes means
+        for linear, name in ((adapter.down_proj, "down"), (adapter.up_proj, "up")):
+            linear.weight.data, linear.bias.data = values[name], values[f"{name}_bias"]
+
+
+def ups(adapters: Any) -> Tensor:
+    """Gradients of W_up of a stack of their adapters."""
+    return torch.stack([adapter.up_proj.weight.grad for adapter in adapters]).clone()
+
+
+LEARNER = {"device": ["cpu"], "memory_size": 0, "memory_per_class": 0, "fixed_memory": False, "batch_size": 8}
+LEARNER |= {"init_lr": 0.1, "weight_decay": 0, "min_lr": 0, "init_cls": SIZES[0], "increment": SIZES[1]}
+
+
+def ease(root: Path) -> Numbers:
+    """Its learner but for the steps: loss and gradient of a batch, all means, logits."""
+    out: Numbers = {}
+    with public(root) as patch:
+        code, nets = importlib.import_module("models.ease"), importlib.import_module("utils.inc_net")
+        patch.setattr(nets, "get_backbone", lambda *a: with_sides(importlib.import_module("backbone.vit_ease")))
+        patch.setattr(code, "DataLoader", handing_on)
+        real = nets.CosineLinear.forward_reweight  # of features of width 768, unless it is told
+        patch.setattr(nets.CosineLinear, "forward_reweight", lambda *a, **k: real(*a, **k, out_dim=WIDTH))
+        args = {**LEARNER, "backbone_type": "vit_ease", "model_name": "ease", "use_old_data": False, "alpha": 0.1}
+        args |= {"use_init_ptm": False, "use_diagonal": False, "recalc_sim": True, "beta": 0, "moni_adam": False}
+        learner = code.Learner({**args, "adapter_num": -1, "use_reweight": True})
+        net = learner._network
+
+        def train(*given: Any) -> None:
+            task = learner._cur_task
+            set_sides(net.backbone.cur_adapter, task)
+            with torch.no_grad():
+                net.proxy_fc.weight.copy_(proxy_rows(task, SIZES[task]))
+            net.eval()  # no dropout
+            x, y = epoch(task)[0]
+            loss = torch.nn.functional.cross_entropy(net(x, test=False)["logits"], y - SPLIT[task])
+            loss.backward()
+            out[f"{task}/loss"], out[f"{task}/gradient"] = loss.detach(), ups(net.backbone.cur_adapter)
+
+        learner._train = train
+        for task in range(3):
+            learner.incremental_train(Manager(pixels))
+            out[f"{task}/means"] = net.fc.weight.detach().clone()
+            with torch.no_grad():
+                out[f"{task}/logits"] = net(pixels(list(range(7)), "test")[0], test=True)["logits"].clone()
+            learner.after_task()
+    return out
+
+
+def aper(root: Path) -> Numbers:
+    """Its learner with adapters but for the steps: loss and gradient of a batch, means, logits."""
+    out: Numbers = {}
+    with public(root) as patch:
+        code, nets = importlib.import_module("models.aper_adapter"), importlib.import_module("utils.inc_net")
+        vit = importlib.import_module("convs.vision_transformer_adapter")
+
+        def convnet(args: Any, pretrained: bool = False) -> Any:
+            made = with_sides(vit) if "_adapter" in args["convnet_type"] else small_vit()
+            made.out_dim = WIDTH
+            return made
+
+        patch.setattr(nets, "get_convnet", convnet)
+        patch.setattr(code, "DataLoader", handing_on)
+        args = {**LEARNER, "convnet_type": "vit_adapter", "optimizer": "sgd", "tuned_epoch": 1, "backbone_type": "vit"}
+        learner = code.Learner(args)
+
+        def train(*given: Any) -> None:
+            net = learner._network
+            sides = [block.adaptmlp for block in net.convnet.blocks]
+            set_sides(sides, 0)
+            with torch.no_grad():
+                net.fc.weight.copy_(proxy_rows(0, SIZES[0]))
+            net.eval()
+            x, y = epoch(0)[0]
+            loss = torch.nn.functional.cross_entropy(net(x)["logits"], y)
+            loss.backward()
+            out["0/loss"], out["0/gradient"] = loss.detach(), ups(sides)
+
+        learner._init_train = train
+        for task in range(3):
+            learner.incremental_train(Manager(pixels))
+            out[f"{task}/means"] = learner._network.fc.weight.detach().clone()
+            with torch.no_grad():
+                out[f"{task}/logits"] = learner._network(pixels(list(range(7)), "test")[0])["logits"].clone()
+            learner.after_task()
+    return out
+
+
+ALIGN_EPOCHS, ALIGN_LR = 3, 0.05
+ALIGN_DRAWS = 5 * 8  # of a class in an epoch
+
+
+def mos(root: Path) -> Numbers:
+    """Its learner but for the steps, without the mixture in each pass: loss, alignment, scores; and one mixture."""
+    out: Numbers = {}
+    with public(root) as patch:
+        code, nets = importlib.import_module("models.mos"), importlib.import_module("utils.inc_net")
+        vit = importlib.import_module("backbone.vit_mos")
+        patch.setattr(nets, "get_backbone", lambda *a: with_sides(vit, classes=SPLIT[-1], adapter_momentum=0))
+        patch.setattr(nets.MOSNet, "feature_dim", property(lambda self: WIDTH))
+        patch.setattr(code, "DataLoader", handing_on)
+        args = {**LEARNER, "backbone_type": "vit_mos", "model_name": "mos", "ca_lr": ALIGN_LR, "optimizer": "sgd"}
+        args |= {"crct_epochs": ALIGN_EPOCHS, "ensemble": True, "scheduler": "constant", "adapter_momentum": 0}
+        learner = code.Learner({**args, "weight_decay": 5e-4, "reg": 0.1, "ca_storage_efficient_method": "covariance"})
+        net = learner._network
+        net.backbone.out_dim = WIDTH
+
+        def train(*given: Any) -> None:
+            task = learner._cur_task
+            set_sides(net.backbone.cur_adapter, task)
+            with torch.no_grad():
+                for own, rows in zip((net.backbone.head.weight, net.backbone.head.bias), head_rows(task), strict=True):
+                    own[SPLIT[task] : SPLIT[task + 1]] = rows
+            net.backbone.eval()
+            x, y = epoch(task)[0]
+            found = net(x, adapter_id=task, train=True)
+            logits = found["logits"][:, SPLIT[task] : SPLIT[task + 1]]
+            loss = torch.nn.functional.cross_entropy(logits, y - SPLIT[task]) + learner.orth_loss(
+                found["pre_logits"], y
+            )
+            net.zero_grad()
+            loss.backward()
+            out[f"{task}/loss"], out[f"{task}/gradient"] = loss.detach(), ups(net.backbone.cur_adapter)
+            from_source(patch, Source(f"mos {task}"))
+
+        learner._init_train = train
+        said = []
+        topk = torch.topk
+        patch.setattr(torch, "topk", lambda scores, **k: said.append(scores) or topk(scores, **{**k, "k": 1}))
+        for task in range(3):
+            learner.incremental_train(Manager(pixels))
+            rows = joined([net.backbone.head])[: SPLIT[task + 1]]
+            out[f"{task}/rows"] = rows
+            said.clear()
+            learner._eval_cnn(batched(*pixels(list(range(7)), "test"), 99))
+            out[f"{task}/scores"] = torch.cat(said)
+            learner.after_task()
+        net.backbone.config.adapter_momentum = 0.1
+        net.backbone.adapter_list = net.backbone.adapter_list[:2]  # the third task's bottlenecks are being learnt
+        net.backbone.adapter_merge()
+        sides = net.backbone.cur_adapter
+        out["mixture"] = torch.stack([side.up_proj.weight for side in sides]).detach().clone()
+    return out
+
+
 # --- all --------------------------------------------------------------------------------------------------------------
 
 RIVALS = {
@@ -684,6 +874,27 @@ RIVALS = {
         "8bacded",
         ("models/sdlora.py", "backbone/lora.py", "utils/inc_net.py"),
         sdlora,
+    ),
+    "ease": Rival(
+        "DUALCL_REFERENCE_EASE",
+        "https://github.com/sun-hailong/CVPR24-Ease",
+        "6d67508",
+        ("models/ease.py", "backbone/vit_ease.py", "backbone/linears.py", "utils/inc_net.py"),
+        ease,
+    ),
+    "aper": Rival(
+        "DUALCL_REFERENCE_APER",
+        "https://github.com/zhoudw-zdw/RevisitingCIL",
+        "a2e6b71",
+        ("models/aper_adapter.py", "convs/vision_transformer_adapter.py", "convs/linears.py", "utils/inc_net.py"),
+        aper,
+    ),
+    "mos": Rival(
+        "DUALCL_REFERENCE_MOS",
+        "https://github.com/sun-hailong/AAAI25-MOS",
+        "8d5e07c",
+        ("models/mos.py", "backbone/vit_mos.py", "backbone/linears.py", "utils/inc_net.py"),
+        mos,
     ),
 }
 

@@ -288,6 +288,81 @@ def sdlora(patch: Patch, quirks: bool, folder: Path) -> Numbers:
     return out
 
 
+def set_sides(sides: Any, task: int) -> None:
+    """Sets a stack of bottlenecks."""
+    for block, side in enumerate(sides):
+        for part, value in theirs.bottleneck(task, block).items():
+            with torch.no_grad():
+                getattr(side, part).copy_(value)
+
+
+def one_step(suite: Suite, task: int, out: Numbers) -> None:
+    """Loss and gradient of a batch."""
+    x, y = theirs.epoch(task)[0]
+    loss = suite.method.loss(Batch(x, y, torch.arange(len(y)), torch.zeros(len(y), dtype=torch.bool)))
+    penalty = suite.method.penalty()
+    loss = loss if penalty is None else loss + penalty
+    loss.backward()
+    out[f"{task}/loss"] = loss.detach()
+    out[f"{task}/gradient"] = torch.stack([side.up.grad for side in suite.method.adapters[-1]])
+
+
+def ease(patch: Patch, quirks: bool, folder: Path) -> Numbers:
+    suite, out = Suite("ease", folder, *options(bottleneck=theirs.SIDE)), {}  # type: Any, Numbers
+    for task in range(3):
+        suite.begin(task)
+        set_sides(suite.method.adapters[-1], task)
+        with torch.no_grad():
+            suite.method.rows[-1].rows.copy_(theirs.proxy_rows(task, theirs.SIZES[task]))
+        one_step(suite, task, out)
+        suite.method.end_task(task)
+        out[f"{task}/means"] = suite.method.completed.flatten(1)
+        out[f"{task}/logits"] = suite.logits()
+    return out
+
+
+def aper(patch: Patch, quirks: bool, folder: Path) -> Numbers:
+    suite, out = Suite("aper", folder, *options(bottleneck=theirs.SIDE)), {}  # type: Any, Numbers
+    for task in range(3):
+        suite.begin(task)
+        if task == 0:
+            set_sides(suite.method.adapters[0], 0)
+            with torch.no_grad():
+                suite.method.rows[-1].rows.copy_(theirs.proxy_rows(0, theirs.SIZES[0]))
+            one_step(suite, 0, out)
+        suite.method.end_task(task)
+        out[f"{task}/means"] = suite.method.means[: suite.method.known].flatten(1).clone()
+        out[f"{task}/logits"] = suite.logits()
+    return out
+
+
+def alignment_draws(patch: Patch, name: str) -> None:
+    """The random numbers of an alignment, as many as the public codes of MOS and TUNA draw."""
+    source = theirs.Source(name)
+    patch.setattr("dualcl.methods.shared.alignment.DRAWS", theirs.ALIGN_DRAWS)
+    patch.setattr(torch, "randn", lambda *shape, generator: source.normal(*shape))
+    patch.setattr(torch, "randperm", lambda n, generator: source.order(n))
+
+
+def mos(patch: Patch, quirks: bool, folder: Path) -> Numbers:
+    own = ("feature_loss",) if quirks else ()
+    align = {"align_epochs": theirs.ALIGN_EPOCHS, "align_lr": theirs.ALIGN_LR}
+    given = options(bottleneck=theirs.SIDE, mixture=0.0, reference_quirks=own, **align)
+    suite, out = Suite("mos", folder, *given), {}  # type: Any, Numbers
+    for task in range(3):
+        suite.begin(task)
+        set_sides(suite.method.adapters[-1], task)
+        one_step(suite, task, out)
+        with patch.context() as drawing:
+            alignment_draws(drawing, f"mos {task}")
+            suite.method.end_task(task)
+        out[f"{task}/rows"] = suite.method.aligner.rows[: theirs.SPLIT[task + 1]].clone()
+        out[f"{task}/scores"] = suite.logits()
+    object.__setattr__(suite.method.config, "mixture", 0.1)
+    suite.method.stepped(False)
+    return {**out, "mixture": torch.stack([side.up for side in suite.method.adapters[-1]]).detach()}
+
+
 # --- comparison -------------------------------------------------------------------------------------------------------
 
 OURS: dict[str, Callable[[Patch, bool, Path], Numbers]] = {
@@ -297,6 +372,9 @@ OURS: dict[str, Callable[[Patch, bool, Path], Numbers]] = {
     "slca": slca,
     "inflora": inflora,
     "sdlora": sdlora,
+    "ease": ease,
+    "aper": aper,
+    "mos": mos,
 }
 #: limits of single quantities, by the end of their name, where 1e-5 is not what can be asked
 LIMITS = {
