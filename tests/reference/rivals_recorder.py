@@ -830,6 +830,124 @@ def mos(root: Path) -> Numbers:
     return out
 
 
+TUNA_DEPTH = 12  # its orthogonality has 12 blocks
+TUNA_REG = 10.0  # so that it shows in the loss
+
+
+def tuna(root: Path) -> Numbers:
+    """Its learner, with steps of rate 0: loss and gradient, alignment, merged bottlenecks, scores."""
+    out: Numbers = {}
+    with public(root) as patch:
+        patch.setitem(VIT, "depth", TUNA_DEPTH)
+        code, nets = importlib.import_module("models.tuna"), importlib.import_module("utils.inc_net")
+        patch.setattr(nets, "get_backbone", lambda *a: with_sides(importlib.import_module("backbone.vit_tuna")))
+        patch.setattr(nets.TUNANet, "feature_dim", property(lambda self: WIDTH))
+        patch.setattr(code, "DataLoader", handing_on)
+        args = {**LEARNER, "backbone_type": "vit_tuna", "use_orth": True, "tuned_epoch": 1, "ca_lr": ALIGN_LR, "m": 0}
+        args |= {
+            "init_lr": 0.0,
+            "crct_epochs": 5,
+            "optimizer": "sgd",
+            "scheduler": "constant",
+            "reg": TUNA_REG,
+            "decay": True,
+        }
+        learner = code.Learner({**args, "scale": 20, "ca_storage_efficient_method": "covariance", "weight_decay": 5e-4})
+        net, losses = learner._network, []  # type: Any, list[Tensor]
+        backward = Tensor.backward
+        patch.setattr(Tensor, "backward", lambda self: losses.append(self.detach()) or backward(self))
+        real = learner._init_train
+
+        def init_train(train: Any, *given: Any) -> None:
+            task = learner._cur_task
+            set_sides(net.backbone.cur_adapter, task)
+            with torch.no_grad():
+                net.fc.heads[task][0].weight.copy_(proxy_rows(task, SIZES[task]))
+            losses.clear()
+            x, y = epoch(task)[0]
+            real([(torch.arange(len(y)), x, y)], *given)
+            out[f"{task}/loss"], out[f"{task}/gradient"] = losses[0], ups(net.backbone.cur_adapter)
+            from_source(patch, Source(f"tuna {task}"))
+
+        learner._init_train = init_train
+        said = []
+        topk = torch.topk
+        patch.setattr(torch, "topk", lambda scores, **k: said.append(scores) or topk(scores, **{**k, "k": 1}))
+        for task in range(3):
+            learner.incremental_train(Manager(pixels))
+            out[f"{task}/rows"] = torch.cat([head[0].weight for head in net.fc.heads]).detach().clone()
+            learner._eval_cnn(batched(*pixels(list(range(7)), "test"), 99))
+            if task:  # after the first it is another read-out
+                out[f"{task}/scores"] = said[-1]
+            learner.after_task()
+        out["merged"] = torch.stack([side.up_proj.weight for side in net.backbone.merged_adapter]).detach()
+    return out
+
+
+# --- MoAL -------------------------------------------------------------------------------------------------------------
+
+MOAL_D, MOAL_H = 6, 16
+
+
+def moal_features(classes: list[int], source: str) -> tuple[Tensor, Tensor]:
+    if source == "test":
+        return draw("moal test", 9, MOAL_D), torch.zeros(9, dtype=torch.int64)
+    x, y = vectors("moal", outputs(sum(classes[0] >= start for start in SPLIT[1:])), 14, MOAL_D)
+    rows = torch.isin(y, torch.tensor(classes))
+    return x[rows], y[rows]
+
+
+def moal_layer() -> Tensor:
+    return draw("moal layer", MOAL_D, MOAL_H)
+
+
+def moal_drift(task: int) -> Tensor:
+    """How far a task moves each old mean, in place of what a map is fitted to."""
+    return 0.3 * draw(f"moal drift {task}", SPLIT[task], MOAL_D)
+
+
+def moal(root: Path) -> Numbers:
+    """Its learner's read-out of given features: the ridge, the solution, means and logits of each task."""
+    out: Numbers = {}
+    with public(root) as patch:
+        patch.setattr(np, "mat", np.asmatrix, raising=False)
+        code = importlib.import_module("models.adapt_ac_com_sdc_EMA_auto")
+        nets = importlib.import_module("utils.AC_net")
+        patch.setattr(nets, "get_backbone", lambda args, pretrained: Same(MOAL_D))
+        loader = torch.utils.data.DataLoader
+
+        def load(data: Any, **given: Any) -> Any:
+            return data if isinstance(data, list) else loader(data, batch_size=8)
+
+        patch.setattr(code, "DataLoader", load)
+        net = nets.SimpleVitNet_AL({"device": ["cpu"], "backbone_type": "vit"}, True)
+        learner = code.Learner.__new__(code.Learner)
+        vars(learner).update(_network=net, _device="cpu", data_manager=Manager(moal_features), args={"batch_size": 8})
+        vars(learner).update(_means=[], _cov_matrix=[], _std_deviations_matrix=[], batch_size=8, R=None)
+        chosen = noted(patch, learner, "optimise_ridge_parameter")
+        for task in range(3):
+            learner._known_classes, learner._total_classes = SPLIT[task], SPLIT[task + 1]
+            net.update_fc(SPLIT[task + 1], MOAL_H)
+            batches = batched(*moal_features(list(outputs(task)), "train"), 8)
+            learner._compute_means()
+            if task == 0:
+                net.ac_model.fc[0].weight = nn.Parameter(moal_layer().T)
+                learner.cls_align(batches, net)
+                out["ridge"] = torch.tensor(float(chosen[0]))
+            else:
+                moved = np.stack(learner._means[: SPLIT[task]]) + moal_drift(task).numpy()
+                learner._means[: SPLIT[task]] = list(moved)
+                learner._compute_relations()
+                learner._build_feature_set()
+                learner.IL_align(batches, net)
+                learner.cali_weight(learner._feature_trainset, net)
+            out[f"{task}/solution"] = net.ac_model.fc[-1].weight.detach().T.clone()
+            out[f"{task}/means"] = torch.from_numpy(np.stack(learner._means))
+            with torch.no_grad():
+                out[f"{task}/logits"] = net(moal_features([], "test")[0])["logits"].clone()
+    return out
+
+
 # --- all --------------------------------------------------------------------------------------------------------------
 
 RIVALS = {
@@ -895,6 +1013,20 @@ RIVALS = {
         "8d5e07c",
         ("models/mos.py", "backbone/vit_mos.py", "backbone/linears.py", "utils/inc_net.py"),
         mos,
+    ),
+    "tuna": Rival(
+        "DUALCL_REFERENCE_TUNA",
+        "https://github.com/LAMDA-CL/ICCV2025-TUNA",
+        "77d4f10",
+        ("models/tuna.py", "backbone/vit_tuna.py", "backbone/linears.py", "utils/inc_net.py"),
+        tuna,
+    ),
+    "moal": Rival(
+        "DUALCL_REFERENCE_MOAL",
+        "https://github.com/Zi-Jian-Gao/Moal",
+        "d83d3d6",
+        ("models/adapt_ac_com_sdc_EMA_auto.py", "utils/AC_net.py", "backbone/linears.py"),
+        moal,
     ),
 }
 

@@ -11,6 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -363,6 +364,59 @@ def mos(patch: Patch, quirks: bool, folder: Path) -> Numbers:
     return {**out, "mixture": torch.stack([side.up for side in suite.method.adapters[-1]]).detach()}
 
 
+def tuna(patch: Patch, quirks: bool, folder: Path) -> Numbers:
+    own = ("no_universal", "rising_decay") if quirks else ()
+    align = {"align_epochs": 5, "align_lr": theirs.ALIGN_LR}
+    patch.setitem(theirs.VIT, "depth", theirs.TUNA_DEPTH)
+    given = options(bottleneck=theirs.SIDE, orthogonality=theirs.TUNA_REG, reference_quirks=own, **align)
+    suite, out = Suite("tuna", folder, *given), {}  # type: Any, Numbers
+    method = suite.method
+    for task in range(3):
+        suite.begin(task)
+        set_sides(method.adapters[-1], task)
+        with torch.no_grad():
+            method.rows[-1].rows.copy_(theirs.proxy_rows(task, theirs.SIZES[task]))
+        one_step(suite, task, out)
+        with patch.context() as drawing:
+            alignment_draws(drawing, f"tuna {task}")
+            method.end_task(task)
+        out[f"{task}/rows"] = method.all_rows().detach().clone()
+        if task:
+            out[f"{task}/scores"] = suite.logits()
+    method.merges = True
+    method.restored(3)
+    return {**out, "merged": torch.stack([side.up for side in method.universal])}
+
+
+# --- MoAL -------------------------------------------------------------------------------------------------------------
+
+
+def moal(patch: Patch, quirks: bool, folder: Path) -> Numbers:
+    def given(task: int) -> tuple[Tensor, Tensor]:
+        x, y = theirs.moal_features(list(theirs.outputs(task)), "train")
+        return x, y
+
+    domain: Any = Features(theirs.MOAL_D, [theirs.outputs(t) for t in range(3)], given)
+    domain.network.blocks, domain.sites = 1, lambda: {"block": SimpleNamespace(d_in=theirs.MOAL_D)}
+    own = ("shrunk_start",) if quirks else ()
+    method = built("moal", domain, 3, width=theirs.MOAL_H, bottleneck=2, reference_quirks=own)
+    method.layer = theirs.moal_layer()
+    patch.setattr(
+        "dualcl.methods.moal.held_out", lambda labels, generator: torch.arange(len(labels)) >= int(0.8 * len(labels))
+    )
+    patch.setattr("dualcl.methods.moal.carried", lambda old, *rest: old + theirs.moal_drift(method.task))
+    out: Numbers = {}
+    for task in range(3):
+        method.begin_task(task)
+        method.prepare(task)
+        method.end_task(task)
+        known = theirs.SPLIT[task + 1]
+        out[f"{task}/solution"] = method.solved[:, :known].clone()
+        out[f"{task}/means"] = method.means[:known].clone()
+        out[f"{task}/logits"] = method.scores(domain.read(theirs.moal_features([], "test")[0]))
+    return {**out, "ridge": method.chosen}
+
+
 # --- comparison -------------------------------------------------------------------------------------------------------
 
 OURS: dict[str, Callable[[Patch, bool, Path], Numbers]] = {
@@ -375,6 +429,8 @@ OURS: dict[str, Callable[[Patch, bool, Path], Numbers]] = {
     "ease": ease,
     "aper": aper,
     "mos": mos,
+    "tuna": tuna,
+    "moal": moal,
 }
 #: limits of single quantities, by the end of their name, where 1e-5 is not what can be asked
 LIMITS = {
@@ -390,6 +446,9 @@ WITHOUT = {
     "sdlora": {
         f"{task}/{what}" for task in range(3) for what in ("losses", "left", "right", "magnitudes", "rows", "logits")
     },
+    "mos": {f"{task}/{what}" for task in range(3) for what in ("loss", "gradient")},
+    "tuna": {f"{task}/{what}" for task in (1, 2) for what in ("rows", "scores")},
+    "moal": {f"{task}/{what}" for task in range(3) for what in ("solution", "logits")},
 }
 
 
@@ -437,6 +496,36 @@ def test_without_the_quirks_it_differs_where_it_should(
     found = compared(name, public, monkeypatch, tmp_path, relative_difference, quirks=False)
     assert {k for k, v in found.items() if v > 1e-3} == WITHOUT[name]
     assert set(beyond(name, found)) == WITHOUT[name]
+
+
+def table(stored: Callable[..., Any], folder: Path, relative_difference: Callable[[Any, Any], float]) -> str:
+    """Markdown: the largest difference of each quantity over the tasks, with the quirks and without."""
+    lines = ["| method | quantity | limit | difference | without the quirks |", "| --- | --- | ---: | ---: | ---: |"]
+    for name in OURS:
+        worst: dict[str, list[float]] = {}
+        for quirks in (True, False):
+            with pytest.MonkeyPatch.context() as patch:
+                found = compared(name, stored(f"rivals/{name}")[0], patch, folder, relative_difference, quirks)
+            for key, value in found.items():
+                worst.setdefault(key.rsplit("/")[-1], [0.0, 0.0])[not quirks] = max(
+                    value, worst.get(key.rsplit("/")[-1], [0.0, 0.0])[not quirks]
+                )
+        for what, (on, off) in worst.items():
+            known = f"{off:.1e}" if off > LIMITS.get((name, what), LIMIT) else ""
+            lines.append(f"| {name} | {what} | {LIMITS.get((name, what), LIMIT):.0e} | {on:.1e} | {known} |")
+    return "\n".join(lines)
+
+
+def test_the_table_is_written_on_demand(
+    writes_reference: bool,
+    stored: Callable[..., Any],
+    tmp_path: Path,
+    relative_difference: Callable[[Any, Any], float],
+    write_table: Callable[[str, str], None],
+) -> None:
+    if not writes_reference:
+        pytest.skip("writes only with --write-reference")
+    write_table("rivals", table(stored, tmp_path, relative_difference))
 
 
 @pytest.mark.reference
