@@ -642,14 +642,15 @@ def sdlora(root: Path) -> Numbers:
 
 # --- bottlenecks beside the MLPs --------------------------------------------------------------------------------------
 
-SIDE = 3  # width of the bottlenecks
+SIDE, UP = 3, 0.3  # width of the bottlenecks, size of what they add
 PARTS = ("down", "down_bias", "up", "up_bias")
 
 
 def bottleneck(task: int, block: int) -> Numbers:
     """A task's bottleneck as its steps would leave it."""
     shapes = {"down": (SIDE, WIDTH), "down_bias": (SIDE,), "up": (WIDTH, SIDE), "up_bias": (WIDTH,)}
-    return {part: draw(f"side {task} {block} {part}", *shape) for part, shape in shapes.items()}
+    size = {"up": UP, "up_bias": UP}  # larger ones outweigh the image: each adapter's features would name its own task
+    return {part: size.get(part, 1.0) * draw(f"side {task} {block} {part}", *shape) for part, shape in shapes.items()}
 
 
 def proxy_rows(task: int, classes: int) -> Tensor:
@@ -777,6 +778,13 @@ ALIGN_EPOCHS, ALIGN_LR = 3, 0.05
 ALIGN_DRAWS = 5 * 8  # of a class in an epoch
 
 
+def mos_test() -> Tensor:
+    """Noise and blends of classes, whose adapter is found by asking again."""
+    x, _ = pixels(list(range(7)), "test")
+    noise = (0.5 + 0.4 * draw("mos noise", 40, *x.shape[1:])).clamp(0, 1)
+    return torch.cat([(x + x.roll(7, 0)) / 2, 1 - x, noise])
+
+
 def mos(root: Path) -> Numbers:
     """Its learner but for the steps, without the mixture in each pass: loss, alignment, scores; and one mixture."""
     out: Numbers = {}
@@ -819,7 +827,8 @@ def mos(root: Path) -> Numbers:
             rows = joined([net.backbone.head])[: SPLIT[task + 1]]
             out[f"{task}/rows"] = rows
             said.clear()
-            learner._eval_cnn(batched(*pixels(list(range(7)), "test"), 99))
+            x = mos_test()
+            learner._eval_cnn(batched(x, torch.zeros(len(x), dtype=torch.int64), 99))
             out[f"{task}/scores"] = torch.cat(said)
             learner.after_task()
         net.backbone.config.adapter_momentum = 0.1
