@@ -10,7 +10,9 @@ normalised to length 1; of each class mu and the unbiased covariance Sigma of no
 of classes. No Tukey transform (the paper's for ResNets): a ViT's features are negative too.
 
 Differs from the public code: one setting, g1 = 1, g2 = 0, its CIFAR-100's (10, 10 on ImageNet-R, chosen on no split). A
-Cholesky factor, not a pseudo-inverse, which hides covariances that are not definite: where g2 >= g1 they may be.
+Cholesky factor, not a pseudo-inverse, which hides covariances that are not definite: where g2 >= g1 they may be. The
+common covariance is that of normalised features, and R follows from it; there, for ResNets alone, features have their
+own lengths, Sigma_s is read as it is, and each task's is shrunk before it is mixed in, but not the first's.
 LAMDA-PILOT's version is another method: it correlates the rows of the covariance, under a first-task adapter.
 """
 

@@ -16,7 +16,8 @@ theta_0. Of an image, phi_i its feature under theta_i,
 Differs from the public code: there the mixture is also written into the weights in each block of each pass, at test
 too, so that a stored adapter fades and answers depend on how many came before; that can be no option here. Its loss on
 features (weight 0.1) is left out (`feature_loss`). Alignment draws 256 features of each class. Optimiser, schedule and
-the rate of rows (there a tenth) are the preset's; no dropout.
+the rate of rows (there a tenth) are the preset's; no dropout, which there also acts on the class means of later tasks:
+its network is still in training mode when they are taken.
 """
 
 from __future__ import annotations

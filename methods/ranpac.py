@@ -14,8 +14,9 @@ by cosine with a learnt scale are trained on the first task; then the bottleneck
 
 Differs from the paper: by default nothing is adapted. Bottlenecks on all data, which it has on CIFAR-100 (on ImageNet-R
 scales and shifts after every operation), without dropout; optimiser, epochs and schedule are the preset's. Where
-G + lambda I cannot be solved the next larger lambda is taken (the public code then takes what comes, NaN included). One
-eigendecomposition serves all lambda.
+G + lambda I cannot be solved the next larger lambda is taken (the public code then takes what comes, NaN included). The
+public code holds out the last fifth of the shuffled images, whatever their classes. One eigendecomposition serves all
+lambda.
 """
 
 from __future__ import annotations
