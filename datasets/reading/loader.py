@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import signal
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -87,7 +86,7 @@ def _unchanged(batch: Any) -> Any:
 def lost_process(error: BaseException) -> str | None:
     """What to tell the user when `error` says that a process which decodes images was killed; else None.
 
-    torch raises it from a signal handler: wherever the main thread is, which may be far from the loop over batches.
+    Where a loader of torch was begun in the main thread, a signal handler raises it wherever that thread is.
     """
     said = str(error)
     if not isinstance(error, RuntimeError) or not said.startswith("DataLoader worker"):
@@ -96,22 +95,6 @@ def lost_process(error: BaseException) -> str | None:
         f"a process that decodes images was killed ({said.splitlines()[0].rstrip('. ')}), perhaps as memory ran out; "
         "lower input.workers, and call the same command again to go on"
     )
-
-
-@contextlib.contextmanager
-def _later_sigchld() -> Iterator[None]:
-    """SIGCHLD reaches this thread at the end, not while processes and the threads that feed them are started.
-
-    torch's handler raises in the main thread: inside Thread.start it would leave a KeyError, or a thread's traceback.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows, which has no SIGCHLD either
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class ImageLoader:
@@ -309,8 +292,10 @@ class ImageLoader:
             generator=torch.Generator(),
         )
         try:
-            with _later_sigchld():
-                arrays = iter(loader)
+            # begun in the main thread, torch's handler of SIGCHLD would raise wherever that thread is, also inside
+            # Thread.start, which leaves a KeyError or a thread's traceback; without it the loop below is told
+            with ThreadPoolExecutor(1) as starter:
+                arrays = starter.submit(iter, loader).result()
             for array in arrays:
                 if isinstance(array, UserError):
                     raise array
