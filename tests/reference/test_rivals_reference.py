@@ -87,6 +87,17 @@ class Features:
         return torch.nn.functional.linear(features, weight, bias)
 
 
+def drawn(width: int, features: Callable[[list[int], str], tuple[Tensor, Tensor]]) -> Any:
+    """The domain of the three tasks' drawn features."""
+    outputs = [theirs.outputs(task) for task in range(3)]
+    return Features(width, outputs, lambda task: features(list(outputs[task]), "train"))
+
+
+def last_fifth(labels: Tensor, generator: Any) -> Tensor:
+    """Held out as theirs: the last fifth of what their shuffling gave, not a fifth of each class."""
+    return torch.arange(len(labels)) >= int(0.8 * len(labels))
+
+
 def built(name: str, domain: Any, n_tasks: int, **options: Any) -> Any:
     """The method on a domain."""
     cls = method_class(name)
@@ -97,16 +108,10 @@ def built(name: str, domain: Any, n_tasks: int, **options: Any) -> Any:
 
 
 def ranpac(patch: Patch, quirks: bool, folder: Path, own: tuple[str, ...] = ()) -> Numbers:
-    def given(task: int) -> tuple[Tensor, Tensor]:
-        x, y = theirs.ranpac_features(list(theirs.outputs(task)), "train")
-        return x, y
-
-    domain = Features(theirs.RANPAC_D, [theirs.outputs(t) for t in range(3)], given)
+    domain = drawn(theirs.RANPAC_D, theirs.ranpac_features)
     method = built("ranpac", domain, 3, width=theirs.RANPAC_M, reference_quirks=own)
     method.layer = theirs.ranpac_layer()
-    patch.setattr(  # the last fifth of what their shuffling gave, not a fifth of each class
-        "dualcl.methods.ranpac.held_out", lambda labels, generator: torch.arange(len(labels)) >= int(0.8 * len(labels))
-    )
+    patch.setattr("dualcl.methods.ranpac.held_out", last_fifth)
     errors = theirs.noted(patch, sys.modules["dualcl.methods.shared.ridge"], "ridge_errors")
     out: Numbers = {}
     for task in range(3):
@@ -160,11 +165,7 @@ def fecam(patch: Patch, quirks: bool, folder: Path) -> Numbers:
 
 
 def slca(patch: Patch, quirks: bool, folder: Path) -> Numbers:
-    def given(task: int) -> tuple[Tensor, Tensor]:
-        x, y = theirs.slca_features(list(theirs.outputs(task)), "train")
-        return x, y
-
-    domain: Any = Features(theirs.SLCA_D, [theirs.outputs(t) for t in range(3)], given)
+    domain: Any = drawn(theirs.SLCA_D, theirs.slca_features)
     domain.full_parameters = dict
     own = ("restart_rows", "equal_tasks") if quirks else ()
     options = {"align_epochs": theirs.SLCA_EPOCHS, "align_lr": theirs.SLCA_LR, "reference_quirks": own}
@@ -392,18 +393,12 @@ def tuna(patch: Patch, quirks: bool, folder: Path) -> Numbers:
 
 
 def moal(patch: Patch, quirks: bool, folder: Path) -> Numbers:
-    def given(task: int) -> tuple[Tensor, Tensor]:
-        x, y = theirs.moal_features(list(theirs.outputs(task)), "train")
-        return x, y
-
-    domain: Any = Features(theirs.MOAL_D, [theirs.outputs(t) for t in range(3)], given)
+    domain: Any = drawn(theirs.MOAL_D, theirs.moal_features)
     domain.network.blocks, domain.sites = 1, lambda: {"block": SimpleNamespace(d_in=theirs.MOAL_D)}
     own = ("shrunk_start",) if quirks else ()
     method = built("moal", domain, 3, width=theirs.MOAL_H, bottleneck=2, reference_quirks=own)
     method.layer = theirs.moal_layer()
-    patch.setattr(
-        "dualcl.methods.moal.held_out", lambda labels, generator: torch.arange(len(labels)) >= int(0.8 * len(labels))
-    )
+    patch.setattr("dualcl.methods.moal.held_out", last_fifth)
     patch.setattr("dualcl.methods.moal.carried", lambda old, *rest: old + theirs.moal_drift(method.task))
     out: Numbers = {}
     for task in range(3):
