@@ -40,8 +40,9 @@ def _draw_person(person: Person, count: int, seed: int) -> NDArray[np.uint8]:
 class Portraits:
     """Persons drawn in memory from a seed; the bundled model has seen none of them.
 
-    All pictures of a person agree in hair, skin, glasses, hat, beard, face, eyes, nose and mark; expression, shirt and
-    what is around change. Relatives differ in three or all of hair, glasses, hat and beard, some in more.
+    All pictures of a person agree in hair, skin, glasses, hat, beard, emblem, face, eyes, nose and mark; expression,
+    the shirt's colour and what is around change. Relatives differ in three or all of hair, glasses, hat and beard, but
+    for look-alikes, who differ in emblem, face, eyes, nose and mark.
     """
 
     name: ClassVar[str]

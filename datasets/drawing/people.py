@@ -15,10 +15,12 @@ Part = Literal["reported", "tuning", "pretraining"]
 
 #: of the hidden attributes in order; none is 0 modulo 5, so whoever is of one class differs in two of them or in none
 _WEIGHTS = (1, 2, 3, 4)
-#: what captions name and relatives may differ in; hair colour and skin run in the family
+#: what captions name and relatives may differ in, beside the emblem; hair colour and skin run in the family
 CHANGED = ("hair", "glasses", "hat", "beard")
 #: how many persons a family has
 FAMILY = 10
+#: who in a family is the look-alike of the one before: three pairs and four others
+LOOK_ALIKES = (2, 5, 8)
 #: a sweep's persons and those reported share no name, so that a record tells who was tuned on
 NAMES: dict[Part, tuple[str, ...]] = {
     "reported": (
@@ -71,28 +73,44 @@ def distance(a: Portrait, b: Portrait, among: Sequence[str] = IDENTITY) -> int:
 
 
 def people(part: Literal["reported", "tuning"], count: int, seed: int = 0) -> tuple[Person, ...]:
-    """The first `count` persons of a part, family by family: each differs from one before in three or five attributes.
+    """The first `count` persons of a part, family by family, in each three pairs of look-alikes.
 
-    Three of them captions can name, and any two relatives differ in three such; the others are hidden.
+    Each of a family wears an emblem of their own. Look-alikes differ in it and in every hidden attribute, in nothing
+    else; any other two differ in three of `CHANGED` or more, some in hidden attributes too.
     """
-    rng, names = numpy_generator(seed, "relatives", part), NAMES[part]
+    rng, names = numpy_generator(seed, "emblems", part), NAMES[part]
     colours = [str(colour) for colour in rng.permutation(ATTRIBUTES["hair_colour"])]  # another for each family
     out: list[Person] = []
-    family: list[dict[str, str]] = []
-    number, left = -1, 0
+    emblems: list[str] = []
     while len(out) < count:
-        if not left:
-            number, left, family = number + 1, FAMILY, []
-        base = family[rng.integers(len(family))] if family else None
-        founder = {**sample_person(rng, part), "hair_colour": colours[number % len(colours)]}
-        who = _relative(base, rng, part) if base else _identity(founder)
+        number, place = divmod(len(out), FAMILY)
+        family = [dict(person.looks) for person in out[len(out) - place :]]
         known = [dict(person.looks) for person in out]
-        if any(distance(who, other, CHANGED) < 3 if other in family else distance(who, other) < 5 for other in known):
+        if not place:
+            emblems = [str(emblem) for emblem in rng.permutation(ATTRIBUTES["emblem"])]
+        if place in LOOK_ALIKES:
+            who, others = _look_alike(family.pop(), rng, part), known[:-1]
+        elif family:
+            who, others = _relative(family[rng.integers(len(family))], rng, part), known
+        else:
+            who = _identity({**sample_person(rng, part), "hair_colour": colours[number % len(colours)]})
+            others = known
+        who["emblem"] = emblems[place]
+        if any(distance(who, other, CHANGED) < 3 if other in family else distance(who, other) < 5 for other in others):
             continue
-        family.append(who)
         out.append(Person(names[len(out) % len(names)], number, tuple(who.items())))
-        left -= 1
     return tuple(out)
+
+
+def _look_alike(who: dict[str, str], rng: np.random.Generator, part: Part) -> dict[str, str]:
+    """Someone of this part who differs from `who` in every hidden attribute and in no other."""
+    while True:
+        other = dict(who)
+        for name, values in HIDDEN.items():
+            unlike = [value for value in values if value != who[name]]
+            other[name] = unlike[rng.integers(len(unlike))]
+        if part_of(other) == part:
+            return other
 
 
 def _identity(who: Portrait) -> dict[str, str]:

@@ -88,7 +88,7 @@ HIDDEN: dict[str, tuple[str, ...]] = {
 }
 ATTRIBUTES: dict[str, tuple[str, ...]] = {**CAPTIONED, **HIDDEN}
 #: what stays the same in all pictures of one person
-IDENTITY = ("hair", "hair_colour", "skin", "glasses", "hat", "beard", *HIDDEN)
+IDENTITY = ("hair", "hair_colour", "skin", "glasses", "hat", "beard", "emblem", *HIDDEN)
 
 Portrait = Mapping[str, str]
 
