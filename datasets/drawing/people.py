@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,17 +84,16 @@ def people(part: Literal["reported", "tuning"], count: int, seed: int = 0) -> tu
     emblems: list[str] = []
     while len(out) < count:
         number, place = divmod(len(out), FAMILY)
-        family = [dict(person.looks) for person in out[len(out) - place :]]
-        known = [dict(person.looks) for person in out]
+        others = [dict(person.looks) for person in out]
+        family = others[len(others) - place :]
         if not place:
             emblems = [str(emblem) for emblem in rng.permutation(ATTRIBUTES["emblem"])]
         if place in LOOK_ALIKES:
-            who, others = _look_alike(family.pop(), rng, part), known[:-1]
+            who = _look_alike(others.pop(), rng, part)
         elif family:
-            who, others = _relative(family[rng.integers(len(family))], rng, part), known
+            who = _relative(family[rng.integers(len(family))], rng, part)
         else:
             who = _identity({**sample_person(rng, part), "hair_colour": colours[number % len(colours)]})
-            others = known
         who["emblem"] = emblems[place]
         if any(distance(who, other, CHANGED) < 3 if other in family else distance(who, other) < 5 for other in others):
             continue
@@ -102,14 +101,19 @@ def people(part: Literal["reported", "tuning"], count: int, seed: int = 0) -> tu
     return tuple(out)
 
 
+def _unlike(who: dict[str, str], names: Iterable[str], rng: np.random.Generator) -> dict[str, str]:
+    """`who`, with another value of each of these attributes."""
+    other = dict(who)
+    for name in names:
+        values = [value for value in ATTRIBUTES[name] if value != who[name]]
+        other[name] = values[rng.integers(len(values))]
+    return other
+
+
 def _look_alike(who: dict[str, str], rng: np.random.Generator, part: Part) -> dict[str, str]:
     """Someone of this part who differs from `who` in every hidden attribute and in no other."""
     while True:
-        other = dict(who)
-        for name, values in HIDDEN.items():
-            unlike = [value for value in values if value != who[name]]
-            other[name] = unlike[rng.integers(len(unlike))]
-        if part_of(other) == part:
+        if part_of(other := _unlike(who, HIDDEN, rng)) == part:
             return other
 
 
@@ -121,12 +125,8 @@ def _relative(base: dict[str, str], rng: np.random.Generator, part: Part) -> dic
     """Someone of this part: three captioned attributes are not those of `base`, half the time two hidden ones too."""
     unlike = rng.uniform() < 0.5
     while True:
-        who = dict(base)
         changed = list(rng.choice(CHANGED, 3, replace=False))
         if unlike:
             changed += list(rng.choice(list(HIDDEN), 2, replace=False))
-        for name in map(str, changed):
-            others = [value for value in ATTRIBUTES[name] if value != base[name]]
-            who[name] = others[rng.integers(len(others))]
-        if part_of(who) == part:
+        if part_of(who := _unlike(base, map(str, changed), rng)) == part:
             return who
