@@ -22,13 +22,15 @@ class SelectConfig:
         metadata={"help": "tune hyper-parameters: test on this fraction of the training images, removed from training"},
     )
     limit: int | None = field(default=None, metadata={"help": "only this many training images per class"})
+    test_limit: int | None = field(default=None, metadata={"help": "only this many test images per class"})
     classes: int | None = field(default=None, metadata={"help": "only the first so many classes in natural order"})
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
             raise UserError(f"data.holdout must be in [0, 1), got {self.holdout}")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"data.limit must be at least 1 image per class, got {self.limit}")
+        for key, limit in (("limit", self.limit), ("test_limit", self.test_limit)):
+            if limit is not None and limit < 1:
+                raise UserError(f"data.{key} must be at least 1 image per class, got {limit}")
         if self.classes is not None and self.classes < 1:
             raise UserError(f"data.classes must be at least 1, got {self.classes}")
 
@@ -61,6 +63,16 @@ def first_classes(images: ImageSet, classes: int) -> ImageSet:
     return images.subset(np.flatnonzero(images.labels < classes))
 
 
+def limited(images: ImageSet, classes: int, limit: int) -> ImageSet:
+    """At most `limit` images of each class, chosen by a stable hash of their ids, in their order."""
+    kept: list[int] = []
+    for label in range(classes):
+        members = np.flatnonzero(images.labels == label)
+        order = stable_order([images.ids[i] for i in members.tolist()], "limit")
+        kept += members[order[:limit]].tolist()
+    return images.subset(sorted(kept))
+
+
 def select(
     name: str,
     class_names: Sequence[str],
@@ -72,7 +84,7 @@ def select(
     facts: dict[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> ClassData:
-    """ClassData of a full split after `config`: first classes, hold-out, then limit; the split name says so."""
+    """ClassData of a full split after `config`: first classes, hold-out, then limits; the split name says so."""
     if config.classes is not None:
         if config.classes > len(class_names):
             raise UserError(f"data.classes is {config.classes} but {name} has only {len(class_names)} classes")
@@ -84,13 +96,11 @@ def select(
         train, test = train.subset(np.flatnonzero(~apart)), train.subset(np.flatnonzero(apart))
         split_name += f"+holdout-{percent(config.holdout)}"
     if config.limit is not None:
-        kept: list[int] = []
-        for label in range(len(class_names)):
-            members = np.flatnonzero(train.labels == label)
-            order = stable_order([train.ids[i] for i in members.tolist()], "limit")
-            kept += members[order[: config.limit]].tolist()
-        train = train.subset(sorted(kept))
+        train = limited(train, len(class_names), config.limit)
         split_name += f"+limit-{config.limit}"
+    if config.test_limit is not None:
+        test = limited(test, len(class_names), config.test_limit)
+        split_name += f"+test-limit-{config.test_limit}"
     return ClassData(
         name=name,
         class_names=tuple(class_names),

@@ -130,6 +130,15 @@ def test_limit_keeps_the_same_first_images_and_leaves_the_test_set(split_tree):
     assert two.split_name == "folder:train/val+limit-2"
 
 
+def test_a_limit_of_test_images_leaves_the_training_images(split_tree: Path) -> None:
+    whole, one = load(split_tree), load(split_tree, test_limit=1)
+    assert one.train.ids == whole.train.ids
+    assert set(one.test.ids) < set(whole.test.ids)
+    assert np.bincount(one.test.labels).tolist() == [1] * len(one.class_names)
+    assert one.split_name == whole.split_name + "+test-limit-1"
+    assert one.split_hash != whole.split_hash
+
+
 def test_only_the_first_classes(make_tree):
     root = make_tree(dict.fromkeys("dcab", 5))
     data = load(root, classes=2)
@@ -283,6 +292,7 @@ def test_an_unwritable_cache_is_no_error(split_tree, monkeypatch, tmp_path):
         ({"val_fraction": 1.0}, "data.val_fraction"),
         ({"holdout": 1.0}, "data.holdout"),
         ({"limit": 0}, "data.limit"),
+        ({"test_limit": 0}, "data.test_limit"),
         ({"classes": 0}, "data.classes"),
         ({"on_bad_image": "ignore"}, "data.on_bad_image"),
     ],
