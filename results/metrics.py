@@ -10,6 +10,7 @@ A new measure is one `Measure` in KINDS; README.md in this folder has an example
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from math import fsum
@@ -185,6 +186,18 @@ def of_pretrained(rows: Rows, n_tasks: int, field: str) -> float | None:
     """What is retained after the last request in percent of what the pretrained model shows."""
     now, before = (last_retained(rows, n_tasks, name) for name in (field, f"{field}_before"))
     return 100.0 * now / before if now is not None and before else None
+
+
+def unlearning_mean(rows: Rows, n_tasks: int) -> float | None:
+    """Harmonic mean of UA, RA-I and RA-C, percent; 0 where one of them is 0."""
+    three = [
+        unlearning_accuracy(rows, n_tasks),
+        *(last_retained(rows, n_tasks, f"retained_{where}") for where in ("inside", "across")),
+    ]
+    values = [value for value in three if value is not None]
+    if len(values) < len(three):
+        return None
+    return statistics.harmonic_mean(values)
 
 
 def unlearnt(matrix: Mapping[str, Any], n_tasks: int) -> list[list[float | None] | None]:
@@ -448,6 +461,11 @@ KINDS: dict[str, MatrixKind] = {
                 "the same of values of other attributes",
                 lambda results: last_retained(results.rows, results.n_tasks, "retained_across"), decimals=1,
                 field=_share_of("retained_across", "the same of other attributes"),
+            ),
+            Measure(
+                "H_UA_RA", "H(UA, RA)", "%", "higher",
+                "harmonic mean of UA, RA-I and RA-C (ours): low for a broken model, and for one that unlearnt nothing",
+                lambda results: unlearning_mean(results.rows, results.n_tasks), decimals=1,
             ),
             Measure(
                 "RA_I_kept", "RA-I kept", "%", "higher",

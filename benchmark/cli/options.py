@@ -214,7 +214,9 @@ def _sweep(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seeds", metavar="0,1,2", help="default: the preset's seed")
     _add_sets(command)
     command.add_argument("--out", type=_local_place, metavar="DIR", help="default runs/sweep-PRESET")
-    command.add_argument("--select", metavar="METRIC", help="what decides (default: A_last, A_mmd)")
+    command.add_argument(
+        "--select", metavar="METRIC", help="what decides (default: what the preset says, else A_last, A_mmd)"
+    )
     _add_many(command)
     _add_engine(command)
 

@@ -37,6 +37,8 @@ class Preset:
     #: what `dualcl sweep` tries: values by key, per method; grids of `points` points each
     search: Mapping[str, Mapping[str, tuple[Any, ...]]] = field(default_factory=dict)
     points: int = 0
+    #: the metric it chooses by, unless told otherwise; empty: the domain's measure of quality
+    select: str = ""
     #: the methods that it may speak of, and what the registry finds each by
     methods: Mapping[str, str] = field(default_factory=dict)
     #: False: shown by `dualcl list --all` alone
@@ -93,10 +95,10 @@ def load_preset(name_or_path: str, method: str = "", _chain: tuple[str, ...] = (
         compare = list(parent.compare) if compare is None else compare
         listed = parent.listed if listed is None else listed
     methods = _methods([*(parent.compare if parent else ()), *(compare or ()), method])
-    tuning, (search, points) = _tuning(tree, path, methods), _search(tree, path, methods)
+    tuning, (search, points, select) = _tuning(tree, path, methods), _search(tree, path, methods)
     if parent is not None:
         tuning = _inherited_tuning(parent, tuning, tree.get("methods"), label)
-        search, points = {**parent.search, **search}, points or parent.points
+        search, points, select = {**parent.search, **search}, points or parent.points, select or parent.select
     _check_sizes(search, points, path)
     check_name(str(table), f"preset {path}: table")
     if domain is None:
@@ -106,8 +108,9 @@ def load_preset(name_or_path: str, method: str = "", _chain: tuple[str, ...] = (
     if isinstance(data, str):
         base["data.name"] = (absolute(data, path.parent), f"preset {label}")
     chosen = tuple(compare or ())
+    own_table, shown = str(table), listed is not False
     return Preset(
-        label, str(domain), str(summary), base, chosen, str(table), tuning, search, points, methods, listed is not False
+        label, str(domain), str(summary), base, chosen, own_table, tuning, search, points, select, methods, shown
     )
 
 
@@ -153,16 +156,19 @@ def _inherited_tuning(parent: Preset, own: Mapping[str, str], methods: Any, labe
 
 def _search(
     tree: dict[str, Any], path: Path, known: Mapping[str, str]
-) -> tuple[dict[str, Mapping[str, tuple[Any, ...]]], int]:
-    """Takes `search:` out of a preset: values by key for each method, and the size of every grid."""
+) -> tuple[dict[str, Mapping[str, tuple[Any, ...]]], int, str]:
+    """Takes `search:` out of a preset: values by key for each method, the size of every grid, what is chosen by."""
     given = tree.pop("search", None)
     if given is None:
-        return {}, 0
-    if not isinstance(given, dict) or not set(given) <= {"points", "methods"}:
-        raise UserError(f"preset {path}: search must hold points and methods, got {given!r}")
+        return {}, 0, ""
+    if not isinstance(given, dict) or not set(given) <= {"points", "methods", "select"}:
+        raise UserError(f"preset {path}: search must hold points, methods and select, got {given!r}")
     points = given.get("points", 0)
     if not isinstance(points, int) or isinstance(points, bool) or ("points" in given and points < 1):
         raise UserError(f"preset {path}: search.points must be at least 1, got {points!r}")
+    select = given.get("select", "")
+    if not isinstance(select, str):
+        raise UserError(f"preset {path}: search.select must be the name of a metric, got {select!r}")
     spaces: dict[str, Mapping[str, tuple[Any, ...]]] = {}
     for name, axes in _of_methods(given.get("methods"), "search.methods", path, known).items():
         if not isinstance(axes, dict) or not axes:
@@ -173,7 +179,7 @@ def _search(
                     f"preset {path}: search.methods.{name}.{key} must be a list of different values, got {values!r}"
                 )
         spaces[name] = {str(key): tuple(values) for key, values in axes.items()}
-    return spaces, points
+    return spaces, points, select
 
 
 def _check_sizes(search: Mapping[str, Mapping[str, tuple[Any, ...]]], points: int, path: Path) -> None:

@@ -231,13 +231,17 @@ def plan_sweep(
 ) -> Sweep:
     """Checks the whole grid. Each point's runs go to `<out>/<method>/<key=value,...>/seed<k>`.
 
-    No `over`: the method's search space of the preset. No `select`: the domain's own measure of quality. Every run is
-    on validation data, see `validation`. Raises UserError for the first thing that is wrong, before anything runs.
+    No `over`: the method's search space of the preset. No `select`: what the preset chooses by, else the domain's
+    measure of quality. Every run is on validation data, see `validation`. Raises UserError for the first thing that is
+    wrong, before anything runs.
     """
+    said = "--select"
     if select is None:
-        select = KINDS[domain_class(load_preset(preset, method).domain).matrix_kind].quality
+        loaded = load_preset(preset, method)
+        select = loaded.select or KINDS[domain_class(loaded.domain).matrix_kind].quality
+        said = f"search.select of preset {loaded.name}:"
     if select not in METRICS:
-        raise UserError(f"unknown metric --select {select!r}; {nearest(select, METRICS, 'metrics')}")
+        raise UserError(f"unknown metric {said} {select!r}; {nearest(select, METRICS, 'metrics')}")
     axes = [parse_axis(text) for text in over] if over else space(preset, method)
     fixed = {parse_assignment(text)[0] for text in sets}
     for i, axis in enumerate(axes):

@@ -44,7 +44,7 @@ CONCEPTS = (
     "concept_accuracy_last",
     "attribute_accuracy",
     "attribute_accuracy_last",
-    *("UA", "RA_I", "RA_C", "RA_I_kept", "RA_C_kept"),
+    *("UA", "RA_I", "RA_C", "H_UA_RA", "RA_I_kept", "RA_C_kept"),
 )
 #: a busy machine is no failure
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -269,6 +269,7 @@ def test_every_concept_metric_on_rows_worked_out_by_hand() -> None:
     values = KINDS["mmd"].compute({"kind": "mmd", "rows": list(GENERATED.values())}, 3)
     assert values["UA"] == pytest.approx(75)  # not shown: 0.5, 0.75, 1
     assert (values["RA_I"], values["RA_C"]) == (pytest.approx(30), pytest.approx(60))
+    assert values["H_UA_RA"] == pytest.approx(3 / (1 / 75 + 1 / 30 + 1 / 60))
     assert (values["RA_I_kept"], values["RA_C_kept"]) == (pytest.approx(40), pytest.approx(75))
     recorded = {"kind": "mmd", "rows": list(GENERATED.values())}
     assert [curve.cells(recorded, 3) for curve in UNLEARNING] == [
@@ -279,6 +280,17 @@ def test_every_concept_metric_on_rows_worked_out_by_hand() -> None:
     assert distances(recorded, 3) == [[10], [None, 20], [40, 30, 5]]
     assert drifts(recorded, 3) == [[], [None], [30, 10]]
     assert distances({"rows": [GENERATED[2]]}, 3) == [None, None, [40, 30, 5]]
+
+
+def test_the_mean_over_unlearning_is_low_for_a_broken_model_and_for_one_that_is_as_it_was() -> None:
+    def mean(gone: float, inside: float, across: float) -> float | None:
+        row = {**GENERATED[2], "target_shown": [1 - gone] * 3}
+        row |= {"retained_inside": [None, None, inside], "retained_across": [None, None, across]}
+        return KINDS["mmd"].compute({"kind": "mmd", "rows": [row]}, 3)["H_UA_RA"]
+
+    assert mean(1.0, 0.0, 0.0) == 0
+    assert mean(0.0, 0.9, 0.9) == 0
+    assert mean(0.9, 0.9, 0.9) == pytest.approx(90)
 
 
 @pytest.mark.parametrize(

@@ -302,8 +302,8 @@ def test_a_line_covers_the_values_it_was_written_with_only(tmp_path):
         ("tuning: by me", "tuning must be a mapping of methods, got 'by me'"),
         ("tuning: {clora: 3}", "tuning.clora must be one line of text, got 3"),
         ('tuning: {clora: "two\\nlines"}', "tuning.clora must be one line of text"),
-        ("search: 3", "search must hold points and methods"),
-        ("search: {points: 2, method: {}}", "search must hold points and methods"),
+        ("search: 3", "search must hold points, methods and select"),
+        ("search: {points: 2, method: {}}", "search must hold points, methods and select"),
         ("search: {points: 0, methods: {lora: {rank: [1]}}}", "search.points must be at least 1, got 0"),
         ("search: {points: 2, methods: {lorra: {rank: [1, 2]}}}", "unknown method in search.methods.lorra"),
         ("search: {points: 6, methods: {lora: [1, 2]}}", "search.methods.lora must map keys to lists"),
@@ -316,6 +316,7 @@ def test_a_line_covers_the_values_it_was_written_with_only(tmp_path):
             "search: {points: 6, methods: {lora: {rank: [4, 8]}}}",
             "search.methods.lora has 2 points and search.points is 6",
         ),
+        ("search: {points: 6, select: 3}", "search.select must be the name of a metric, got 3"),
         ("search: {points: 3}", "every method gets as many as the others"),
     ],
 )
@@ -374,6 +375,18 @@ def test_search_spaces_are_of_equal_size_and_valid(preset, tmp_path):
     sets = ["data.validation=2"] if preset in ("concept-folder", "dreambooth", "unlearn-prompts") else []
     sizes = {name: len(plan_sweep(preset, name, None, None, sets, tmp_path).points) for name in sorted(trained)}
     assert set(sizes.values()) == {loaded.points}
+
+
+def test_a_sweep_chooses_by_what_the_preset_says(tmp_path):
+    assert plan_sweep("portraits-tune", "lora", None, None, [], tmp_path).select == "concept_accuracy_last"
+    assert plan_sweep("portraits-unlearn-tune", "esd", None, None, [], tmp_path).select == "H_UA_RA"
+    assert plan_sweep("renditions-10", "lora", None, None, [], tmp_path).select == "A_last"
+    told = plan_sweep("portraits-tune", "lora", None, None, [], tmp_path, select="A_mmd")
+    assert told.select == "A_mmd"
+    own = tmp_path / "own.yaml"
+    own.write_text("extends: portraits-tune\nsearch: {select: A_mdm}\n")
+    with pytest.raises(UserError, match=r"unknown metric search\.select of preset own: 'A_mdm'"):
+        plan_sweep(str(own), "lora", None, None, [], tmp_path)
 
 
 def test_a_key_of_another_section_cannot_be_searched(tmp_path):
