@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dualcl.benchmark.cli import main
+from dualcl.benchmark.config.tuned import read_tuned, stream_of
 
 KWARGS = {"img_size": 32, "patch_size": 16, "depth": 1, "embed_dim": 16, "num_heads": 2}
 
@@ -122,3 +123,19 @@ def test_what_is_no_sweep_is_refused(
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert says in captured.err
+
+
+RECORDED = Path(__file__).parents[3] / "results" / "recorded"
+
+
+@pytest.mark.parametrize(
+    "found", sorted(RECORDED.glob("*/sweeps/*/sweep.json")), ids=lambda p: "/".join(p.parts[-4:-1])
+)
+def test_a_sweep_that_lies_with_its_page_is_one_that_the_page_used(found: Path) -> None:
+    tuned = read_tuned(found.parents[1], found.parent.name)
+    assert tuned is not None
+    for place in found.parents[2].glob(f"records/{found.parent.name}-seed*/record.json"):
+        record = json.loads(place.read_text(encoding="utf-8"))
+        assert not tuned.check(record["identity"]["data"], stream_of(record)["items"])
+        used = record["config"]["method"]
+        assert {f"method.{key}": used[key] for key in used if f"method.{key}" in tuned.values} == tuned.values
