@@ -55,6 +55,10 @@ class Stat:
     n: int
 
 
+#: what presets say of a method without settings
+NOTHING_TO_TUNE = "nothing to tune"
+
+
 @dataclass(frozen=True)
 class Row:
     """One method: its finished runs, one per seed, and a Stat per metric (None where undefined)."""
@@ -67,6 +71,8 @@ class Row:
     caveats: tuple[str, ...] = ()
     #: on what, and how, sweeps on other streams chose its settings
     tuned: tuple[str, ...] = ()
+    #: False: its preset says that there is nothing to tune
+    tunable: bool = True
 
 
 @dataclass(frozen=True)
@@ -539,6 +545,7 @@ def make_table(
             {key: _stat([r.metrics.get(key) for r in group]) for key in measures},
             tuple(dict.fromkeys(line for r in group for line in r.caveats)),
             tuple(dict.fromkeys(str(r.data["run"]["tuning"]) for r in group if r.data["run"].get("tuned_on"))),
+            any(r.data["run"].get("tuning") != NOTHING_TO_TUNE for r in group),
         )
         for label, group in groups.items()
     ]
@@ -642,7 +649,8 @@ def caveat_lines(table: Table) -> list[str]:
     """What † stands for, one line per row that has one; then which rows were tuned on another stream."""
     tuned: dict[str, list[str]] = {}
     for row in table.rows:
-        tuned.setdefault(" / ".join(row.tuned), []).append(row.label)
+        if row.tuned or row.tunable:
+            tuned.setdefault(" / ".join(row.tuned), []).append(row.label)
     others = tuned.pop("", [])
     lines = [f"tuned on {li.removeprefix('dualcl sweep on ')}: {', '.join(found)}" for li, found in tuned.items()]
     lines += [f"not tuned on another stream: {', '.join(others)}"] if tuned and others else []

@@ -80,6 +80,16 @@ def test_settings_of_another_stream_are_used_and_said(
         assert "tuned on tune: 2 points" in text, name
 
 
+def test_who_has_nothing_to_tune_is_not_called_untuned(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(f"extends: {place / 'reported.yaml'}\ntuning: {{ncm: nothing to tune}}\n")
+    command = ["compare", str(own), "--methods", "lora,ncm,linear_probe", "--out", str(tmp_path / "out"), "--quiet"]
+    assert main([*command, "--tuned-on", str(place / "swept")]) == 0
+    assert "not tuned on another stream: linear_probe\n" in capsys.readouterr().out
+
+
 def test_by_hand_goes_before_the_sweep(place: Path, tmp_path: Path) -> None:
     command = ["run", str(place / "reported.yaml"), "lora", "--out", str(tmp_path / "run"), "--quiet"]
     assert main([*command, "--tuned-on", str(place / "swept"), "--set", "method.lr=0.5"]) == 0
