@@ -36,7 +36,12 @@ class WrittenFloat(float):
         return self.text
 
 
-class _Loader(yaml.SafeLoader):
+# libyaml's parser is several times faster; its nodes are composed in Python all the same, for the limits below
+_BASE: Any = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
+_BASES: Any = type("_Bases", (yaml.composer.Composer, _BASE) if yaml.__with_libyaml__ else (_BASE,), {})
+
+
+class _Loader(_BASES):
     """SafeLoader that reads 1e-3 as a float, as YAML 1.2 does, and refuses duplicate keys and what has no end."""
 
     depth = 0
@@ -44,7 +49,8 @@ class _Loader(yaml.SafeLoader):
     strict = False
 
     def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
+        _BASE.__init__(self, stream)
+        yaml.composer.Composer.__init__(self)
         #: values that each node stands for
         self.sizes: dict[yaml.Node, int] = {}
 
@@ -71,7 +77,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """As SafeLoader's, but a key given twice, or without a value in braces, is an error."""
         for key, value in node.value if self.strict or node.flow_style else ():
-            if isinstance(value, yaml.ScalarNode) and value.value == "" and value.style is None:
+            if isinstance(value, yaml.ScalarNode) and value.value == "" and not value.style:
                 name = str(key.value) if isinstance(key, yaml.ScalarNode) else "a key"
                 first, _, rest = name.partition(":")
                 mend = f"{first}: {rest.strip() or 'VALUE'}"

@@ -1,8 +1,11 @@
-"""Finished runs of the bundled text-to-image model, each made once, and runs on a random Stable Diffusion."""
+"""Finished runs of the bundled text-to-image model, each made once, a random Stable Diffusion, a start of Python."""
 
 from __future__ import annotations
 
 import copy
+import resource
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,27 @@ TINY = (
     "eval.scheduler=ddim",
     "train.epochs=1",
 )
+
+
+@pytest.fixture
+def starts() -> Callable[..., tuple[subprocess.CompletedProcess[str], float]]:
+    """starts(code, *arguments) -> the finished `python -c`, and its time in starts that import what is light, and YAML.
+
+    Of the processor, as others may use it too, and in a ratio, as machines differ.
+    """
+
+    def spent(*args: str) -> tuple[subprocess.CompletedProcess[str], float]:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([sys.executable, "-c", *args], capture_output=True, text=True, timeout=60)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    def measure(code: str, *args: str) -> tuple[subprocess.CompletedProcess[str], float]:
+        light = "import argparse, dataclasses, importlib.metadata, json, pathlib, re, yaml"
+        done, own = spent(code, *args)
+        return done, own / max(spent(light)[1] for _ in range(2))
+
+    return measure
 
 
 @pytest.fixture(scope="session")

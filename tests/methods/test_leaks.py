@@ -480,7 +480,8 @@ class Hooked(Leaking):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.register_buffer("calls", torch.zeros(()))
-        layer = self.domain.sites()[next(iter(self.domain.sites()))].module
+        # values: what is added to every key of a layer cancels in its softmax
+        layer = next(site.module for name, site in self.domain.sites().items() if name.split(".")[-1] in ("v", "to_v"))
         direction = torch.linspace(-1, 1, layer.out_features)
         layer.register_forward_hook(lambda _, __, out: type(self).change(self, out, direction))
 

@@ -283,7 +283,8 @@ def test_classification(preset: str, web: Web, tmp_path: Path, capsys: pytest.Ca
     ]
     record, _ = finished(preset, method, sets, tmp_path / "run")
     identity = record.data["identity"]
-    assert (identity["data"], identity["split_name"]) == (plain["data.name"], f"{split}+limit-1")
+    test_limit = "" if plain["data.test_limit"] is None else f"+test-limit-{plain['data.test_limit']}"
+    assert (identity["data"], identity["split_name"]) == (plain["data.name"], f"{split}+limit-1{test_limit}")
     assert tuple(identity["class_order"]) == make_class_order(classes, plain["stream.class_order"], 0)
     tasks = record.data["tasks"]
     assert len(tasks) == plain["stream.tasks"]
