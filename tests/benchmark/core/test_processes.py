@@ -49,8 +49,8 @@ def _others(domain: str, tested: tuple[str, ...], requests: bool = False) -> lis
 
 
 def _both(preset: str, methods: Iterable[str], out: Path, sets: Sequence[str] = ()) -> Path:
-    for n in (1, 2):
-        runs.launch(n, preset, ",".join(methods), out / str(n), sets)
+    runs.work(preset, ",".join(methods), out / "1", "", sets)
+    runs.launch(2, preset, ",".join(methods), out / "2", sets)
     return out
 
 
@@ -170,9 +170,12 @@ def test_another_number_of_processes_goes_on(
     classified: Path, tiny_preset: str, tmp_path: Path, first: int, then: int
 ) -> None:
     sets = (*TINY, "train.checkpoint_seconds=0")
-    runs.launch(first, tiny_preset, "clora,l2p", tmp_path / "runs", sets, stop="task 2, step 1")
-    assert (tmp_path / "runs" / "l2p" / "checkpoints" / "partial").is_dir()
-    runs.launch(then, tiny_preset, "clora,l2p", tmp_path / "runs", sets)
+    for processes, stop in ((first, "task 2, step 1"), (then, "")):
+        if processes == 1:
+            runs.work(tiny_preset, "clora,l2p", tmp_path / "runs", stop, sets)
+        else:
+            runs.launch(processes, tiny_preset, "clora,l2p", tmp_path / "runs", sets, stop)
+        assert bool(stop) == (tmp_path / "runs" / "l2p" / "checkpoints" / "partial").is_dir()
     for method in ("clora", "l2p"):
         found = runs.difference(classified / "1" / method, tmp_path / "runs" / method)
         assert found.loss <= 1e-5
