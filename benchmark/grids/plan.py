@@ -142,7 +142,7 @@ def finished(planned: Planned) -> str | None:
     moved_keys(record.data, planned.resolved, planned.out, mend)
     if not record.finished:
         return None
-    why, doubtful = look(record.data, located(planned.resolved, record.data), planned.out)
+    why, doubtful = look(record.data, located(planned.resolved, planned.out, record.data), planned.out)
     return None if doubtful else why
 
 

@@ -45,24 +45,28 @@ def placed(resolved: Resolved, key: str, place: str) -> Resolved:
     return replace(resolved, sections={**resolved.sections, section: changed})
 
 
-def relative_places(resolved: Resolved, record: Mapping[str, Any] | None = None) -> dict[str, str]:
-    """Where files lie that the configuration names as from this directory, or as from that of the record's run."""
+def relative_places(resolved: Resolved, folder: Path, record: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Where files lie that the configuration names as from this directory, or as from that of the record's run.
+
+    As from the run's folder: a record that is shown to others names no folders of this machine.
+    """
     found = ((key, _place(resolved, key)) for key in PLACES)
-    own = {key: os.path.abspath(p) for key, p in found if p is not None and not p.is_absolute() and p.exists()}
-    return {**_places(record), **own}
+    near = {key: os.path.abspath(p) for key, p in found if p is not None and not p.is_absolute() and p.exists()}
+    return {**_places(record), **{key: os.path.relpath(place, os.path.realpath(folder)) for key, place in near.items()}}
 
 
 def _places(record: Mapping[str, Any] | None) -> Mapping[str, str]:
     return {} if record is None else (record.get("environment") or {}).get("places") or {}
 
 
-def located(resolved: Resolved, record: Mapping[str, Any] | None, *, here: bool = True) -> Resolved:
+def located(resolved: Resolved, folder: Path, record: Mapping[str, Any] | None, *, here: bool = True) -> Resolved:
     """With what the record's run was given as from its directory in that place; `here`: what is not in this one."""
-    for key, place in _places(record).items():
+    for key, written in _places(record).items():
         now = _place(resolved, key) if key in PLACES else None
+        place = os.path.normpath(os.path.join(os.path.realpath(folder), written))
         if now is None or now.is_absolute() or (here and now.exists()) or not os.path.exists(place):
             continue
-        resolved = placed(resolved, key, str(place))
+        resolved = placed(resolved, key, place)
     return resolved
 
 

@@ -122,7 +122,8 @@ def restore(
     if checkpoint is None:
         raise UserError(f"the checkpoint of task {last} in {run_dir} is gone; call its dualcl run again")
 
-    resolved = located(recorded_config(record, method, data, device=device, threads=None), record, here=False)
+    resolved = recorded_config(record, method, data, device=device, threads=None)
+    resolved = located(resolved, folder.path, record, here=False)
     if base is not None:
         resolved = placed(resolved, WEIGHTS[resolved.domain], base)
     elif record["identity"].get("weights") == "local directory":

@@ -353,7 +353,7 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
             return old
 
         old = processes.from_main(earlier)
-        here = located(resolved, old)
+        here = located(resolved, path, old)
         doubtful = False
         if old is not None and old["status"] == "finished":
             why, doubtful = processes.from_main(lambda: look(old, here, path))
@@ -408,7 +408,7 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
             network={"parameters": work.domain.adapted_parameters(), **work.domain.facts(), **repeated},
             environment={
                 **environment(),
-                **({"places": places} if (places := relative_places(resolved, old)) else {}),
+                **({"places": places} if (places := relative_places(resolved, path, old)) else {}),
                 "device": device_name(work.device),
                 "threads": torch.get_num_threads(),
                 **({"processes": processes.count} if processes.count > 1 else {}),

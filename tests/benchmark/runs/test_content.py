@@ -300,6 +300,8 @@ def test_a_relative_base_is_found_from_elsewhere_and_a_moved_one_is_told_by_base
     monkeypatch.chdir(tmp_path)
     command = (CONCEPTS.format("lora"), "data.root=photos", "base.model=base", "--out", tmp_path / "run")
     assert dualcl("run", *command) == 0
+    written = json.loads((tmp_path / "run" / "record.json").read_text())["environment"]["places"]
+    assert written == {"data.root": "../photos", "base.model": "../base"}  # no folder of this machine
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert dualcl("run", *command) == 0  # finished, and its files compared
     assert "could not be checked" not in dualcl.said
