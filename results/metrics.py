@@ -465,7 +465,7 @@ KINDS: dict[str, MatrixKind] = {
             Measure(
                 "H_UA_RA", "H(UA, RA)", "%", "higher",
                 "harmonic mean of UA, RA-I and RA-C (ours): low for a broken model, and for one that unlearnt nothing",
-                lambda results: unlearning_mean(results.rows, results.n_tasks), decimals=1,
+                lambda results: unlearning_mean(results.rows, results.n_tasks), decimals=1, derived=True,
             ),
             Measure(
                 "RA_I_kept", "RA-I kept", "%", "higher",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from scipy import stats
 
+from dualcl.benchmark.cli import main
 from dualcl.benchmark.core.errors import UserError
 from dualcl.results.report import build_report, render, terminal_table
 from dualcl.results.statistics import Ranking
@@ -520,3 +521,17 @@ def test_ranks_need_three_streams_and_then_appear(write_run: WriteRun, tmp_path:
     assert ranking.ranks == pytest.approx({"clora": 4 / 3, "lora": 5 / 3, "ncm": 3.0})
     for form in ("md", "text", "tex"):
         assert "clora 1.33, lora 1.67, ncm 3.00" in render(summary, form)
+
+
+RECORDED = Path(__file__).parents[2] / "results" / "recorded"
+
+
+@pytest.mark.parametrize("page", sorted(p.parent.name for p in RECORDED.glob("*/table.md")))
+def test_a_committed_table_is_that_of_its_records(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """When this fails: dualcl report results/recorded/PAGE/records --out results/recorded/PAGE"""
+    assert main(["report", str(RECORDED / page / "records"), "--format", "md"]) == 0
+    written = (RECORDED / page / "table.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out.strip() == written.strip()
+    shown = (RECORDED / page / "README.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in written.partition("\n| method")[2].partition("\n\n")[0].splitlines()[2:]]
+    assert [row for row in rows if row not in shown] == []
