@@ -533,5 +533,5 @@ def test_a_committed_table_is_that_of_its_records(page: str, capsys: pytest.Capt
     written = (RECORDED / page / "table.md").read_text(encoding="utf-8")
     assert capsys.readouterr().out.strip() == written.strip()
     shown = (RECORDED / page / "README.md").read_text(encoding="utf-8").splitlines()
-    rows = [line for line in written.partition("\n| method")[2].partition("\n\n")[0].splitlines()[2:]]
+    rows = written.partition("\n| method")[2].partition("\n\n")[0].splitlines()[2:]
     assert [row for row in rows if row not in shown] == []
