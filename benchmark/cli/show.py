@@ -19,6 +19,16 @@ from dualcl.benchmark.grids.sweep import axes_of, typed
 from dualcl.datasets import dataset_class
 from dualcl.methods import method_info
 
+#: fields of data sets, as far as they have them, under which names are read and next to no image is drawn or looked at
+NAMES_ALONE = {
+    "verify": False,
+    "train_per_class": 1,
+    "test_per_class": 1,
+    "limit": None,
+    "test_limit": None,
+    "holdout": 0.0,
+}
+
 
 def _shown_value(value: Any) -> str:
     return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
@@ -61,8 +71,7 @@ def main(args: argparse.Namespace) -> int:
 def _order(resolved: Resolved, *, whole: bool) -> list[str]:
     """What is learnt in which order, a line for each task; `whole`: all of it, however long."""
     config = resolved.sections["data"]
-    if hasattr(config, "verify"):
-        config = dataclasses.replace(config, verify=False)  # names are all that is asked for
+    config = dataclasses.replace(config, **{key: value for key, value in NAMES_ALONE.items() if hasattr(config, key)})
     try:
         data = dataset_class(resolved.data_reference, resolved.domain).load(config)
     except UserError as error:

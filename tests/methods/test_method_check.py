@@ -156,7 +156,7 @@ def test_the_page_s_method_runs_and_keeps_its_promises(
     (shell,) = re.findall(r"^```sh\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)
     Path("ridge.py").write_text(text)
-    tiny = ["--set", "data.train_per_class=6", "data.test_per_class=4", "train.epochs=1"]
+    tiny = ["--set", "stream.tasks=4", "data.train_per_class=6", "data.test_per_class=4", "train.epochs=1"]
     commands = [shlex.split(line, comments=True)[1:] for line in shell.splitlines()]
     assert [words[0] for words in commands] == ["check", "show", "run", "compare"]
     for words in commands:
@@ -165,7 +165,7 @@ def test_the_page_s_method_runs_and_keeps_its_promises(
     assert (record["status"], record["config"]["method"]["strength"]) == ("finished", 10.0)
     row = record["matrix"]["rows"][-1]
     assert sum(row["correct"]) > sum(row["total"]) / 5  # of 20 classes
-    assert [t["steps"] for t in record["tasks"]] == [0] * 10
+    assert [t["steps"] for t in record["tasks"]] == [0] * 4
 
 
 def test_the_page_lists_every_file() -> None:

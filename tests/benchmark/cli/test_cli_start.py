@@ -138,6 +138,24 @@ def test_show_tells_value_source_and_meaning(capsys: pytest.CaptureFixture[str])
     assert "rank" in rows["method.rank"]
 
 
+def test_show_tells_the_order_and_draws_next_to_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dualcl.datasets import renditions
+
+    drawn: list[int] = []
+    draw = renditions._draw_class
+
+    def counted(name: str, part: str, count: int, *rest: Any) -> Any:
+        drawn.append(count)
+        return draw(name, part, count, *rest)
+
+    monkeypatch.setattr(renditions, "_draw_class", counted)
+    assert main(["show", "renditions-10", "ncm", "--set", "data.holdout=0.2", "data.limit=20"]) == 0
+    assert "  task 1 (2): anchor, rook\n" in capsys.readouterr().out
+    assert drawn == [1] * 40
+
+
 def test_show_without_method_says_who_tuned_what(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", "imagenet-r-20", "--set", "methods.clora.lambda=3", "methods.l2p.top_k=2"]) == 0
     out = capsys.readouterr().out
