@@ -38,7 +38,7 @@ class EncoderRecipe:
     persons: int = 4000
     per_person: int = 4
     test_persons: int = 200
-    steps: int = 4000
+    steps: int = 3600
     batch: int = 16
     lr: float = 1e-3
     pull: float = 0.01
