@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,11 @@ from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.models.bundled import bundled_diffusion
 from dualcl.benchmark.models.families import load
+from dualcl.benchmark.models.row_encoder import load_row_encoder
 from dualcl.benchmark.models.text_to_image import BaseConfig
 from dualcl.benchmark.pretraining import encoder as pretraining
 from dualcl.benchmark.pretraining.encoder import EncoderRecipe, GivenRows, Prompts, pictures, someone
+from dualcl.benchmark.pretraining.portraits import drawing_hash
 from dualcl.benchmark.pretraining.vit import pretrain
 from dualcl.benchmark.runs.folder import RunFolder
 from dualcl.benchmark.runs.progress import Reporter
@@ -56,6 +59,17 @@ def test_a_small_encoder_is_trained_in_pieces_and_names_persons(
             RunFolder(tmp_path / "other"),
             Reporter(quiet=True),
         )
+
+
+def test_the_bundled_encoder_is_its_card_s_and_knows_one_stranger_from_another() -> None:
+    encoder = load_row_encoder("portraits-encoder")
+    assert encoder.card["recipe"] == asdict(EncoderRecipe())
+    assert encoder.card["drawing"] == drawing_hash()
+    model = load(BaseConfig(model="portraits-diffusion"))
+    assert encoder.card["base_sha256"] == model.info.weights_sha256
+    recipe = EncoderRecipe(test_persons=24)
+    found = pretraining._measured(encoder, Prompts(model, recipe.test_persons, recipe.n_tokens), 1, recipe)
+    assert found["own"] < found["plain"] < found["another"]
 
 
 def test_it_sees_nobody_of_a_stream_and_two_pictures_of_each() -> None:
