@@ -199,8 +199,8 @@ def _card_text(card: Mapping[str, Any]) -> str:
     recipe, measured = card["recipe"], card["measured"]
     wrap = textwrap.TextWrapper(116, break_on_hyphens=False, break_long_words=False)
     paragraphs = [
-        f"Reads a portrait as the suite draws them and gives rows of {card['base']}'s token table ({card['n_tokens']}) to "
-        f"stand for the person: a convolutional network, {card['parameters']:,} parameters; float16 safetensors. "
+        f"Reads a portrait as the suite draws them and gives rows of {card['base']}'s token table ({card['n_tokens']}) "
+        f"to stand for the person: a convolutional network, {card['parameters']:,} parameters; float16 safetensors. "
         "For the method `encoder`; it shares nothing with the judge, which measures.",
         f"Made by `{card['command']}`: {card['pictures']} drawings of {recipe['persons']} persons, none of a stream; "
         f"{recipe['steps']} steps of {recipe['batch']} on the denoising error of another picture of the same person, "
