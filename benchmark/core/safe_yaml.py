@@ -139,6 +139,8 @@ def read_yaml(text: str, where: str, *, strict: bool = False) -> Any:
         raise UserError(f"{where}: {error}") from None
     except yaml.YAMLError as error:
         mark, why = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
+        if "invalid Unicode character escape" in str(why):  # libyaml's words, also for what HALVES finds
+            why = "half a character, or none"
         # libyaml counts the end of the file as a line of its own
         line = f" (line {min(mark.line + 1, max(1, len(text.splitlines())))})" if mark else ""
     except ValueError as error:

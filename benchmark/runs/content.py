@@ -51,8 +51,9 @@ def relative_places(resolved: Resolved, folder: Path, record: Mapping[str, Any] 
     As from the run's folder: a record that is shown to others names no folders of this machine.
     """
     found = ((key, _place(resolved, key)) for key in PLACES)
-    near = {key: os.path.abspath(p) for key, p in found if p is not None and not p.is_absolute() and p.exists()}
-    return {**_places(record), **{key: os.path.relpath(place, os.path.realpath(folder)) for key, place in near.items()}}
+    start = os.path.realpath(folder)
+    own = {key: os.path.relpath(p, start) for key, p in found if p is not None and not p.is_absolute() and p.exists()}
+    return {**_places(record), **own}
 
 
 def _places(record: Mapping[str, Any] | None) -> Mapping[str, str]:

@@ -65,7 +65,7 @@ def laughs(levels: int) -> str:
         ("a: !!timestamp x", "a tag such as"),
         ("a: !!bool x", "a tag such as"),
         ("a: \0", "unacceptable character"),
-        ('a: "\\ud800"', "(half a character|invalid Unicode character)"),  # libyaml's words
+        ('a: "\\ud800"', "half a character"),
     ],
 )
 def test_yaml_that_would_not_end_or_runs_code_is_refused_in_one_line(text: str, why: str) -> None:
