@@ -31,7 +31,8 @@ def register_dataset(
 
     The class has `Config` (a frozen dataclass, the keys below `data.`), `load(config)` (a classmethod: ClassData, or
     ConceptData in customization) and, with `needs_prepare`, `prepare(config)` (a classmethod: downloads, verifies,
-    splits). Without `listed`, only `dualcl list --all` shows it.
+    splits). Where names cost images, `Config.names_alone()` is a config under which they cost few. Without `listed`,
+    only `dualcl list --all` shows it.
     """
 
     def apply(cls: T) -> T:

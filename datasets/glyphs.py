@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,10 @@ class Glyphs:
             positive("data.test_per_class", self.test_per_class)
             positive("data.size", self.size, 16)
             positive("data.draw_seed", self.draw_seed, 0)
+
+        def names_alone(self) -> Glyphs.Config:
+            """One image of each class is drawn; see `SelectConfig.names_alone`."""
+            return replace(super().names_alone(), train_per_class=1, test_per_class=1)
 
     @classmethod
     def load(cls, config: Config) -> ClassData:

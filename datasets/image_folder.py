@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
@@ -59,6 +59,10 @@ class ImageFolder:
             if not 0 < self.val_fraction < 1:
                 raise UserError(f"data.val_fraction must be between 0 and 1, got {self.val_fraction}")
             check_on_bad_image(self.on_bad_image)
+
+        def names_alone(self) -> ImageFolder.Config:
+            """No image is decoded; see `SelectConfig.names_alone`."""
+            return replace(super().names_alone(), verify=False)
 
     @classmethod
     def load(cls, config: Config) -> ClassData:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
@@ -18,16 +17,6 @@ from dualcl.benchmark.domains import domain_class
 from dualcl.benchmark.grids.sweep import axes_of, typed
 from dualcl.datasets import dataset_class
 from dualcl.methods import method_info
-
-#: fields of data sets, as far as they have them, under which names are read and next to no image is drawn or looked at
-NAMES_ALONE = {
-    "verify": False,
-    "train_per_class": 1,
-    "test_per_class": 1,
-    "limit": None,
-    "test_limit": None,
-    "holdout": 0.0,
-}
 
 
 def _shown_value(value: Any) -> str:
@@ -71,7 +60,8 @@ def main(args: argparse.Namespace) -> int:
 def _order(resolved: Resolved, *, whole: bool) -> list[str]:
     """What is learnt in which order, a line for each task; `whole`: all of it, however long."""
     config = resolved.sections["data"]
-    config = dataclasses.replace(config, **{key: value for key, value in NAMES_ALONE.items() if hasattr(config, key)})
+    if hasattr(config, "names_alone"):
+        config = config.names_alone()
     try:
         data = dataset_class(resolved.data_reference, resolved.domain).load(config)
     except UserError as error:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dualcl.benchmark.core.errors import UserError
 from dualcl.datasets.base import ClassData, ImageSet, split_hash
+
+C = TypeVar("C", bound="SelectConfig")
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,10 @@ class SelectConfig:
                 raise UserError(f"data.{key} must be at least 1 image per class, got {limit}")
         if self.classes is not None and self.classes < 1:
             raise UserError(f"data.classes must be at least 1, got {self.classes}")
+
+    def names_alone(self: C) -> C:
+        """Under which class names are the same and next to no image is drawn or looked at, for `dualcl show`."""
+        return replace(self, holdout=0.0, limit=None, test_limit=None)
 
 
 def stable_order(ids: Sequence[str], purpose: str, seed: int = 0) -> list[int]:
