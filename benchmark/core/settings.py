@@ -7,6 +7,7 @@ one; values are coerced by the declared type (`1e-3` is a float). Nothing change
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -361,6 +362,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
+@functools.lru_cache(maxsize=256)
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
