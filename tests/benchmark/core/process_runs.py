@@ -1,8 +1,7 @@
 """The same runs on one process and on several: what differs.
 
 `python tests/benchmark/core/process_runs.py compare PRESET A,B,C [--processes 2] [KEY=VALUE ...]` prints a table. It
-is its own worker: `torchrun ... process_runs.py work PRESET A,B,C OUT STOP KEY=VALUE ...`, where STOP is a step
-at which to stop as if interrupted ("task 2, step 1"), or nothing.
+is its own worker: `torchrun ... process_runs.py work JOBS.json`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,39 @@ import numpy as np
 from PIL import Image
 
 
-def launch(processes: int, preset: str, methods: str, out: Path, sets: Sequence[str], stop: str = "") -> None:
-    """Does the runs of all `methods` on so many processes; raises RuntimeError with what they said."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), __file__, "work", preset, methods, str(out), stop]
-    done = subprocess.run(
-        [*command, *sets],
-        capture_output=True,
-        text=True,
-        timeout=900,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DUALCL_CACHE": str(out.parent / "cache")},
-    )
+@dataclass(frozen=True)
+class Job:
+    """Runs of methods on one preset, each in `out/METHOD`; `stop`: a step to be interrupted at, "task 2, step 1"."""
+
+    preset: str
+    methods: Sequence[str]
+    out: str
+    sets: Sequence[str] = ()
+    stop: str = ""
+
+
+def do(processes: int, jobs: Sequence[Job]) -> None:
+    """Does all jobs: those of one process in this one, which has its imports; RuntimeError with what others said."""
+    if processes == 1:
+        for job in jobs:
+            work(job)
+        return
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    with tempfile.TemporaryDirectory() as tmp:
+        file = Path(tmp) / "jobs.json"
+        file.write_text(json.dumps([asdict(job) for job in jobs]))
+        done = subprocess.run(
+            [*launcher, __file__, "work", str(file)],
+            capture_output=True,
+            text=True,
+            timeout=900,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "DUALCL_CACHE": str(Path(tmp) / "cache")},
+        )
     if done.returncode:
         raise RuntimeError(done.stderr[-4000:])
 
 
-def work(preset: str, methods: str, out: Path, stop: str, sets: Sequence[str]) -> None:
+def work(job: Job) -> None:
     """One process's part; keeps all predictions of every evaluation in `OUT/METHOD/predictions.npy`."""
     from dualcl.benchmark.config.resolve import resolve
     from dualcl.benchmark.core.domain import Domain
@@ -60,15 +76,15 @@ def work(preset: str, methods: str, out: Path, stop: str, sets: Sequence[str]) -
 
     class Stopped(Run):
         def step(self, batch: Any, optimizer: Any, factor: float, where: str, ended: bool = False) -> Any:
-            if where == stop:
+            if where == job.stop:
                 raise KeyboardInterrupt
             return super().step(batch, optimizer, factor, where, ended)
 
-    for method in methods.split(","):
+    for method in job.methods:
         said.clear()
-        resolved = resolve(preset, method, ["device=cpu", "train.log_every=1", *sets])
+        resolved = resolve(job.preset, method, ["device=cpu", "train.log_every=1", *job.sets])
         processes = join("cpu")
-        folder = (RunFolder if processes.main else Spectator)(out / method)
+        folder = (RunFolder if processes.main else Spectator)(Path(job.out) / method)
         folder.path.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(0)
         domain: Domain = (Heard if resolved.domain == "classification" else Customization)(
@@ -78,7 +94,7 @@ def work(preset: str, methods: str, out: Path, stop: str, sets: Sequence[str]) -
         try:
             Stopped(resolved, folder, Reporter(quiet=True), domain, processes).execute(record)
         except KeyboardInterrupt:
-            assert stop
+            assert job.stop
             continue
         finally:
             folder.close()
@@ -128,10 +144,12 @@ def _log(run: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Prints one row per method: one process against several."""
-    what, preset, methods, *rest = sys.argv[1:]
+    what, first, *rest = sys.argv[1:]
     if what == "work":
-        work(preset, methods, Path(rest[0]), rest[1], rest[2:])
+        for job in json.loads(Path(first).read_text()):
+            work(Job(**job))
         return
+    methods = rest.pop(0).split(",")
     processes = int(rest.pop(rest.index("--processes") + 1)) if "--processes" in rest else 2
     sets = [word for word in rest if "=" in word]
     print(
@@ -140,8 +158,8 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory() as tmp:
         for n in (1, processes):
-            launch(n, preset, methods, Path(tmp) / str(n), sets)
-        for method in methods.split(","):
+            do(n, [Job(first, methods, f"{tmp}/{n}", sets)])
+        for method in methods:
             d = difference(Path(tmp) / "1" / method, Path(tmp) / str(processes) / method)
             found = f"{d.differing} of {d.predictions}" if d.predictions else "-"
             print(f"| {method} | {d.steps} | {d.loss:.1e} | {found} | {d.matrix:.1e} | {d.pixels} |", flush=True)

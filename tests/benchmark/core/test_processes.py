@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -48,44 +48,17 @@ def _others(domain: str, tested: tuple[str, ...], requests: bool = False) -> lis
     return sorted(m for m in served if ("requests" in method_class(m).requires) == requests)
 
 
-def _both(preset: str, methods: Iterable[str], out: Path, sets: Sequence[str] = ()) -> Path:
-    runs.work(preset, ",".join(methods), out / "1", "", sets)
-    runs.launch(2, preset, ",".join(methods), out / "2", sets)
-    return out
+def _both(preset: str, methods: Sequence[str], out: Path, sets: Sequence[str] = ()) -> None:
+    for n in (1, 2):
+        runs.do(n, [runs.Job(preset, methods, str(out / str(n)), sets)])
 
 
 # --- two processes ----------------------------------------------------------------------------------------------------
 
 # 7 of 15 or 10 images a step: whole batches, and one of 1 or 3 rows; evaluations of 9 and 6 images in batches of 4
 TINY = ("train.batch_size=7", "eval.batch_size=4")
-
-
-@pytest.fixture(scope="module")
-def classified(tiny_preset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs in 1/ and 2/, by the number of processes."""
-    return _both(tiny_preset, CLASSIFIERS, tmp_path_factory.mktemp("classified"), TINY)
-
-
-def _classified_alike(out: Path, method: str) -> None:
-    found = runs.difference(out / "1" / method, out / "2" / method)
-    assert found.predictions == 9 + (9 + 6) + (9 + 6 + 6) or method == "joint"  # each test image once per evaluation
-    if method not in CHAOTIC:
-        assert found.loss <= 1e-5
-        assert found.differing == 0
-        assert found.matrix == 0
-
-
-@pytest.mark.parametrize("method", CLASSIFIERS)
-def test_two_processes_classify_as_one_does(classified: Path, method: str) -> None:
-    _classified_alike(classified, method)
-
-
-@pytest.mark.slow
-def test_two_processes_classify_as_one_does_with_every_method(tiny_preset: str, tmp_path: Path) -> None:
-    methods = _others("classification", CLASSIFIERS)
-    _both(tiny_preset, methods, tmp_path, TINY)
-    for method in methods:
-        _classified_alike(tmp_path, method)
+KEPT = (*TINY, "train.checkpoint_seconds=0")
+RESUMED = ("clora", "l2p")
 
 
 @pytest.fixture(scope="module")
@@ -123,21 +96,54 @@ methods:
 
 
 @pytest.fixture(scope="module")
-def customized(concepts_preset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs in 1/ and 2/, by the number of processes."""
-    return _both(concepts_preset, CUSTOMIZERS, tmp_path_factory.mktemp("customized"))
+def done(tiny_preset: str, concepts_preset: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs in classified/ and customized/, below 1/ and 2/ by the number of processes, and stopped ones in stopped/.
+
+    All of two processes in one start of them, which takes longer than the runs.
+    """
+    out = tmp_path_factory.mktemp("runs")
+    for n in (1, 2):
+        jobs = [
+            runs.Job(tiny_preset, CLASSIFIERS, f"{out}/{n}/classified", TINY),
+            runs.Job(concepts_preset, CUSTOMIZERS, f"{out}/{n}/customized"),
+            runs.Job(tiny_preset, RESUMED, f"{out}/{n}/stopped", KEPT, "task 2, step 1"),
+        ]
+        runs.do(n, jobs)
+    return out
 
 
-def _customized_alike(out: Path, method: str) -> None:
-    found = runs.difference(out / "1" / method, out / "2" / method)
+def _classified_alike(one: Path, two: Path, method: str) -> None:
+    found = runs.difference(one / method, two / method)
+    assert found.predictions == 9 + (9 + 6) + (9 + 6 + 6) or method == "joint"  # each test image once per evaluation
+    if method not in CHAOTIC:
+        assert found.loss <= 1e-5
+        assert found.differing == 0
+        assert found.matrix == 0
+
+
+@pytest.mark.parametrize("method", CLASSIFIERS)
+def test_two_processes_classify_as_one_does(done: Path, method: str) -> None:
+    _classified_alike(done / "1" / "classified", done / "2" / "classified", method)
+
+
+@pytest.mark.slow
+def test_two_processes_classify_as_one_does_with_every_method(tiny_preset: str, tmp_path: Path) -> None:
+    methods = _others("classification", CLASSIFIERS)
+    _both(tiny_preset, methods, tmp_path, TINY)
+    for method in methods:
+        _classified_alike(tmp_path / "1", tmp_path / "2", method)
+
+
+def _customized_alike(one: Path, two: Path, method: str) -> None:
+    found = runs.difference(one / method, two / method)
     assert found.loss <= 1e-5
     assert found.pixels <= 1
     assert found.matrix <= 5e-3  # features of images that differ by that
 
 
 @pytest.mark.parametrize("method", CUSTOMIZERS)
-def test_two_processes_customize_as_one_does(customized: Path, method: str) -> None:
-    _customized_alike(customized, method)
+def test_two_processes_customize_as_one_does(done: Path, method: str) -> None:
+    _customized_alike(done / "1" / "customized", done / "2" / "customized", method)
 
 
 @pytest.mark.slow
@@ -145,7 +151,7 @@ def test_two_processes_customize_as_one_does_with_every_method(concepts_preset: 
     methods = _others("customization", CUSTOMIZERS)
     _both(concepts_preset, methods, tmp_path)
     for method in methods:
-        _customized_alike(tmp_path, method)
+        _customized_alike(tmp_path / "1", tmp_path / "2", method)
 
 
 @pytest.mark.slow
@@ -162,22 +168,17 @@ def test_two_processes_unlearn_as_one_does(concepts_preset: str, tmp_path: Path,
     methods = _others("customization", (), requests=True)
     _both(str(preset), methods, tmp_path, [f"method.{one}" for one in how.split(",") if one])
     for method in methods:
-        _customized_alike(tmp_path, method)
+        _customized_alike(tmp_path / "1", tmp_path / "2", method)
 
 
 @pytest.mark.parametrize(("first", "then"), [(2, 1), pytest.param(1, 2, marks=pytest.mark.slow)])
-def test_another_number_of_processes_goes_on(
-    classified: Path, tiny_preset: str, tmp_path: Path, first: int, then: int
-) -> None:
-    sets = (*TINY, "train.checkpoint_seconds=0")
-    for processes, stop in ((first, "task 2, step 1"), (then, "")):
-        if processes == 1:
-            runs.work(tiny_preset, "clora,l2p", tmp_path / "runs", stop, sets)
-        else:
-            runs.launch(processes, tiny_preset, "clora,l2p", tmp_path / "runs", sets, stop)
-        assert bool(stop) == (tmp_path / "runs" / "l2p" / "checkpoints" / "partial").is_dir()
-    for method in ("clora", "l2p"):
-        found = runs.difference(classified / "1" / method, tmp_path / "runs" / method)
+def test_another_number_of_processes_goes_on(done: Path, tiny_preset: str, first: int, then: int) -> None:
+    stopped = done / str(first) / "stopped"
+    assert (stopped / "l2p" / "checkpoints" / "partial").is_dir()
+    runs.do(then, [runs.Job(tiny_preset, RESUMED, str(stopped), KEPT)])
+    assert not (stopped / "l2p" / "checkpoints" / "partial").is_dir()
+    for method in RESUMED:
+        found = runs.difference(done / "1" / "classified" / method, stopped / method)
         assert found.loss <= 1e-5
         assert found.matrix == 0
 
@@ -233,17 +234,17 @@ def test_alone_is_as_if_there_were_no_processes() -> None:
 
 
 @pytest.mark.parametrize("method", ["clora", "coda_prompt", "er", "ewc", "l2p"])
-def test_micro_batches_change_nothing(classified: Path, tiny_preset: str, tmp_path: Path, method: str) -> None:
-    runs.work(tiny_preset, method, tmp_path, "", (*TINY, "train.micro_batch_size=3"))
-    found = runs.difference(classified / "1" / method, tmp_path / method)
+def test_micro_batches_change_nothing(done: Path, tiny_preset: str, tmp_path: Path, method: str) -> None:
+    runs.do(1, [runs.Job(tiny_preset, [method], str(tmp_path), (*TINY, "train.micro_batch_size=3"))])
+    found = runs.difference(done / "1" / "classified" / method, tmp_path / method)
     assert found.loss <= 1e-5
     assert found.differing == 0
 
 
 @pytest.mark.parametrize("method", ["clora", "custom_diffusion"])
-def test_micro_batches_of_concepts(customized: Path, concepts_preset: str, tmp_path: Path, method: str) -> None:
-    runs.work(concepts_preset, method, tmp_path, "", ("train.micro_batch_size=2",))
-    found = runs.difference(customized / "1" / method, tmp_path / method)
+def test_micro_batches_of_concepts(done: Path, concepts_preset: str, tmp_path: Path, method: str) -> None:
+    runs.do(1, [runs.Job(concepts_preset, [method], str(tmp_path), ("train.micro_batch_size=2",))])
+    found = runs.difference(done / "1" / "customized" / method, tmp_path / method)
     assert found.loss <= 1e-5
     assert found.pixels <= 1
 
@@ -265,10 +266,10 @@ def scarce(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("method", ["clora", "er", "l2p"])
 def test_a_step_out_of_memory_is_taken_again(
-    scarce: None, classified: Path, tiny: Callable[..., Any], tiny_preset: str, tmp_path: Path, method: str
+    scarce: None, done: Path, tiny: Callable[..., Any], tiny_preset: str, tmp_path: Path, method: str
 ) -> None:
-    runs.work(tiny_preset, method, tmp_path, "", (*TINY, "train.on_oom=split"))
-    found = runs.difference(classified / "1" / method, tmp_path / method)
+    runs.do(1, [runs.Job(tiny_preset, [method], str(tmp_path), (*TINY, "train.on_oom=split"))])
+    found = runs.difference(done / "1" / "classified" / method, tmp_path / method)
     assert found.loss <= 1e-5
     assert found.differing == 0
 
