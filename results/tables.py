@@ -448,7 +448,7 @@ def _measured(records: Sequence[Record]) -> str:
         counts = [t["n_train"] for r in records for t in r.data["tasks"] if isinstance(t.get("n_train"), int)]
         if counts:
             span = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)} to {max(counts)}"
-            parts.append(f"{span} real ones")
+            parts.append(f"{span} {identity.get('reference') or 'real ones'}")
     text = "; ".join(parts)
     return text[:1].upper() + text[1:]
 

@@ -31,10 +31,12 @@ from dualcl.results.metrics import (
     f_step,
     image_similarity,
     plasticity,
+    right_concepts,
     run_metrics,
     text_similarity,
 )
 
+UNLEARNT = ("UA", "RA_I", "RA_C", "H_UA_RA", "RA_I_kept", "RA_C_kept")
 CONCEPTS = (
     "A_mmd",
     "F_mmd",
@@ -44,7 +46,7 @@ CONCEPTS = (
     "concept_accuracy_last",
     "attribute_accuracy",
     "attribute_accuracy_last",
-    *("UA", "RA_I", "RA_C", "H_UA_RA", "RA_I_kept", "RA_C_kept"),
+    *UNLEARNT,
 )
 #: a busy machine is no failure
 PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -215,12 +217,6 @@ GENERATED: dict[int, dict[str, Any]] = {
         "nearest_correct": [8],
         "generated": [8],
         "attribute_share": [0.9],
-        "target_shown": [0.25],
-        "target_shown_before": [1.0],
-        "retained_inside": [0.75],
-        "retained_inside_before": [0.75],
-        "retained_across": [0.8],
-        "retained_across_before": [0.8],
     },
     1: {
         "after_task": 1,
@@ -231,12 +227,6 @@ GENERATED: dict[int, dict[str, Any]] = {
         "nearest_correct": [None, 5],
         "generated": [None, 8],
         "attribute_share": [None, 0.8],
-        "target_shown": [None, 0.5],
-        "target_shown_before": [None, 0.5],
-        "retained_inside": [None, 0.6],
-        "retained_inside_before": [None, 0.75],
-        "retained_across": [None, 0.7],
-        "retained_across_before": [None, 0.8],
     },
     2: {
         "after_task": 2,
@@ -247,6 +237,31 @@ GENERATED: dict[int, dict[str, Any]] = {
         "nearest_correct": [2, 4, 8],
         "generated": [8, 8, 16],
         "attribute_share": [0.5, 0.6, 0.7],
+    },
+}
+
+#: the same of requests to unlearn
+ASKED: dict[int, dict[str, Any]] = {
+    0: {
+        **GENERATED[0],
+        "target_shown": [0.25],
+        "target_shown_before": [1.0],
+        "retained_inside": [0.75],
+        "retained_inside_before": [0.75],
+        "retained_across": [0.8],
+        "retained_across_before": [0.8],
+    },
+    1: {
+        **GENERATED[1],
+        "target_shown": [None, 0.5],
+        "target_shown_before": [None, 0.5],
+        "retained_inside": [None, 0.6],
+        "retained_inside_before": [None, 0.75],
+        "retained_across": [None, 0.7],
+        "retained_across_before": [None, 0.8],
+    },
+    2: {
+        **GENERATED[2],
         "target_shown": [0.5, 0.25, 0.0],
         "target_shown_before": [1.0, 0.5, 1.0],
         "retained_inside": [None, None, 0.3],
@@ -266,25 +281,33 @@ def test_every_concept_metric_on_rows_worked_out_by_hand() -> None:
     assert concept_accuracy_last(GENERATED, 3) == pytest.approx(100 * (2 + 4 + 8) / 32)
     assert attribute_accuracy(GENERATED, 3) == pytest.approx(100 * (0.9 + 0.8 + 0.7) / 3)
     assert attribute_accuracy_last(GENERATED, 3) == pytest.approx(60)
-    values = KINDS["mmd"].compute({"kind": "mmd", "rows": list(GENERATED.values())}, 3)
+    recorded = {"kind": "mmd", "rows": list(GENERATED.values())}
+    assert distances(recorded, 3) == [[10], [None, 20], [40, 30, 5]]
+    assert drifts(recorded, 3) == [[], [None], [30, 10]]
+    assert right_concepts(recorded, 3) == [[100], [None, 62.5], [25, 50, 50]]
+    assert distances({"rows": [GENERATED[2]]}, 3) == [None, None, [40, 30, 5]]
+
+
+def test_every_metric_of_requests_on_rows_worked_out_by_hand() -> None:
+    values = KINDS["mmd"].compute({"kind": "mmd", "rows": list(ASKED.values())}, 3)
     assert values["UA"] == pytest.approx(75)  # not shown: 0.5, 0.75, 1
     assert (values["RA_I"], values["RA_C"]) == (pytest.approx(30), pytest.approx(60))
     assert values["H_UA_RA"] == pytest.approx(3 / (1 / 75 + 1 / 30 + 1 / 60))
     assert (values["RA_I_kept"], values["RA_C_kept"]) == (pytest.approx(40), pytest.approx(75))
-    recorded = {"kind": "mmd", "rows": list(GENERATED.values())}
+    recorded = {"kind": "mmd", "rows": list(ASKED.values())}
     assert [curve.cells(recorded, 3) for curve in UNLEARNING] == [
         [[75], [None, 50], [50, 75, 100]],
         [[75], [pytest.approx(60)], [30]],
         [[80], [70], [60]],
     ]
-    assert distances(recorded, 3) == [[10], [None, 20], [40, 30, 5]]
-    assert drifts(recorded, 3) == [[], [None], [30, 10]]
-    assert distances({"rows": [GENERATED[2]]}, 3) == [None, None, [40, 30, 5]]
+    # nothing is taught that an image could be nearest to
+    assert (values["concept_accuracy"], values["concept_accuracy_last"]) == (None, None)
+    assert right_concepts(recorded, 3) == [None, None, None]
 
 
 def test_the_mean_over_unlearning_is_low_for_a_broken_model_and_for_one_that_is_as_it_was() -> None:
     def mean(gone: float, inside: float, across: float) -> float | None:
-        row = {**GENERATED[2], "target_shown": [1 - gone] * 3}
+        row = {**ASKED[2], "target_shown": [1 - gone] * 3}
         row |= {"retained_inside": [None, None, inside], "retained_across": [None, None, across]}
         return KINDS["mmd"].compute({"kind": "mmd", "rows": [row]}, 3)["H_UA_RA"]
 
@@ -308,7 +331,7 @@ def test_concept_metrics_without_their_values_are_undefined(
     rows: dict[int, dict[str, Any]], undefined: set[str]
 ) -> None:
     metrics = KINDS["mmd"].compute({"kind": "mmd", "rows": list(rows.values())}, 3)
-    assert {key for key, value in metrics.items() if value is None} == undefined
+    assert {key for key, value in metrics.items() if value is None} == {*undefined, *UNLEARNT}
 
 
 def test_one_concept_has_no_drift_and_none_to_be_mistaken_for() -> None:
@@ -317,5 +340,6 @@ def test_one_concept_has_no_drift_and_none_to_be_mistaken_for() -> None:
         "F_mmd",
         "concept_accuracy",
         "concept_accuracy_last",
+        *UNLEARNT,
     }
     assert metrics["A_mmd"] == pytest.approx(10)
