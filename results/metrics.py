@@ -411,12 +411,12 @@ KINDS: dict[str, MatrixKind] = {
                 "images generated after the last task that are nearer to the real images of their concept (cosine of φ "
                 "to their mean) than to those of any other concept of the stream; chance is 100 / N",
                 lambda results: concept_accuracy_last(results.rows, results.n_tasks), decimals=1, compared=True,
-                derived=True,
+                may_lack=True,
             ),
             Measure(
                 "concept_accuracy", "concept acc.", "%", "higher",
                 "the same right after learning a concept, mean over them: what was learnt, forgotten or not",
-                lambda results: concept_accuracy(results.rows, results.n_tasks), decimals=1, derived=True,
+                lambda results: concept_accuracy(results.rows, results.n_tasks), decimals=1, may_lack=True,
             ),
             Measure(
                 "attribute_accuracy_last", "attributes last", "%", "higher",
@@ -454,7 +454,7 @@ KINDS: dict[str, MatrixKind] = {
                 "similarity of the images generated after the last task to their prompt without the concept's token: "
                 "mean cosine, mean over concepts, not scaled (CLIP-T in the literature); undefined where φ has no text "
                 "part",
-                lambda results: text_similarity(results.rows, results.n_tasks), decimals=3,
+                lambda results: text_similarity(results.rows, results.n_tasks), decimals=3, may_lack=True,
             ),
             Measure(
                 "UA", "UA", "%", "higher",
@@ -479,7 +479,7 @@ KINDS: dict[str, MatrixKind] = {
             Measure(
                 "H_UA_RA", "H(UA, RA)", "%", "higher",
                 "harmonic mean of UA, RA-I and RA-C (ours): low for a broken model, and for one that unlearnt nothing",
-                lambda results: unlearning_mean(results.rows, results.n_tasks), decimals=1, derived=True,
+                lambda results: unlearning_mean(results.rows, results.n_tasks), decimals=1, may_lack=True,
             ),
             Measure(
                 "RA_I_kept", "RA-I kept", "%", "higher",

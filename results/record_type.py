@@ -355,8 +355,8 @@ class Measure:
     beside: str = ""
     #: differences between methods are tested
     compared: bool = False
-    #: made of fields of other measures, which records may lack
-    derived: bool = False
+    #: undefined in every run of some tables, which then have no column of it
+    may_lack: bool = False
 
     @property
     def higher_is_better(self) -> bool:
@@ -366,7 +366,7 @@ class Measure:
     @property
     def optional(self) -> bool:
         """Whether there may be records without it."""
-        return self.derived or (self.field is not None and not self.field.required)
+        return self.may_lack or (self.field is not None and not self.field.required)
 
     def value(self, results: Results) -> float | None:
         """The number of a run; None where undefined, or not measured."""

@@ -338,10 +338,10 @@ def run_row(record: Record) -> dict[str, Any]:
 
 
 def assignments(record: Record) -> dict[str, Any]:
-    """Keys that `--set` gave for a run, with their values."""
+    """Keys that `--set` or a sweep gave for a run, with their values: what its preset alone would not give."""
     found = {}
     for key, source in (record.data.get("sources") or {}).items():
-        if not str(source).startswith("--set"):
+        if not str(source).startswith(("--set", "sweep on ")):
             continue
         value: Any = record.data["config"]
         for part in key.split("."):

@@ -161,6 +161,16 @@ def test_the_command_to_repeat_quotes_what_was_set(write_run: WriteRun) -> None:
     assert shown == "dualcl run glyphs clora --seed 0 --set 'data.root=my files' --set 'train.epochs=[1, 2]'"
 
 
+def test_the_command_to_repeat_gives_what_a_sweep_found(write_run: WriteRun) -> None:
+    run = write_run(
+        edit=lambda d: (
+            d["config"].update(method={"lr": 3e-5, "head_lr": 1e-2}),
+            d.update(sources={"method.lr": "sweep on glyphs-tune", "method.head_lr": "preset glyphs"}),
+        )
+    )
+    assert command(load_record(run)) == "dualcl run glyphs clora --seed 0 --set method.lr=3e-05"
+
+
 def test_plots_show_the_recorded_numbers(runs: Path) -> None:
     records = find_records([runs])
     curve = quality_curves(records)
