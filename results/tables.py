@@ -310,7 +310,7 @@ def _settings(config: Mapping[str, Any], known: dict[tuple[Any, ...], dict[str, 
 
 
 def tell_apart(records: Sequence[Record]) -> list[Record]:
-    """The records of a stream; where one label stands for several settings (a sweep), the label names them.
+    """The records of a stream; a label that stands for several settings (a sweep) names those that are set.
 
     A record in which none of the varied keys is set keeps its label.
     """
@@ -324,9 +324,8 @@ def tell_apart(records: Sequence[Record]) -> list[Record]:
         keys = dict.fromkeys(key for flat in different for key in flat)
         varied = [k for k in keys if any(flat.get(k) != group[0][1].get(k) for flat in different)]
         for record, flat in group:
-            names = [f"{k.removeprefix('method.')}={_written(flat.get(k))}" for k in varied]
-            plain = all(flat.get(k) is None for k in varied)
-            run = {**record.data["run"], "label": label if plain else f"{label} ({', '.join(names)})"}
+            names = [f"{k.removeprefix('method.')}={_written(flat[k])}" for k in varied if flat.get(k) is not None]
+            run = {**record.data["run"], "label": f"{label} ({', '.join(names)})" if names else label}
             out.append(Record(record.path, {**record.data, "run": run}))
     return out
 
