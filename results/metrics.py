@@ -406,6 +406,44 @@ KINDS: dict[str, MatrixKind] = {
             _counts("generated", "generated images", True),
         ),
         measures=(
+            # of requests to unlearn, which have no concept accuracy: what a table shows first
+            Measure(
+                "UA", "UA", "%", "higher",
+                "images of the targets' prompts after the last request on which the judge does not see the target, "
+                "mean over targets (arXiv 2511.07970). A broken model has 100: read RA-I and RA-C beside it",
+                lambda results: unlearning_accuracy(results.rows, results.n_tasks), decimals=1,
+                field=_share_of("target_shown", "share of images on which the request's target is seen"),
+            ),
+            Measure(
+                "RA_I", "RA-I", "%", "higher",
+                "images after the last request that show what they should, of values that no request unlearns of the "
+                "attributes that requests are of",
+                lambda results: last_retained(results.rows, results.n_tasks, "retained_inside"), decimals=1,
+                field=_share_of("retained_inside", "the same of what is to be retained, of the requests' attributes"),
+            ),
+            Measure(
+                "RA_C", "RA-C", "%", "higher",
+                "the same of values of other attributes",
+                lambda results: last_retained(results.rows, results.n_tasks, "retained_across"), decimals=1,
+                field=_share_of("retained_across", "the same of other attributes"),
+            ),
+            Measure(
+                "H_UA_RA", "H(UA, RA)", "%", "higher",
+                "harmonic mean of UA, RA-I and RA-C (ours): low for a broken model, and for one that unlearnt nothing",
+                lambda results: unlearning_mean(results.rows, results.n_tasks), decimals=1, may_lack=True,
+            ),
+            Measure(
+                "RA_I_kept", "RA-I kept", "%", "higher",
+                "RA-I in percent of that of the pretrained model",
+                lambda results: of_pretrained(results.rows, results.n_tasks, "retained_inside"), decimals=1,
+                field=_share_of("retained_inside_before", "retained_inside of the pretrained model"),
+            ),
+            Measure(
+                "RA_C_kept", "RA-C kept", "%", "higher",
+                "RA-C in percent of that of the pretrained model",
+                lambda results: of_pretrained(results.rows, results.n_tasks, "retained_across"), decimals=1,
+                field=_share_of("retained_across_before", "retained_across of the pretrained model"),
+            ),
             Measure(
                 "concept_accuracy_last", "concept acc. last", "%", "higher",
                 "images generated after the last task that are nearer to the real images of their concept (cosine of φ "
@@ -455,43 +493,6 @@ KINDS: dict[str, MatrixKind] = {
                 "mean cosine, mean over concepts, not scaled (CLIP-T in the literature); undefined where φ has no text "
                 "part",
                 lambda results: text_similarity(results.rows, results.n_tasks), decimals=3, may_lack=True,
-            ),
-            Measure(
-                "UA", "UA", "%", "higher",
-                "images of the targets' prompts after the last request on which the judge does not see the target, "
-                "mean over targets (arXiv 2511.07970). A broken model has 100: read RA-I and RA-C beside it",
-                lambda results: unlearning_accuracy(results.rows, results.n_tasks), decimals=1,
-                field=_share_of("target_shown", "share of images on which the request's target is seen"),
-            ),
-            Measure(
-                "RA_I", "RA-I", "%", "higher",
-                "images after the last request that show what they should, of values that no request unlearns of the "
-                "attributes that requests are of",
-                lambda results: last_retained(results.rows, results.n_tasks, "retained_inside"), decimals=1,
-                field=_share_of("retained_inside", "the same of what is to be retained, of the requests' attributes"),
-            ),
-            Measure(
-                "RA_C", "RA-C", "%", "higher",
-                "the same of values of other attributes",
-                lambda results: last_retained(results.rows, results.n_tasks, "retained_across"), decimals=1,
-                field=_share_of("retained_across", "the same of other attributes"),
-            ),
-            Measure(
-                "H_UA_RA", "H(UA, RA)", "%", "higher",
-                "harmonic mean of UA, RA-I and RA-C (ours): low for a broken model, and for one that unlearnt nothing",
-                lambda results: unlearning_mean(results.rows, results.n_tasks), decimals=1, may_lack=True,
-            ),
-            Measure(
-                "RA_I_kept", "RA-I kept", "%", "higher",
-                "RA-I in percent of that of the pretrained model",
-                lambda results: of_pretrained(results.rows, results.n_tasks, "retained_inside"), decimals=1,
-                field=_share_of("retained_inside_before", "retained_inside of the pretrained model"),
-            ),
-            Measure(
-                "RA_C_kept", "RA-C kept", "%", "higher",
-                "RA-C in percent of that of the pretrained model",
-                lambda results: of_pretrained(results.rows, results.n_tasks, "retained_across"), decimals=1,
-                field=_share_of("retained_across_before", "retained_across of the pretrained model"),
             ),
         ),
         quality="A_mmd",
