@@ -406,6 +406,31 @@ KINDS: dict[str, MatrixKind] = {
             _counts("generated", "generated images", True),
         ),
         measures=(
+            Measure(
+                "concept_accuracy_last", "concept acc. last", "%", "higher",
+                "images generated after the last task that are nearer to the real images of their concept (cosine of φ "
+                "to their mean) than to those of any other concept of the stream; chance is 100 / N",
+                lambda results: concept_accuracy_last(results.rows, results.n_tasks), decimals=1, compared=True,
+                may_lack=True,
+            ),
+            Measure(
+                "concept_accuracy", "concept acc.", "%", "higher",
+                "the same right after learning a concept, mean over them: what was learnt, forgotten or not",
+                lambda results: concept_accuracy(results.rows, results.n_tasks), decimals=1, may_lack=True,
+            ),
+            Measure(
+                "attribute_accuracy_last", "attributes last", "%", "higher",
+                "attributes of a concept that the judge sees on the images generated after the last task, mean over "
+                "its images and over concepts; a network that learns nothing has about the share of a guess",
+                lambda results: attribute_accuracy_last(results.rows, results.n_tasks), decimals=1,
+                field=_SHARE,
+            ),
+            Measure(
+                "attribute_accuracy", "attributes", "%", "higher",
+                "the same right after learning a concept",
+                lambda results: attribute_accuracy(results.rows, results.n_tasks), decimals=1,
+                field=_SHARE,
+            ),
             # of requests to unlearn, which have no concept accuracy: what a table shows first
             Measure(
                 "UA", "UA", "%", "higher",
@@ -443,31 +468,6 @@ KINDS: dict[str, MatrixKind] = {
                 "RA-C in percent of that of the pretrained model",
                 lambda results: of_pretrained(results.rows, results.n_tasks, "retained_across"), decimals=1,
                 field=_share_of("retained_across_before", "retained_across of the pretrained model"),
-            ),
-            Measure(
-                "concept_accuracy_last", "concept acc. last", "%", "higher",
-                "images generated after the last task that are nearer to the real images of their concept (cosine of φ "
-                "to their mean) than to those of any other concept of the stream; chance is 100 / N",
-                lambda results: concept_accuracy_last(results.rows, results.n_tasks), decimals=1, compared=True,
-                may_lack=True,
-            ),
-            Measure(
-                "concept_accuracy", "concept acc.", "%", "higher",
-                "the same right after learning a concept, mean over them: what was learnt, forgotten or not",
-                lambda results: concept_accuracy(results.rows, results.n_tasks), decimals=1, may_lack=True,
-            ),
-            Measure(
-                "attribute_accuracy_last", "attributes last", "%", "higher",
-                "attributes of a concept that the judge sees on the images generated after the last task, mean over "
-                "its images and over concepts; a network that learns nothing has about the share of a guess",
-                lambda results: attribute_accuracy_last(results.rows, results.n_tasks), decimals=1,
-                field=_SHARE,
-            ),
-            Measure(
-                "attribute_accuracy", "attributes", "%", "higher",
-                "the same right after learning a concept",
-                lambda results: attribute_accuracy(results.rows, results.n_tasks), decimals=1,
-                field=_SHARE,
             ),
             Measure(
                 "A_mmd", "A_mmd", "×10³", "lower",
