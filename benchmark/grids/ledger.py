@@ -146,7 +146,9 @@ def _ours(run: _Run, numbers: Sequence[Number]) -> str:
     if not run.records:
         record = run.unfinished[0]
         return f"{DASH} ({record.status} after {len(record.data['matrix']['rows'])} of {record.n_tasks} tasks)"
-    keys = [key for n in numbers if (key := our_metric(n))] or list(run.first.kind.columns[:2])
+    columns = run.first.kind.columns
+    there = next((at for at, key in enumerate(columns) if _value(run, key)), 0)  # requests lack a kind's first measures
+    keys = [key for n in numbers if (key := our_metric(n))] or list(columns[there : there + 2])
     cells = ", ".join(text for key in dict.fromkeys(keys) if (text := _value(run, key)))
     seeds = ", ".join(str(r.seed) for r in run.records)
     return f"{cells} (seed{'s' * (len(run.records) > 1)} {seeds}){'†' * bool(_caveats(run))}"
