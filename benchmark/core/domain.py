@@ -392,6 +392,15 @@ class ConceptInputsDomain(Protocol):
         `own`: from the placeholder to the end token only. What comes before is the same in all prompts, bit for bit.
         """
 
+    def prompts(self, task: int) -> tuple[str, ...]:
+        """Training prompts of a task, tokens expanded."""
+
+    def prompt_inputs(self, prompts: Sequence[str]) -> Tensor:
+        """Inputs (n, d_in) of the sites' Linears for all that any of the prompts gives them, float32, no gradient.
+
+        Start token and padding included: the sites read these too.
+        """
+
     def common_inputs(self, n: int) -> Tensor:
         """Inputs (m, d_in) of the sites' Linears for `n` ordinary captions, float32, without gradient."""
 

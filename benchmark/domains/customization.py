@@ -583,6 +583,11 @@ class Customization(Domain):
         return self._features([prompt], first)
 
     @torch.no_grad()
+    def prompt_inputs(self, prompts: Sequence[str]) -> Tensor:
+        """Text features (P x positions, D) float32 of all positions of the prompts, tokens expanded."""
+        return self.diffusion.encode_text(prompts).states.flatten(0, 1).float()
+
+    @torch.no_grad()
     def common_inputs(self, n: int) -> Tensor:
         """Text features (m, D) float32 of "a photo of a WORD" for the n commonest whole words of the vocabulary."""
         tokenizer = self.diffusion.vocabularies[0].tokenizer

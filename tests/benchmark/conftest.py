@@ -91,7 +91,7 @@ eval: {{n: 1, steps: 2, guidance: 2.0, features: glyph-vit}}
 prior: {{n: 2, steps: 2, guidance: 2.0}}
 threads: 1
 methods: {{lora: {{rank: 2}}, clora: {{rank: 2}}, orthogonal_adaptation: {{rank: 2}}, mix_of_show: {{rank: 2}},
-  lora_merge: {{rank: 2}}, stamina: {{rank: 2}}, cidm: {{rank: 2}}, loraclr: {{rank: 2}},
+  lora_merge: {{rank: 2}}, clora_null: {{rank: 2}}, stamina: {{rank: 2}}, cidm: {{rank: 2}}, loraclr: {{rank: 2}},
   encoder: {{encoder: untrained}},
   ewc_dc: {{rank: 2, fisher_batches: 1}}, dsc: {{rank: 2}}}}
 """

@@ -23,6 +23,7 @@ methods:
   clora: {rank: 2}
   orthogonal_adaptation: {rank: 2}
   mix_of_show: {rank: 2}
+  clora_null: {rank: 2}
   loraclr: {rank: 2}
   encoder: {encoder: untrained}
   cidm: {rank: 2}
