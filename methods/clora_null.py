@@ -28,7 +28,6 @@ from torch import Tensor
 from dualcl.benchmark.core.domain import ConceptInputsDomain, Domain
 from dualcl.methods.base import check, register_method
 from dualcl.methods.clora import CLoRA, CLoRAConfig
-from dualcl.methods.lora import refuse_options
 from dualcl.methods.shared.symmetric import pack, packed_size, unpack
 
 
@@ -43,7 +42,8 @@ class CLoRANullConfig(CLoRAConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        refuse_options(self, "clora_null")
+        check(not self.one_adapter, "method.one_adapter is an ablation of C-LoRA alone; leave it out")
+        check(not self.align, "method.align trains rows of a classifier; leave it out")
         check(0 <= self.epsilon <= 1, f"method.epsilon must be from 0 to 1, got {self.epsilon}")
 
 
