@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import re
 import shlex
 import statistics
@@ -290,7 +291,10 @@ class Score:
 
 
 def score_sweep(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[Score]:
-    """Scores from the records, the best point first; points with unfinished runs come last."""
+    """Scores from the records, the best point first: of equals the one that is better in the table's next measures.
+
+    Points with unfinished runs come last.
+    """
     by_folder = {o.planned.out: o for o in outcomes}
     scores = []
     for point in sweep.points:
@@ -303,12 +307,12 @@ def score_sweep(sweep: Sweep, outcomes: Sequence[Outcome]) -> list[Score]:
                 std = statistics.stdev(values) if len(values) > 1 else None
                 metrics[key] = (statistics.fmean(values), std, len(values))
         scores.append(Score(point, len(records), metrics, bad[0].error if bad else ""))
-    sign = -1.0 if METRICS[sweep.select].higher_is_better else 1.0
+    order = _shown(sweep, scores)
 
-    def rank(score: Score) -> tuple[bool, float]:
-        mean = score.metrics.get(sweep.select)
-        whole = score.finished == len(score.point.runs) and mean is not None
-        return not whole, sign * mean[0] if mean else 0.0
+    def rank(score: Score) -> tuple[float, ...]:
+        whole = score.finished == len(score.point.runs) and sweep.select in score.metrics
+        signs = {key: -1.0 if METRICS[key].higher_is_better else 1.0 for key in order}
+        return float(not whole), *(signs[k] * score.metrics[k][0] if k in score.metrics else math.inf for k in order)
 
     return sorted(scores, key=rank)
 
