@@ -1,12 +1,18 @@
-"""Tuning-free: an encoder, trained once on other pictures of the world, gives a concept's rows; no step is taken.
+"""Tuning-free: an encoder, trained once on other pictures of the world, stands in for training; no step is taken.
 
 Sources: Chen et al., PhotoVerse, arXiv 2309.05793 (second hand, and the unofficial idonahum/photoVerse, 02e28ef; its
-own code is not public), and Ye et al., IP-Adapter, arXiv 2308.06721 (code tencent-ailab/IP-Adapter, 62e4af9). This is
-the text branch: pseudo-words = an MLP of a picture's features, here the mean over a concept's pictures, then frozen.
+own code is not public), and Ye et al., IP-Adapter, arXiv 2308.06721 (code tencent-ailab/IP-Adapter, 62e4af9). With h
+the mean over a concept's pictures of what the encoder makes of one:
 
-Differs from the papers: there is no image branch, out = Attn(Q, K, V) + s Attn(Q, c W'_k, c W'_v), so s is 0; features
-are those of a small convolutional network trained along, not CLIP's: an encoder must not be built on the network that
-measures. There is no term on faces, and one MLP for all rows. `dualcl pretrain portraits-encoder` makes the weights.
+    text branch     pseudo-words = MLP(h), the concept's rows of the token table
+    image branch    c = LayerNorm(Linear(h)),   out = Attn(Q, K, V) + s Attn(Q, c W'_k, c W'_v)
+
+Prompts that name no concept, and the unconditional half of guidance, have the c of h = 0, as IP-Adapter's.
+
+Differs from the papers: h is of a small convolutional network trained along, not CLIP's: an encoder must not be built
+on the network that measures. There is no term on faces, one MLP for all rows, and branches are dropped at random in
+training as IP-Adapter's picture and text, not fused as PhotoVerse's. A prompt that names several concepts has the mean
+of their c. `dualcl pretrain portraits-encoder` makes the weights.
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from typing import Any, cast
 import torch
 
 from dualcl.benchmark.core.domain import Domain, TokenRowsDomain
-from dualcl.methods.base import Method, MethodConfig, register_method
+from dualcl.methods.base import Method, MethodConfig, check, register_method
 
 
 @dataclass(frozen=True)
@@ -28,19 +34,26 @@ class EncoderConfig(MethodConfig):
         default="portraits-encoder",
         metadata={"help": "a bundled encoder or a folder that dualcl pretrain wrote; untrained: random, for tests"},
     )
+    image_scale: float = field(
+        default=1.0, metadata={"help": "s, weight of the image branch; 0: the text branch alone"}
+    )
     shared_encoder: bool = field(
         default=False, metadata={"help": "leaves the encoder out of what is stored, as a part of the base model"}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.image_scale >= 0, f"method.image_scale must not be negative, got {self.image_scale}")
 
 
 @register_method(
     "encoder",
     domains=("customization",),
-    summary="tuning-free: an encoder trained beforehand makes the token of the concept's pictures, no training",
-    source="arXiv 2309.05793 and 2308.06721, the text branch",
+    summary="tuning-free: an encoder trained beforehand makes word and image tokens of a concept's pictures",
+    source="arXiv 2309.05793 and 2308.06721",
 )
 class Encoder(Method):
-    """Sets each concept's rows from its pictures; the network stays as it is."""
+    """Sets each concept's rows and image tokens from its pictures; the network stays as it is."""
 
     Config = EncoderConfig
     requires = ("token_rows",)
@@ -48,7 +61,13 @@ class Encoder(Method):
 
     def __init__(self, config: EncoderConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
-        self.encoder = cast(TokenRowsDomain, domain).row_encoder(config.encoder, self.generator("untrained"))
+        self.offered = cast(TokenRowsDomain, domain)
+        self.encoder = self.offered.row_encoder(config.encoder, self.generator("untrained"))
+        branch = self.encoder.branch
+        self.reads_images = config.image_scale > 0 and branch is not None
+        if self.reads_images:
+            self.offered.read_images(branch, float(config.image_scale))
+            self.register_buffer("embeddings", torch.zeros(n_tasks, branch.embedding))
         self.facts: dict[str, Any] = {}
 
     def takes_steps(self, task: int) -> bool:
@@ -57,11 +76,20 @@ class Encoder(Method):
 
     @torch.no_grad()
     def end_task(self, task: int) -> None:
-        """Rows: the mean over the concept's pictures."""
-        domain = cast(TokenRowsDomain, self.domain)
-        each = self.encoder.rows(domain.concept_images(task)).double()
-        domain.set_token_rows(task, [each.mean(0).float()])
-        self.facts = {"row_spread": float((each - each.mean(0)).square().sum((1, 2)).mean().sqrt())}
+        """Rows and image tokens of the mean over the concept's pictures."""
+        each = self.encoder.embed(self.offered.concept_images(task))
+        mean = each.double().mean(0, keepdim=True).float()
+        self.offered.set_token_rows(task, [self.encoder.rows(mean)[0]])
+        spread = (self.encoder.rows(each) - self.encoder.rows(mean)).double()
+        self.facts = {"row_spread": float(spread.square().sum((1, 2)).mean().sqrt())}
+        if self.reads_images:
+            self.get_buffer("embeddings")[task] = mean[0]
+            self.restored(task + 1)
+
+    def restored(self, finished: int) -> None:
+        """The network reads the image tokens of these tasks."""
+        for task in range(finished if self.reads_images else 0):
+            self.offered.set_image_embedding(task, self.get_buffer("embeddings")[task])
 
     def stored_parameters(self) -> int:
         """The encoder's numbers, unless it is shared."""
@@ -79,4 +107,5 @@ class Encoder(Method):
         )
         own = [seen if card else "the encoder is untrained, its rows say nothing of the pictures"]
         shared = ["the encoder is not counted as stored"] if self.config.shared_encoder else []
-        return [*own, *shared, "the text branch alone, without IP-Adapter's attention to images", *super().caveats()]
+        alone = [] if self.reads_images else ["the text branch alone, without IP-Adapter's attention to images"]
+        return [*own, *shared, *alone, *super().caveats()]

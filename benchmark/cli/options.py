@@ -18,7 +18,7 @@ REPORT_FORMATS = ("md", "csv", "tex", "html", "png")
 #: what a report can consist of besides, where the extra is installed
 MORE_FORMATS = ("parquet",)
 LISTS = ("methods", "presets", "backbones", "datasets", "published")
-EXPORT_FORMATS = ("diffusers-lora", "kohya", "peft", "textual-inversion", "merged")
+EXPORT_FORMATS = ("diffusers-lora", "kohya", "peft", "textual-inversion", "ip-adapter", "merged")
 SCHEDULERS = ("ddim", "dpm")
 
 

@@ -467,7 +467,10 @@ class RequestsDomain(Protocol):
 
 
 class TokenRowsDomain(Protocol):
-    """Capability `token_rows`: embedding rows of a concept's words may be read and set, e.g. by an encoder."""
+    """Capability `token_rows`: embedding rows of a concept's words may be read and set, e.g. by an encoder.
+
+    An encoder may also give tokens that stand for a concept's pictures, and keys and values that are made of them.
+    """
 
     device: torch.device
 
@@ -481,8 +484,17 @@ class TokenRowsDomain(Protocol):
         """Sets the begun task's rows."""
 
     def row_encoder(self, weights: str, generator: torch.Generator) -> Any:
-        """A frozen module whose `rows` gives rows (n, n_tokens, D) of such photographs; its `card` says what it saw.
+        """A frozen `dualcl.benchmark.models.row_encoder.RowEncoder`; its `card` says what it saw.
 
         Of a bundled name or a folder, or "untrained": drawn by `generator`, with an empty card. Refused where it was
         trained for another model or number of tokens.
         """
+
+    def read_images(self, branch: Any, scale: float) -> None:
+        """From now on the network reads tokens of an encoder's `branch` beside the text, with a weight.
+
+        Which are those of the concepts that a prompt names. Refused where the model has no place for them.
+        """
+
+    def set_image_embedding(self, task: int, embedding: Tensor) -> None:
+        """Sets what a concept's tokens are made of, (E,); it is the method's to keep."""

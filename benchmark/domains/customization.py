@@ -28,6 +28,7 @@ from dualcl.benchmark.domains.content import data_contents
 from dualcl.benchmark.domains.prior import PriorConfig, prior_content, prior_images
 from dualcl.benchmark.models.bundled import bundled_diffusion
 from dualcl.benchmark.models.families import MODEL_FILES, SETTING_FILES, load, part_files
+from dualcl.benchmark.models.image_branch import ImageBranch, ImagePrompts
 from dualcl.benchmark.models.row_encoder import UNTRAINED, RowEncoder, fresh_encoder, load_row_encoder
 from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.text_to_image import BaseConfig, TextToImage
@@ -716,7 +717,8 @@ class Customization(Domain):
         """An encoder for this model's table, as many rows as a concept has."""
         n_tokens, info = self.concept_config.n_tokens, self.diffusion.info
         if weights == UNTRAINED:
-            return fresh_encoder(self.tokens.weight[: self.tokens.base_size], n_tokens, generator)
+            network = self.model if self.diffusion.takes_images else None
+            return fresh_encoder(self.tokens.weight[: self.tokens.base_size], n_tokens, generator, network)
         encoder = load_row_encoder(weights)
         if (of := encoder.card["base_sha256"]) != info.weights_sha256:
             raise UserError(
@@ -729,6 +731,23 @@ class Customization(Domain):
                 f"set concept.n_tokens={encoder.n_tokens}"
             )
         return encoder.to(self.device)
+
+    def read_images(self, branch: ImageBranch, scale: float) -> None:
+        """From now on the network reads an encoder's tokens beside the text; UserError for other families."""
+        if not self.diffusion.takes_images:
+            raise UserError(
+                f"{self.diffusion.info.name} ({self.diffusion.title}) reads no tokens of pictures here; choose another "
+                "base.model, or set method.image_scale=0"
+            )
+        self.diffusion.images = ImagePrompts(
+            branch, scale, self.tokens.tokenizer, lambda: [self.tokens.words(j) for j in range(len(self.tokens.rows))]
+        )
+
+    def set_image_embedding(self, task: int, embedding: Tensor) -> None:
+        """Sets what a concept's tokens are made of, (E,)."""
+        if not isinstance(self.diffusion.images, ImagePrompts):
+            raise RuntimeError("read_images was not called")
+        self.diffusion.images.embeddings[task] = embedding
 
     # --- images -----------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from dualcl.benchmark.core.files import atomic_write, write_json
 from dualcl.benchmark.core.machine import package_version
 from dualcl.benchmark.domains.concept_evaluation import EvalConfig
 from dualcl.benchmark.domains.customization import Customization
+from dualcl.benchmark.models.image_branch import ImagePrompts
 from dualcl.benchmark.models.text_to_image import BaseConfig
 from dualcl.benchmark.models.tokens import CARD, exported_card
 from dualcl.benchmark.runs.restore import restore
@@ -36,6 +37,8 @@ FORMAT, VERSION = "dualcl-export", 1
 EMBEDDINGS = "learned_embeds"
 #: keys of concepts whose LoRAs each prompt weighs anew
 ROUTING = "routing.safetensors"
+#: of methods that read pictures: the weights, and what is made of each concept's
+IP_ADAPTER, IMAGE_EMBEDDINGS = "ip-adapter.safetensors", "image_embeds"
 #: weight file of each LoRA format, named as its readers expect
 LORA_FILES = {
     "diffusers-lora": "pytorch_lora_weights.safetensors",
@@ -157,7 +160,7 @@ class Learnt:
         """What the exported files are and come from."""
         resolved, info, tokens = self.run.resolved, self.domain.diffusion.info, self.domain.tokens
         base, shown = resolved.section("base", BaseConfig), resolved.section("eval", EvalConfig)
-        routed = self.run.method.routed()
+        routed, images = self.run.method.routed(), self.domain.diffusion.images
         return {
             "format": FORMAT,
             "version": VERSION,
@@ -196,6 +199,7 @@ class Learnt:
             if kind in LORA_FILES
             else None,
             **({"routing": {**routed.rule, "file": ROUTING}} if routed and kind in LORA_FILES else {}),
+            **({"image_scale": images.scale} if isinstance(images, ImagePrompts) else {}),
             "sampling": {
                 "scheduler": shown.scheduler,
                 "steps": shown.steps,
@@ -334,6 +338,21 @@ def _write_lora(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
     _write_tensors(out / LORA_FILES[kind], lora_tensors(found, kind), metadata)
 
 
+def write_ip_adapter(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
+    """ip-adapter.safetensors for diffusers' `load_ip_adapter`, image_embeds/<concept>.safetensors, and the words."""
+    images, method = found.domain.diffusion.images, found.run.resolved.method
+    if not isinstance(images, ImagePrompts):
+        raise UserError(f"{method} reads no tokens of pictures, so there is no IP-Adapter; use another --to")
+    branch = images.branch
+    if branch.n_tokens != 4:
+        raise UserError(f"an IP-Adapter has 4 tokens, this encoder gives {branch.n_tokens}; generate from the run")
+    _write_tensors(out / IP_ADAPTER, branch.ip_adapter(), header(card))
+    for i, name in enumerate(found.embeddings()):
+        given = {"image_embeds": images.embeddings[i].detach().cpu()[None, None]}
+        _write_tensors(out / IMAGE_EMBEDDINGS / embedding_file(name), given, header(card))
+    write_embeddings(found, out, card)
+
+
 def write_merged(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
     """A whole model in diffusers layout: the tokenizer knows the concepts, the network holds the updates."""
     if found.apart:
@@ -349,6 +368,7 @@ WRITERS: dict[str, Callable[[Learnt, Path, Mapping[str, Any]], None]] = {
     "kohya": write_lora,
     "peft": write_lora,
     "textual-inversion": write_embeddings,
+    "ip-adapter": write_ip_adapter,
     "merged": write_merged,
 }
 
@@ -391,6 +411,11 @@ def export(
         raise UserError(f"--rank is for LoRA formats ({', '.join(LORA_FILES)}), not for {kind}")
     with new_folder(Path(out)) as folder:
         found = learnt(run_dir, rank, method=method, data=data, base=base)
+        if found.domain.diffusion.images is not None and kind != "ip-adapter":
+            raise UserError(
+                f"{found.run.resolved.method} also reads tokens of pictures, which {kind} does not hold; use --to "
+                "ip-adapter, or a run with method.image_scale=0"
+            )
         card = found.card(kind)
         WRITERS[kind](found, folder, card)
         write_json(folder / CARD, card)
@@ -415,6 +440,12 @@ def describe(card: Mapping[str, Any], out: str | Path) -> list[str]:
         lines.append(f"load with {card['base']['pipeline']}.from_pretrained({str(out)!r})")
     elif kind == "textual-inversion":
         lines.append(f"{base} {each}")
+    elif kind == "ip-adapter":
+        load = (
+            f"pipe.load_ip_adapter({str(out)!r}, subfolder='', weight_name={IP_ADAPTER!r}, image_encoder_folder=None)"
+        )
+        use = f"ip_adapter_image_embeds=[cat([zeros_like(e), e])], e of {IMAGE_EMBEDDINGS}/"
+        lines.append(f"{base} {load}; pipe.set_ip_adapter_scale({card['image_scale']}); {each}; give pipe() {use}")
     elif kind == "peft":
         lines.append(f"{base} PeftModel.from_pretrained(pipe.unet, {str(out)!r}); {each}")
     else:

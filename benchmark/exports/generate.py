@@ -19,8 +19,17 @@ from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import atomic_write
 from dualcl.benchmark.core.reading import check_text, read_json
 from dualcl.benchmark.domains.concept_evaluation import EvalConfig
-from dualcl.benchmark.exports.export import EMBEDDINGS, FORMAT, LORA_FILES, VERSION, embedding_file
+from dualcl.benchmark.exports.export import (
+    EMBEDDINGS,
+    FORMAT,
+    IMAGE_EMBEDDINGS,
+    IP_ADAPTER,
+    LORA_FILES,
+    VERSION,
+    embedding_file,
+)
 from dualcl.benchmark.models.families import load
+from dualcl.benchmark.models.image_branch import ImageBranch, ImagePrompts, cross_attentions
 from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.text_to_image import DTYPES, BaseConfig, SchedulerName, TextToImage
 from dualcl.benchmark.models.tokens import CARD, ConceptTokens, Word, as_read, card_words, expand, exported_card
@@ -32,7 +41,7 @@ Say = Callable[[str], None]
 #: a concept in a prompt: <c1>, or <its name>; not a special token such as <|endoftext|>
 TAG = re.compile(r"<[^<>|]+>")
 #: kinds of exports without a LoRA
-OTHER_KINDS = ("textual-inversion", "merged")
+OTHER_KINDS = ("textual-inversion", "ip-adapter", "merged")
 #: what is read of a card, and of each of its concepts
 _CARD: dict[str, Any] = {
     "kind": str,
@@ -226,6 +235,8 @@ def _open_export(path: Path, device: str, base: str | None, say: Say) -> Model:
         words = _add_words(diffusion, card["concepts"], path)
         if kind in LORA_FILES:
             _add_lora(diffusion, _read_tensors(path / LORA_FILES[kind]), kind, path)
+        if kind == "ip-adapter":
+            _add_images(diffusion, words, card, path)
     return Model(
         diffusion=diffusion,
         words=earlier + [Word(own[0], own, c["name"]) for own, c in zip(words, card["concepts"], strict=True)],
@@ -281,6 +292,30 @@ def _add_lora(diffusion: TextToImage, tensors: Mapping[str, Tensor], kind: str, 
                 "give the base model that it was made on"
             )
         weight.copy_(weight.double() + (factors[0] @ factors[1]).to(weight.device))
+
+
+def _add_images(diffusion: TextToImage, words: list[tuple[str, ...]], card: Mapping[str, Any], path: Path) -> None:
+    """Has the network read what an encoder made of each concept's pictures."""
+    try:
+        branch = ImageBranch.of_ip_adapter(_read_tensors(path / IP_ADAPTER))
+        scale = float(card["image_scale"])
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise UserError(f"{path / IP_ADAPTER} is no IP-Adapter as dualcl exports it ({error}); export again") from None
+    if branch.sizes != [a.to_k.out_features for a in cross_attentions(diffusion.network)]:
+        raise UserError(
+            f"the base model {diffusion.info.name} has no attentions that fit {path / IP_ADAPTER}; give the base model "
+            "that it was made on"
+        )
+    tokenizer, known = diffusion.vocabularies[0].tokenizer, [list(own) for own in words]
+    images = ImagePrompts(branch.to(diffusion.device), scale, tokenizer, lambda: known)
+    for i, concept in enumerate(card["concepts"]):
+        given = _read_tensors(path / IMAGE_EMBEDDINGS / embedding_file(concept["placeholder"])).get("image_embeds")
+        if given is None or given.shape != (1, 1, branch.embedding):
+            raise UserError(
+                f"{path / IMAGE_EMBEDDINGS} does not hold {concept['placeholder']} as exported; export again"
+            )
+        images.embeddings[i] = given[0, 0].to(diffusion.device)
+    diffusion.images = images
 
 
 # --- images -----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -41,6 +42,7 @@ class StableDiffusion(TextToImage):
 
     title = "Stable Diffusion 1.x and 2.x"
     pipeline = StableDiffusionPipeline.__name__
+    takes_images = True
     parts: ClassVar[Mapping[str, Any]] = {
         "tokenizer": CLIPTokenizer,
         "scheduler": NoiseSchedule,
@@ -107,13 +109,19 @@ class StableDiffusion(TextToImage):
         return cross_attention_sites(self.unet)
 
     def encode_text(self, prompts: Sequence[str]) -> Text:
-        """Last hidden states (N, L, D) of the text encoder."""
-        return Text(self.text_encoder(self.vocabularies[0].ids(prompts)).last_hidden_state)
+        """Last hidden states (N, L, D) of the text encoder; `images` (N, n, D) where those are read."""
+        further = {} if self.images is None else {"images": self.images(prompts)}
+        return Text(self.text_encoder(self.vocabularies[0].ids(prompts)).last_hidden_state, **further)
 
     def predict(self, noisy: Tensor, times: Tensor, text: Text) -> Tensor:
         """The predicted noise or velocity (B, C, h, w), float32."""
-        dtype = self.unet.conv_in.weight.dtype
-        out: Tensor = self.unet(noisy.to(dtype), times, encoder_hidden_states=text.states.to(dtype)).sample
+        dtype, given = self.unet.conv_in.weight.dtype, text.further.get("images")
+        states: Any = text.states.to(dtype)
+        reading: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if given is not None and self.images is not None:
+            states, reading = (states, [given.to(dtype)]), self.images.on(self.unet)
+        with reading:
+            out: Tensor = self.unet(noisy.to(dtype), times, encoder_hidden_states=states).sample
         return out.float()
 
     def save(self, folder: Path, state: Mapping[str, Tensor], tables: Sequence[Tensor]) -> None:

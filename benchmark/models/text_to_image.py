@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +94,16 @@ class Text:
         return Text(self.states[index], **{name: tensor[index] for name, tensor in self.further.items()})
 
 
+class ImageReader(Protocol):
+    """What a prompt brings beside its text, and layers that read it; see `image_branch.py`."""
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """Tokens (P, n, D) of prompts with expanded tokens."""
+
+    def on(self, network: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """Within it the network reads them."""
+
+
 class TextToImage(ABC):
     """A pretrained text-to-image model, frozen and in evaluation mode; a family is a subclass.
 
@@ -118,6 +128,9 @@ class TextToImage(ABC):
     device: torch.device
     #: parts that were there in half precision alone
     halves: tuple[str, ...] = ()
+    #: whether `images` may be set: the network then reads pictures' tokens beside the text
+    takes_images: ClassVar[bool] = False
+    images: ImageReader | None = None
 
     @classmethod
     @abstractmethod

@@ -1,11 +1,15 @@
-"""Makes the encoder of portraits: a picture's row of the token table, trained through a frozen text-to-image model."""
+"""Makes the encoder of portraits, trained through a frozen text-to-image model.
+
+Of a picture it gives a row of the token table, and tokens for keys and values beside the text's (IP-Adapter).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ from dualcl.benchmark.core.files import atomic_write
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.seeding import numpy_generator
 from dualcl.benchmark.models.families import load
+from dualcl.benchmark.models.image_branch import ImageBranch
 from dualcl.benchmark.models.row_encoder import WEIGHTS, RowEncoder, fresh_encoder
 from dualcl.benchmark.models.text_to_image import BaseConfig, TextToImage
 from dualcl.benchmark.pretraining.portraits import drawing_hash
@@ -33,7 +38,10 @@ from dualcl.datasets.drawing.portraits import IDENTITY, SIZE, draw_portrait, sam
 
 @dataclass(frozen=True)
 class EncoderRecipe:
-    """How `portraits-encoder` is trained; `pull` of the rows is PhotoVerse's."""
+    """How `portraits-encoder` is trained; `pull` of the rows is PhotoVerse's, `drop` IP-Adapter's.
+
+    That is the share of samples without the text, without the picture, and without both.
+    """
 
     persons: int = 4000
     per_person: int = 4
@@ -43,7 +51,9 @@ class EncoderRecipe:
     lr: float = 1e-3
     pull: float = 0.01
     ema: float = 0.998
+    drop: float = 0.05
     n_tokens: int = 1
+    image_tokens: int = 4
     base: str = "portraits-diffusion"
 
     def __post_init__(self) -> None:
@@ -91,22 +101,51 @@ class GivenRows(nn.Module):
         return torch.where((ids >= self.size)[..., None], given.to(base.dtype), base)
 
 
+class GivenImages:
+    """Picture tokens that are set anew for each batch."""
+
+    def __init__(self, branch: ImageBranch) -> None:
+        self.branch = branch
+        self.tokens: Tensor | None = None
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """The batch's own (B, n, D), or those of no picture."""
+        return self.branch.none().expand(len(prompts), -1, -1) if self.tokens is None else self.tokens
+
+    def on(self, network: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """`ImageBranch.on`, with weight 1."""
+        return self.branch.on(network, 1.0)
+
+
 class Prompts:
-    """Prompts with words whose rows are a batch's own."""
+    """Prompts with words whose rows, and picture tokens, are a batch's own."""
 
     def __init__(self, model: TextToImage, batch: int, n_tokens: int) -> None:
         vocabulary, self.model = model.vocabularies[0], model
+        self.images: GivenImages | None = None
         self.words = [[f"<given{i}-{k}>" for k in range(n_tokens)] for i in range(batch)]
         self.given = GivenRows(vocabulary.encoder.get_input_embeddings(), len(vocabulary.tokenizer))
         vocabulary.tokenizer.add_tokens([word for own in self.words for word in own])
         vocabulary.encoder.set_input_embeddings(self.given)
 
-    def predicted(self, noisy: Tensor, times: Tensor, kinds: list[str], rows: Tensor | None) -> Tensor:
-        """What the model predicts under "a KIND of" the words of rows (B, n_tokens, D); None: of a person."""
+    def read_images(self, branch: ImageBranch) -> None:
+        """From now on the model reads a branch's tokens beside the text."""
+        self.model.images = self.images = GivenImages(branch)
+
+    def predicted(
+        self, noisy: Tensor, times: Tensor, kinds: Sequence[str | None], rows: Tensor | None, tokens: Tensor | None
+    ) -> Tensor:
+        """What the model predicts under "a KIND of" the words of rows (B, n_tokens, D) and picture tokens (B, n, D).
+
+        Without rows under "a KIND of a person", without a kind under no text.
+        """
         prompts = [f"a {kind} of a {CLASS_NOUN}" for kind in kinds]
         if rows is not None:
             self.given.rows = rows.flatten(0, 1)
             prompts = [f"a {kind} of {' '.join(own)}" for kind, own in zip(kinds, self.words, strict=False)]
+        prompts = [prompt if kind else "" for prompt, kind in zip(prompts, kinds, strict=True)]
+        if self.images is not None:
+            self.images.tokens = tokens
         predicted = self.model.predict(noisy, times, self.model.encode_text(prompts))
         self.given.rows = None
         return predicted
@@ -121,7 +160,10 @@ def make_encoder(folder: Path, seed: int, recipe: EncoderRecipe, command: str, s
     say(f"drawing {recipe.persons} persons x {recipe.per_person} pictures")
     images = pictures(seed, "encoder", recipe.persons, recipe.per_person)
     mean, std = _latents(model, images)
-    encoder = fresh_encoder(table, recipe.n_tokens, torch_generator(seed, *key, "init")).requires_grad_(True)
+    drawn = torch_generator(seed, *key, "init")
+    encoder = fresh_encoder(table, recipe.n_tokens, drawn, model.network, recipe.image_tokens).requires_grad_(True)
+    branch = _branch(encoder)
+    prompts.read_images(branch)
     order = Order(recipe.persons, recipe.batch, seed, *key)
 
     def loss(step: int) -> Tensor:
@@ -130,8 +172,13 @@ def make_encoder(folder: Path, seed: int, recipe: EncoderRecipe, command: str, s
         pairs = torch.from_numpy(np.stack([rng.choice(recipe.per_person, 2, replace=False) for _ in who]))
         generator = torch_generator(seed, *key, "noise", step)
         noisy, times, target = _noised(model, mean[who, pairs[:, 1]], std[who, pairs[:, 1]], generator)
-        rows = encoder(to_input(images[who, pairs[:, 0]]))
-        predicted = prompts.predicted(noisy, times, [sample_kind(rng) for _ in who], rows)
+        kinds, drop = [sample_kind(rng) for _ in who], rng.uniform(size=len(who)) / max(recipe.drop, 1e-9)
+        embedded = encoder(to_input(images[who, pairs[:, 0]]))
+        rows = encoder.rows(embedded)
+        # [0, 1): no text, [1, 2): no picture, [2, 3): neither
+        seen = torch.from_numpy((drop < 1) | (drop >= 3)).float()[:, None]
+        texts = [kind if 1 <= d < 2 or d >= 3 else None for kind, d in zip(kinds, drop, strict=True)]
+        predicted = prompts.predicted(noisy, times, texts, rows, branch.tokens(seen * embedded))
         return F.mse_loss(predicted, target) + recipe.pull * rows.abs().mean()
 
     told = {k: v for k, v in asdict(recipe).items() if k not in ("steps", "test_persons")}
@@ -146,6 +193,8 @@ def make_encoder(folder: Path, seed: int, recipe: EncoderRecipe, command: str, s
         "sha256": hashlib.sha256(weights).hexdigest(),
         "width": average.width,
         "n_tokens": recipe.n_tokens,
+        "image_tokens": recipe.image_tokens,
+        "layers": _branch(average).sizes,
         "base": recipe.base,
         "base_sha256": model.info.weights_sha256,
         "pictures": recipe.persons * recipe.per_person,
@@ -163,6 +212,12 @@ def make_encoder(folder: Path, seed: int, recipe: EncoderRecipe, command: str, s
     write_card(target, card, _card_text(card))
     say(json.dumps(card["measured"]))
     return card
+
+
+def _branch(encoder: RowEncoder) -> ImageBranch:
+    if encoder.branch is None:
+        raise UserError("an encoder without image tokens is not made here; give image_tokens of 1 or more")
+    return encoder.branch
 
 
 def _latents(model: TextToImage, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,13 +240,22 @@ def _noised(model: TextToImage, mean: Tensor, std: Tensor, generator: torch.Gene
 def _measured(encoder: RowEncoder, prompts: Prompts, seed: int, recipe: EncoderRecipe) -> dict[str, Any]:
     """Denoising errors of other persons' last pictures under their own rows, another's, and under "a person"."""
     images = pictures(seed, "encoder-test", recipe.test_persons, recipe.per_person)
-    rows = torch.stack([encoder.rows(own).mean(0) for own in images[:, :-1]])
+    embedded = torch.stack([encoder.embed(own).mean(0) for own in images[:, :-1]])
+    rows, branch = encoder.rows(embedded), _branch(encoder)
+    prompts.read_images(branch)
+    tokens = branch.tokens(embedded)
     mean, std = _latents(prompts.model, images[:, -1:])
     generator = torch_generator(seed, "portraits", "encoder", "test")
     noisy, times, target = _noised(prompts.model, mean[:, 0], std[:, 0], generator)
     kinds = ["portrait"] * recipe.test_persons
-    given = {"own": rows, "another": rows.roll(1, 0), "plain": None}
-    errors = {k: float(F.mse_loss(prompts.predicted(noisy, times, kinds, r), target)) for k, r in given.items()}
+    given = {
+        "own": (rows, tokens),
+        "another": (rows.roll(1, 0), tokens.roll(1, 0)),
+        "own_words": (rows, None),
+        "own_images": (None, tokens),
+        "plain": (None, None),
+    }
+    errors = {k: float(F.mse_loss(prompts.predicted(noisy, times, kinds, *g), target)) for k, g in given.items()}
     return {"n": recipe.test_persons, **{name: round(error, 5) for name, error in errors.items()}}
 
 
@@ -200,13 +264,18 @@ def _card_text(card: Mapping[str, Any]) -> str:
     wrap = textwrap.TextWrapper(116, break_on_hyphens=False, break_long_words=False)
     paragraphs = [
         f"Reads a portrait as the suite draws them and gives rows of {card['base']}'s token table ({card['n_tokens']}) "
-        f"to stand for the person: a convolutional network, {card['parameters']:,} parameters; float16 safetensors. "
+        f"to stand for the person, and {card['image_tokens']} tokens that every cross-attention reads beside the text, "
+        "with keys and values of their own (IP-Adapter's, in diffusers' layers): a convolutional network and that "
+        f"branch, {card['parameters']:,} parameters; float16 safetensors. "
         "For the method `encoder`; it shares nothing with the judge, which measures.",
         f"Made by `{card['command']}`: {card['pictures']} drawings of {recipe['persons']} persons, none of a stream; "
         f"{recipe['steps']} steps of {recipe['batch']} on the denoising error of another picture of the same person, "
-        f"the model frozen ({card['base_sha256'][:12]}); seed {card['seed']}, torch {card['versions']['torch']}.",
-        f"Denoising error of {measured['n']} other persons under their own rows {measured['own']}, under another "
-        f"person's {measured['another']}, under the caption of any person {measured['plain']} (stored weights).",
+        f"the model frozen ({card['base_sha256'][:12]}); without the text, the picture or both in "
+        f"{recipe['drop']:.0%} of the samples each; seed {card['seed']}, torch {card['versions']['torch']}.",
+        f"Denoising error of {measured['n']} other persons under their own word and image tokens {measured['own']}, "
+        f"under another person's {measured['another']}, under the word alone {measured['own_words']}, under the image "
+        f"tokens with the caption of any person {measured['own_images']}, under that caption alone {measured['plain']} "
+        "(stored weights).",
         "Not for anything but this suite: it has seen nothing except drawn portraits.",
     ]
     return "# portraits-encoder\n\n" + "\n\n".join(wrap.fill(p) for p in paragraphs) + "\n"

@@ -27,6 +27,7 @@ from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.exports.export import LORA_FILES, WRITERS, export, factorise
 from dualcl.benchmark.exports.generate import open_model
 from dualcl.benchmark.models.bundled import bundled_diffusion
+from dualcl.benchmark.models.image_branch import ImagePrompts
 from dualcl.benchmark.models.stable_diffusion import StableDiffusion, cross_attention_sites
 from dualcl.benchmark.models.tokens import CARD
 from dualcl.benchmark.models.weights import state_hash
@@ -345,6 +346,37 @@ def test_words_that_exports_lack_stop_a_run_before_it_trains(
     assert "concept.placeholder: '<Rex1>'" in line
     assert "write it '<rex1>'" in line
     assert not (tmp_path / "run" / "record.json").exists()
+
+
+def test_an_export_draws_in_diffusers_what_the_run_draws(
+    concept_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = concept_run("encoder", "method.encoder=untrained", "stream.tasks=2")
+    assert main(["export", str(folder), "--to", "merged", str(tmp_path / "no")]) == 2
+    assert "also reads tokens of pictures, which merged does not hold; use --to ip-adapter" in capsys.readouterr().err
+    assert main(["export", str(folder), "--to", "ip-adapter", str(tmp_path / "out")]) == 0
+    assert "pipe.load_ip_adapter(" in capsys.readouterr().err
+    domain: Any = restore(folder).domain
+    pipe, out = stock(), tmp_path / "out"
+    pipe.load_ip_adapter(str(out), subfolder="", weight_name="ip-adapter.safetensors", image_encoder_folder=None)
+    load_words(pipe, out)
+    given = load_file(out / "image_embeds" / "c2.safetensors")["image_embeds"]
+    prompts = ["a photo of <c2>", ""]
+    embeds = [torch.cat([given, torch.zeros_like(given)])]
+    noisy, times = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([20, 900])
+    hidden = text_of(pipe.tokenizer, pipe.text_encoder, prompts)
+    theirs = pipe.unet(noisy, times, hidden, added_cond_kwargs={"image_embeds": embeds}).sample
+    drawn = domain.diffusion.predict(noisy, times, domain.diffusion.encode_text(prompts))
+    torch.testing.assert_close(drawn, theirs, rtol=1e-4, atol=1e-5)
+    again: Any = open_model(out)
+    assert isinstance(again.diffusion.images, ImagePrompts)
+    assert torch.equal(again.diffusion.predict(noisy, times, again.diffusion.encode_text(prompts)), drawn)
+    (out / "image_embeds" / "c1.safetensors").unlink()
+    with pytest.raises(UserError, match=r"image_embeds.c1.safetensors cannot be read"):
+        open_model(out)
+    plain = concept_run("lora", "stream.tasks=1", "train.steps=1")
+    assert main(["export", str(plain), "--to", "ip-adapter", str(tmp_path / "none")]) == 2
+    assert "lora reads no tokens of pictures" in capsys.readouterr().err
 
 
 # --- what is written --------------------------------------------------------------------------------------------------

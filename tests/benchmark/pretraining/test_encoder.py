@@ -43,8 +43,8 @@ def test_a_small_encoder_is_trained_in_pieces_and_names_persons(
     card = pretrain("portraits-encoder", tmp_path / "a", **TINY)
     assert (tmp_path / "a" / "state" / "encoder.safetensors").read_bytes() == state  # no step is taken again
     assert card["pictures"] == 8
-    assert card["measured"].keys() == {"n", "own", "another", "plain"}
-    assert all(0 < card["measured"][k] < 2 for k in ("own", "another", "plain"))
+    assert card["measured"].keys() == {"n", "own", "another", "own_words", "own_images", "plain"}
+    assert all(0 < card["measured"][k] < 2 for k in card["measured"].keys() - {"n"})
 
     sets = ["stream.tasks=2", "eval.n=1", "eval.steps=1", "threads=1", "data.per_concept=2"]
     folder = tmp_path / "a" / "portraits_encoder"
@@ -70,6 +70,7 @@ def test_the_bundled_encoder_is_its_card_s_and_knows_one_stranger_from_another()
     recipe = EncoderRecipe(test_persons=24)
     found = pretraining._measured(encoder, Prompts(model, recipe.test_persons, recipe.n_tokens), 1, recipe)
     assert found["own"] < found["plain"] < found["another"]
+    assert found["own"] < min(found["own_words"], found["own_images"]) < found["plain"]
 
 
 def test_it_sees_nobody_of_a_stream_and_two_pictures_of_each() -> None:
