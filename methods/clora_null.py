@@ -10,11 +10,16 @@ features x, and these are known without any image, since the text encoder and th
 
 After each optimiser step B_t <- B_t (I - V V'). At a task's start B_t is made larger, so that what it reads of the
 task's own prompts is as large as without V. The empty prompt is one half of guidance: held too, or all pictures would
-drift.
+drift. What no task's prompts use is free to move, and ordinary captions with it; so what the weights make of these,
+n captions of a common word each, is held by a penalty in their features, over all sites with pretrained weights W:
+
+    L_common = gamma * mean over sites of  tr (S + A_t B_t) C (S + A_t B_t)' / tr W C W',   C = sum x x' of the captions
+
 `lambda_` is C-LoRA's; 0 is plain LoRA, so that a table can say what the penalty adds.
 
 Whose ideas: updates in the null space of earlier inputs, OWM (arXiv 1810.01256), GPM (2103.09762), Adam-NSCL
-(2103.07113), and for low-rank factors InfLoRA (2404.00228); there inputs are images' and have to be seen.
+(2103.07113), and for low-rank factors InfLoRA (2404.00228); there inputs are images' and have to be seen. Captions of
+common words: Custom Diffusion's merge (2212.04488).
 """
 
 from __future__ import annotations
@@ -39,12 +44,18 @@ class CLoRANullConfig(CLoRAConfig):
     epsilon: float = field(
         default=0.99999, metadata={"help": "e, share of the earlier inputs' energy that updates may not read"}
     )
+    common: float = field(
+        default=10.0, metadata={"help": "gamma, weight of the drift under ordinary captions; 0: none"}
+    )
+    captions: int = field(default=400, metadata={"help": "n, ordinary captions"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check(not self.one_adapter, "method.one_adapter is an ablation of C-LoRA alone; leave it out")
         check(not self.align, "method.align trains rows of a classifier; leave it out")
         check(0 <= self.epsilon <= 1, f"method.epsilon must be from 0 to 1, got {self.epsilon}")
+        check(self.common >= 0, f"method.common must not be negative, got {self.common}")
+        check(self.captions >= 1, f"method.captions must be at least 1, got {self.captions}")
 
 
 def leading(gram: Tensor, share: float) -> Tensor:
@@ -80,6 +91,9 @@ class CLoRANull(CLoRA):
         self.register_buffer("gram", torch.zeros(packed_size(self.width), dtype=torch.float64))
         #: V (d_in, k), made of `gram` when it is needed
         self.held: Tensor | None = None
+        #: C (d_in, d_in); and of each site S C, tr S C S', tr W C W'
+        self.captions: Tensor | None = None
+        self.moved: list[tuple[Tensor, Tensor, Tensor]] = []
         self.facts: dict[str, Any] = {}
 
     @torch.no_grad()
@@ -105,6 +119,34 @@ class CLoRANull(CLoRA):
             update.B.sub_(update.B @ v @ v.T).mul_(gain)
         self.facts = {"held_directions": v.shape[1], "gain": float(gain)}
 
+        self.moved = []
+
+    @torch.no_grad()
+    def _drift(self) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
+        """C, and what of L_common the begun task does not change."""
+        if self.captions is None:
+            x = self.offered.common_inputs(self.config.captions, whole=True)
+            self.captions = (x.T @ x) / len(x)
+        if not self.moved:
+            for u in self.updates.values():
+                start = u.site.weight.to(u.A) - u.summed
+                pulled = u.summed @ self.captions
+                self.moved.append((pulled, (pulled * u.summed).sum(), (start @ self.captions * start).sum()))
+        return self.captions, self.moved
+
+    def penalty(self) -> Tensor | None:
+        """C-LoRA's, and L_common."""
+        own = super().penalty()
+        if self.config.common == 0:
+            return own
+        c, moved = self._drift()
+        terms = []
+        for u, (pulled, before, size) in zip(self.updates.values(), moved, strict=True):
+            new = ((u.A.T @ u.A) * (u.B @ c @ u.B.T)).sum() + 2 * ((u.A.T @ pulled) * u.B).sum()
+            terms.append((before + new) / size)
+        held = float(self.config.common) * torch.stack(terms).mean()
+        return held if own is None else own + held
+
     @torch.no_grad()
     def stepped(self, ended: bool) -> None:
         """B_t <- B_t (I - V V'), which the optimiser's step leaves."""
@@ -123,7 +165,7 @@ class CLoRANull(CLoRA):
     def restored(self, finished: int) -> None:
         """Forgets what was made of another state."""
         super().restored(finished)
-        self.held = None
+        self.held, self.moved = None, []
 
     def stored_parameters(self) -> int:
         """LoRA's, and G."""

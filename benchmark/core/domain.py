@@ -401,8 +401,11 @@ class ConceptInputsDomain(Protocol):
         Start token and padding included: the sites read these too.
         """
 
-    def common_inputs(self, n: int) -> Tensor:
-        """Inputs (m, d_in) of the sites' Linears for `n` ordinary captions, float32, without gradient."""
+    def common_inputs(self, n: int, whole: bool = False) -> Tensor:
+        """Inputs (m, d_in) of the sites' Linears for `n` ordinary captions, float32, without gradient.
+
+        `whole`: with start token and padding.
+        """
 
 
 class ErrorsDomain(Protocol):

@@ -589,14 +589,18 @@ class Customization(Domain):
         return self.diffusion.encode_text(prompts).states.flatten(0, 1).float()
 
     @torch.no_grad()
-    def common_inputs(self, n: int) -> Tensor:
-        """Text features (m, D) float32 of "a photo of a WORD" for the n commonest whole words of the vocabulary."""
+    def common_inputs(self, n: int, whole: bool = False) -> Tensor:
+        """Text features (m, D) float32 of "a photo of a WORD" for the n commonest whole words of the vocabulary.
+
+        From the first word to the end token; `whole`: of all positions.
+        """
         tokenizer = self.diffusion.vocabularies[0].tokenizer
         vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         words = [w.removesuffix("</w>") for w, i in vocabulary if w.endswith("</w>") and i < self.tokens.base_size]
         words = [w for w in words if len(w) > 2 and w.isascii() and w.isalpha()][:n]
         prompts = [f"a photo of a {w}" for w in words]
-        return torch.cat([self._features(prompts[i : i + 64]) for i in range(0, len(prompts), 64)])
+        read = self.prompt_inputs if whole else self._features
+        return torch.cat([read(prompts[i : i + 64]) for i in range(0, len(prompts), 64)])
 
     def _features(self, prompts: Sequence[str], first: int = 1) -> Tensor:
         """Features of all tokens from `first` (after the start) up to the end token, of all prompts together."""

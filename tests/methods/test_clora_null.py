@@ -33,6 +33,7 @@ def toy(prompts: Sequence[str], **settings: Any) -> CLoRANull:
     domain: Any = SimpleNamespace(attach=lambda method: None, sites=lambda: {"k": site}, model=model)
     domain.prompts = lambda task: (prompts[task],)
     domain.prompt_inputs = lambda given: torch.cat([torch.tensor(INPUTS[p]) for p in given])
+    domain.common_inputs = lambda n, whole: torch.randn(n, 4, generator=torch.Generator().manual_seed(1))
     return CLoRANull(CLoRANullConfig(rank=2, **settings), domain, len(prompts), 0)
 
 
@@ -108,7 +109,28 @@ def test_a_prompt_that_gives_nothing_new_is_refused() -> None:
     assert method.diagnostics()["gain"] == 1.0
 
 
-@pytest.mark.parametrize("given", [{"epsilon": -0.1}, {"epsilon": 1.1}, {"align": True}, {"one_adapter": True}])
+def test_drift_under_captions_is_that_of_all_updates_so_far() -> None:
+    method = toy(("a", "b"), common=3.0, captions=5)
+    pretrained = method.updates["k"].site.weight.clone()
+    x = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    for task in range(2):
+        update = start(method, task)
+        step(method, task)
+        now = method.penalty()
+        assert now is not None
+        moved = x @ (update.site.weight + update.A @ update.B - pretrained).T
+        torch.testing.assert_close(now, 3 * moved.square().sum() / (x @ pretrained.T).square().sum())
+        (gradient,) = torch.autograd.grad(now, [update.B])
+        wanted = 3 * update.A.T @ (moved.T @ x) * 2 / (x @ pretrained.T).square().sum()
+        torch.testing.assert_close(gradient, wanted)
+        method.end_task(task)
+    assert toy(("a",), common=0.0).penalty() is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"epsilon": -0.1}, {"epsilon": 1.1}, {"common": -1.0}, {"captions": 0}, {"align": True}, {"one_adapter": True}],
+)
 def test_settings_are_checked(given: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"method.{next(iter(given))} "):
         CLoRANullConfig(**given)
@@ -125,7 +147,7 @@ def test_nothing_held_is_lora_bit_for_bit(
     concepts: Callable[..., Any], empty_record: Callable[[], dict[str, Any]], tmp_path: Path
 ) -> None:
     done = []
-    for name, *sets in (("lora",), ("clora_null", "method.epsilon=0")):
+    for name, *sets in (("lora",), ("clora_null", "method.epsilon=0", "method.common=0")):
         work = concepts(name, tmp_path / name, *sets)
         work.execute(empty_record())
         done.append(weights(work))
