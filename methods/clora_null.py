@@ -84,9 +84,8 @@ class CLoRANull(CLoRA):
     def __init__(self, config: CLoRANullConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
         self.offered = cast(ConceptInputsDomain, domain)
-        widths = sorted({u.site.d_in for u in self.updates.values()})
-        check(len(widths) == 1, f"clora_null needs sites that read one text, these read {widths}; choose another model")
-        self.width = widths[0]
+        self.check_one_text("clora_null")
+        self.width = next(iter(self.updates.values())).site.d_in
         # float64 on the CPU, wherever the network is: only there all devices have it
         self.register_buffer("gram", torch.zeros(packed_size(self.width), dtype=torch.float64))
         #: V (d_in, k), made of `gram` when it is needed
@@ -115,11 +114,10 @@ class CLoRANull(CLoRA):
             f"task {task}: earlier prompts use all that this one feeds to K and V; lower method.epsilon",
         )
         gain = own.norm() / outside
+        self._project()
         for update in self.updates.values():
-            update.B.sub_(update.B @ v @ v.T).mul_(gain)
+            update.B.mul_(gain)
         self.facts = {"held_directions": v.shape[1], "gain": float(gain)}
-
-        self.moved = []
 
     @torch.no_grad()
     def _drift(self) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor]]]:
@@ -148,11 +146,15 @@ class CLoRANull(CLoRA):
         return held if own is None else own + held
 
     @torch.no_grad()
-    def stepped(self, ended: bool) -> None:
-        """B_t <- B_t (I - V V'), which the optimiser's step leaves."""
+    def _project(self) -> None:
+        """B_t <- B_t (I - V V')."""
         v = self.directions()
         for update in self.updates.values():
             update.B.sub_(update.B @ v @ v.T)
+
+    def stepped(self, ended: bool) -> None:
+        """Takes out of B_t what the optimiser's step brought back."""
+        self._project()
 
     @torch.no_grad()
     def end_task(self, task: int) -> None:
@@ -160,7 +162,7 @@ class CLoRANull(CLoRA):
         super().end_task(task)
         x = self.offered.prompt_inputs(self.offered.prompts(task)).cpu().double()
         self.gram += pack(x.T @ x).to(self.gram)
-        self.held = None
+        self.held, self.moved = None, []
 
     def restored(self, finished: int) -> None:
         """Forgets what was made of another state."""

@@ -64,6 +64,11 @@ class LoRA(Method):
         """Those of the domain's sites that are adapted."""
         return sites
 
+    def check_one_text(self, name: str) -> None:
+        """UserError when sites read inputs of several widths: no one text reaches them all."""
+        widths = sorted({u.site.d_in for u in self.updates.values()})
+        check(len(widths) == 1, f"{name} needs sites that read one text, these read {widths}; choose another model")
+
     def begin_task(self, task: int) -> None:
         """Starts fresh factors at every site."""
         if self.config.one_adapter and task > 0:
@@ -136,11 +141,6 @@ class SeparateLoRA(LoRA):
         super().__init__(config, domain, n_tasks, seed)
         #: of the last merge, for `diagnostics`
         self.facts: dict[str, Any] = {}
-
-    def check_one_text(self, name: str) -> None:
-        """UserError when sites read inputs of several widths: no one text reaches them all."""
-        widths = sorted({u.site.d_in for u in self.updates.values()})
-        check(len(widths) == 1, f"{name} needs sites that read one text, these read {widths}; choose another model")
 
     def begin_task(self, task: int) -> None:
         """Starts fresh factors beside the pretrained weights."""
