@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the tests share the cores among their
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 N_CLASSES = 7  # in 3 tasks: 3, 2 and 2 classes
+MEMORY, ROOM = Path("/dev/shm"), 4 * 2**30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Temporary files lie in memory where there is room: every one of thousands would wait for the disk."""
+    asked = config.option.basetemp or "PYTEST_DEBUG_TEMPROOT" in os.environ
+    if not asked and os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free > ROOM:
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = str(MEMORY)
 
 
 @pytest.fixture(scope="session")

@@ -264,10 +264,17 @@ def test_adaptation_is_float32_around_passes_in_bfloat16(build: Callable[..., An
 
 # --- precision --------------------------------------------------------------------------------------------------------
 
+NARROW = "method.width=1000"
+
 
 @pytest.mark.parametrize(
     ("name", "sets"),
-    [("ranpac", ()), ("ranpac", ("method.lambda_=100",)), ("fecam", ()), ("fecam", ("method.covariance=common",))],
+    [
+        ("ranpac", (NARROW,)),
+        ("ranpac", (NARROW, "method.lambda_=100")),
+        ("fecam", ()),
+        ("fecam", ("method.covariance=common",)),
+    ],
 )
 def test_bfloat16_gives_the_same_accuracy(
     name: str, sets: tuple[str, ...], empty_record: Callable[[], dict[str, Any]], tmp_path: Path

@@ -269,13 +269,14 @@ def test_classification(preset: str, web: Web, tmp_path: Path, capsys: pytest.Ca
     plain = resolve(preset, "clora").flat()
     classes, split = SETS_OF[plain["data.name"]]
     method = "coda_prompt" if preset.endswith("-coda") else "clora"
+    # prompted blocks are 0 to 4, and the components of CODA-P orthogonal to each other; ranks are up to 64
+    width, depth = (128, 5) if method == "coda_prompt" else (64, 2)
     sets = [
         f"data.root={tmp_path / 'data'}",
         "data.limit=1",
         "backbone.name=vit_tiny_patch16_224",
         "backbone.pretrained=false",
-        # the prompted blocks are 0 to 4, and CODA-P's components are orthogonal to each other
-        "backbone.kwargs={img_size: 32, patch_size: 8, embed_dim: 128, num_heads: 2, depth: 5}",
+        f"backbone.kwargs={{img_size: 32, patch_size: 8, embed_dim: {width}, num_heads: 2, depth: {depth}}}",
         "train.epochs=1",
         f"train.batch_size={classes // plain['stream.tasks']}",
         "input.workers=0",
