@@ -56,7 +56,7 @@ def test_directions_are_the_fewest_that_hold_the_share() -> None:
     gram = torch.diag(torch.tensor([1.0, 89.0, 10.0, 0.0], dtype=torch.float64))
     for share, wanted in ((0.0, []), (0.5, [1]), (0.89, [1]), (0.9, [1, 2]), (0.99, [1, 2]), (1.0, [1, 2, 0])):
         found = leading(gram, share).abs()
-        torch.testing.assert_close(found, torch.eye(4, dtype=torch.float64)[:, wanted]), share
+        torch.testing.assert_close(found, torch.eye(4, dtype=torch.float64)[:, wanted], msg=f"share {share}")
 
 
 def test_what_earlier_prompts_are_given_stays_and_the_own_one_moves() -> None:
