@@ -100,7 +100,7 @@ class CIDM(SeparateLoRA):
 
     def __init__(self, config: CIDMConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
-        self.check_one_text("cidm")
+        self.one_text()
         for i, site in enumerate(u.site for u in self.updates.values()):
             whole = site.d_out == site.module.out_features
             check(whole, f"cidm needs sites that are whole projections, {site.name} is a part; choose another model")

@@ -84,8 +84,7 @@ class CLoRANull(CLoRA):
     def __init__(self, config: CLoRANullConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
         self.offered = cast(ConceptInputsDomain, domain)
-        self.check_one_text("clora_null")
-        self.width = next(iter(self.updates.values())).site.d_in
+        self.width = self.one_text()
         # float64 on the CPU, wherever the network is: only there all devices have it
         self.register_buffer("gram", torch.zeros(packed_size(self.width), dtype=torch.float64))
         #: V (d_in, k), made of `gram` when it is needed

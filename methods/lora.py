@@ -64,10 +64,12 @@ class LoRA(Method):
         """Those of the domain's sites that are adapted."""
         return sites
 
-    def check_one_text(self, name: str) -> None:
-        """UserError when sites read inputs of several widths: no one text reaches them all."""
+    def one_text(self) -> int:
+        """Width of the text that all sites read; UserError when they read several: no one text reaches them all."""
         widths = sorted({u.site.d_in for u in self.updates.values()})
-        check(len(widths) == 1, f"{name} needs sites that read one text, these read {widths}; choose another model")
+        message = f"{self.name} needs sites that read one text, these read {widths}; choose another model"
+        check(len(widths) == 1, message)
+        return widths[0]
 
     def begin_task(self, task: int) -> None:
         """Starts fresh factors at every site."""

@@ -88,7 +88,7 @@ class LoRACLR(SeparateLoRA):
 
     def __init__(self, config: LoRACLRConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
-        self.check_one_text("loraclr")
+        self.one_text()
 
     def begin_task(self, task: int) -> None:
         """Starts fresh factors beside the pretrained weights, and makes room for the concept's targets."""

@@ -70,17 +70,16 @@ class MixOfShow(SeparateLoRA):
 
     def __init__(self, config: MixOfShowConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
-        self.check_one_text("mix_of_show")
+        self.width = self.one_text()
 
     def begin_task(self, task: int) -> None:
         """Starts fresh factors beside the pretrained weights, and makes room for the sums."""
         super().begin_task(task)
         if not hasattr(self, "gram"):
             # float64 on the CPU, wherever the network is: only there all devices have it
-            width = next(iter(self.updates.values())).site.d_in
-            self.register_buffer("gram", torch.zeros(width, width, dtype=torch.float64))
+            self.register_buffer("gram", torch.zeros(self.width, self.width, dtype=torch.float64))
             for i, u in enumerate(self.updates.values()):
-                self.register_buffer(f"moved_{i}", torch.zeros(u.site.d_out, width, dtype=torch.float64))
+                self.register_buffer(f"moved_{i}", torch.zeros(u.site.d_out, self.width, dtype=torch.float64))
 
     @torch.no_grad()
     def end_task(self, task: int) -> None:

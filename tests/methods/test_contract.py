@@ -78,15 +78,8 @@ def test_a_ridge_read_out_is_the_same_in_bfloat16(empty_record: Callable[[], dic
     accuracy, predicted, passes = {}, {}, {}
     for precision in ("fp32", "bf16"):
         for seed in range(3):
-            tiny = ("data.classes=10", "stream.tasks=2", "data.train_per_class=20")
-            sets = [
-                f"precision={precision}",
-                f"seed={seed}",
-                "input.workers=0",
-                "device=cpu",
-                "method.width=1000",
-                *tiny,
-            ]
+            tiny = ("data.classes=10", "stream.tasks=2", "data.train_per_class=20", "method.width=1000")
+            sets = [f"precision={precision}", f"seed={seed}", "input.workers=0", "device=cpu", *tiny]
             folder = RunFolder(tmp_path / f"{precision}{seed}")
             work = Run(resolve("glyphs", str(RANDOM_RIDGE), sets), folder, Reporter(quiet=True))
             dtypes: set[torch.dtype] = set()
