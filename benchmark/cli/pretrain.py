@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from dualcl.benchmark.core.text import say
-from dualcl.benchmark.pretraining.vit import pretrain
+from dualcl.benchmark.pretraining.recipes import pretrain
 
 
 def main(args: argparse.Namespace) -> int:

@@ -22,9 +22,15 @@ import dualcl.benchmark.core.compat  # noqa: F401 - before timm
 import timm
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.core.files import atomic_write
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.seeding import derive_seed, numpy_generator
+from dualcl.benchmark.pretraining.backbones import (
+    ViTRecipe,
+    augmented,
+    nearest_mean_accuracy,
+    outputs,
+    write_backbone,
+)
 from dualcl.benchmark.pretraining.stages import Order, Say, Schedule, train
 from dualcl.benchmark.pretraining.text_to_image import to_input
 from dualcl.datasets.drawing.glyphs import draw_glyph, in_black_on_white
@@ -34,7 +40,7 @@ _TIMM_NAME = "vit_tiny_patch16_224"
 
 
 @dataclass(frozen=True)
-class RenditionsViTRecipe:
+class RenditionsViTRecipe(ViTRecipe):
     """How `renditions-vit` is trained. `classes`: the first so many pretraining pictographs, 0 for all."""
 
     classes: int = 0
@@ -47,9 +53,6 @@ class RenditionsViTRecipe:
     label_smoothing: float = 0.1
     fade: float = 0.35
     shift: int = 4
-    embed_dim: int = 128
-    depth: int = 6
-    num_heads: int = 4
     patch_size: int = 6
     input_size: int = 48
 
@@ -67,41 +70,14 @@ def _draw(
     return torch.from_numpy(images), torch.arange(len(names)).repeat_interleave(count)
 
 
-def write_backbone(path: Path, weights: bytes, card: Mapping[str, Any], text: str) -> None:
-    """The three files of a bundled backbone: `path` with the suffixes .safetensors, .json and .md."""
-    described = (json.dumps(card, indent=2) + "\n").encode()
-    for suffix, data in (".safetensors", weights), (".json", described), (".md", text.encode()):
-        with atomic_write(path.with_suffix(suffix)) as handle:
-            handle.write(data)
-
-
-def augmented(inputs: Tensor, by: int, generator: torch.Generator) -> Tensor:
-    """Each image (B, 3, H, W) shifted by up to `by` pixels, its colour channels permuted."""
-    batch, channels, height, width = inputs.shape
-    shift = torch.randint(-by, by + 1, (2, batch, 1), generator=generator)
-    rows = (torch.arange(height) + shift[0]).clamp_(0, height - 1)
-    columns = (torch.arange(width) + shift[1]).clamp_(0, width - 1)
-    order = torch.rand(batch, channels, generator=generator).argsort(1)
-    images = torch.arange(batch)[:, None, None, None]
-    return inputs[images, order[:, :, None, None], rows[:, None, :, None], columns[:, None, None]]
-
-
-@torch.inference_mode()
-def outputs(model: nn.Module, images: Tensor) -> Tensor:
-    """What the model returns for images (N, S, S, 3) uint8, in batches of 256."""
-    model.eval()
-    return torch.cat([model(to_input(chunk)) for chunk in images.split(256)])
-
-
 def nearest_mean(model: nn.Module, glyphs: Glyphs, kinds: Renditions, per_class: int, seed: int, size: int) -> float:
     """Accuracy of the nearest class mean by cosine, from 3 times as many drawings as it is tested on."""
     (train_images, labels), (test_images, test_labels) = (
         _draw(GLYPHS[glyphs], part, count, kinds, seed, size)
         for part, count in (("train", 3 * per_class), ("test", per_class))
     )
-    known, new = (F.normalize(outputs(model, images[0]), dim=1) for images in (train_images, test_images))
-    means = torch.stack([known[labels == c].mean(0) for c in labels.unique()])
-    return float((new @ F.normalize(means, dim=1).T).argmax(1).eq(test_labels).float().mean())
+    known, new = (outputs(model, images[0]) for images in (train_images, test_images))
+    return nearest_mean_accuracy(known, labels, new, test_labels)
 
 
 def make_renditions_vit(folder: Path, seed: int, recipe: RenditionsViTRecipe, command: str, say: Say) -> dict[str, Any]:
@@ -115,13 +91,7 @@ def make_renditions_vit(folder: Path, seed: int, recipe: RenditionsViTRecipe, co
         raise UserError(f"classes={recipe.classes}: give at least 2, or 0 for all {len(GLYPHS['pretraining'])}")
     say(f"drawing {len(chosen)} classes x {recipe.per_class + recipe.test_per_class} images")
     images, labels = _draw(chosen, "train", recipe.per_class, "known", seed, recipe.input_size)
-    kwargs: dict[str, Any] = {
-        "img_size": recipe.input_size,
-        "patch_size": recipe.patch_size,
-        "embed_dim": recipe.embed_dim,
-        "depth": recipe.depth,
-        "num_heads": recipe.num_heads,
-    }
+    kwargs = recipe.timm_kwargs()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "renditions", "init"))
         model: Any = timm.create_model(_TIMM_NAME, pretrained=False, num_classes=len(chosen), **kwargs)

@@ -16,7 +16,7 @@ from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.models.bundled import bundled_diffusion
 from dualcl.benchmark.models.families import load
 from dualcl.benchmark.models.text_to_image import BaseConfig
-from dualcl.benchmark.pretraining.vit import pretrain
+from dualcl.benchmark.pretraining.recipes import pretrain
 from dualcl.datasets.drawing.captions import CLASS_NOUN, INK_AND_PAPER, caption_names, sample_caption, sample_scene
 from dualcl.datasets.drawing.glyphs import CONCEPT_GLYPHS, STREAM_GLYPHS
 

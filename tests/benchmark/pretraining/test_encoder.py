@@ -17,7 +17,7 @@ from dualcl.benchmark.models.text_to_image import BaseConfig
 from dualcl.benchmark.pretraining import encoder as pretraining
 from dualcl.benchmark.pretraining.encoder import EncoderRecipe, GivenRows, Prompts, pictures, someone
 from dualcl.benchmark.pretraining.portraits import drawing_hash
-from dualcl.benchmark.pretraining.vit import pretrain
+from dualcl.benchmark.pretraining.recipes import pretrain
 from dualcl.benchmark.runs.folder import RunFolder
 from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.runner import Run

@@ -13,8 +13,8 @@ from dualcl.benchmark.core.seeding import numpy_generator
 from dualcl.benchmark.models.portraits_judge import Judge, load_judge
 from dualcl.benchmark.pretraining import portraits
 from dualcl.benchmark.pretraining.portraits import PortraitsRecipe, drawn, prompted, right_share
+from dualcl.benchmark.pretraining.recipes import pretrain
 from dualcl.benchmark.pretraining.text_to_image import make_tokenizer
-from dualcl.benchmark.pretraining.vit import pretrain
 from dualcl.datasets.drawing.people import part_of
 from dualcl.datasets.drawing.portrait_captions import caption_words, sample_caption
 from dualcl.datasets.drawing.portraits import ATTRIBUTES, CAPTIONED, sample_attributes

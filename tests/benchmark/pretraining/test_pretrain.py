@@ -13,11 +13,13 @@ import dualcl.benchmark.core.compat  # noqa: F401 - before timm
 import timm
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.pretraining import vit as pretrain_module
-from dualcl.benchmark.pretraining.vit import _drawn, _features, _nearest_mean_accuracy, pretrain
+from dualcl.benchmark.pretraining import glyph_vit
+from dualcl.benchmark.pretraining.backbones import nearest_mean_accuracy, outputs
+from dualcl.benchmark.pretraining.glyph_vit import _drawn
+from dualcl.benchmark.pretraining.recipes import pretrain
 from dualcl.datasets.drawing.glyphs import PRETRAINING_GLYPHS, STREAM_GLYPHS
 
-BUNDLED = Path(pretrain_module.__file__).parents[1] / "models" / "bundled"
+BUNDLED = Path(glyph_vit.__file__).parents[1] / "models" / "bundled"
 TINY = {"classes": 3, "per_class": 8, "test_per_class": 2, "epochs": 1, "batch_size": 8, "embed_dim": 16, "depth": 1}
 
 
@@ -52,14 +54,14 @@ def test_bundled_features_tell_the_stream_classes_apart_far_better_than_chance()
     _, model, _ = load(BUNDLED)
     train, labels = _drawn(STREAM_GLYPHS, "train", 12, 1, 32)
     test, test_labels = _drawn(STREAM_GLYPHS, "test", 8, 1, 32)
-    accuracy = _nearest_mean_accuracy(_features(model, train), labels, _features(model, test), test_labels)
+    accuracy = nearest_mean_accuracy(outputs(model, train), labels, outputs(model, test), test_labels)
     assert accuracy > 0.25
 
 
 def test_nearest_mean_accuracy_counts_right_answers():
     train, labels = torch.tensor([[1.0, 0], [1, 0.1], [0, 1]]), torch.tensor([0, 0, 1])
     test = torch.tensor([[2.0, 0.1], [0.1, 3], [5, 0]])
-    assert _nearest_mean_accuracy(train, labels, test, torch.tensor([0, 1, 1])) == pytest.approx(2 / 3)
+    assert nearest_mean_accuracy(train, labels, test, torch.tensor([0, 1, 1])) == pytest.approx(2 / 3)
 
 
 def test_miniature_pretraining_writes_a_loadable_file_and_repeats(tmp_path, capsys):

@@ -12,8 +12,8 @@ import timm
 
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.models.bundled import bundled_backbones
+from dualcl.benchmark.pretraining.recipes import pretrain
 from dualcl.benchmark.pretraining.renditions import nearest_mean
-from dualcl.benchmark.pretraining.vit import pretrain
 from dualcl.datasets.drawing.renditions import GLYPHS
 
 TINY = {"classes": 3, "per_class": 8, "test_per_class": 2, "steps": 3, "batch": 8, "embed_dim": 16, "depth": 1}
