@@ -397,61 +397,81 @@ _BOUNDS = {
     "classification": {"ncm": "class means, frozen", "finetune_pp": "all weights in sequence"},
     "customization": {"custom_diffusion": "K and V in sequence"},
 }
+#: what they are compared by; the first orders them
+_LEADING = {
+    "classification": ("A_last",),
+    "customization": ("concept_accuracy_last", "attribute_accuracy_last"),
+}
 
 
 def bounds(records: Sequence[Record]) -> Figure | None:
     """Every method between the stream's bounds: chance, what is frozen, plain fine-tuning in sequence, joint training.
 
-    Accuracy after the last task; in customization the share of pictures that are nearest to their own concept's.
-    None without joint training.
+    Accuracy after the last task; in customization the share of pictures that are nearest to their own concept's, and,
+    where a judge sees attributes, the share of those. None without joint training.
     """
-    first = records[0]
-    domain = first.data["run"]["domain"]
-    metric = "A_last" if domain == "classification" else "concept_accuracy_last"
-    of_method = _BOUNDS.get(domain, {})
-    lines: dict[str, tuple[float, str]] = {}
-    rows: dict[str, tuple[float, float]] = {}
-    for label, group in _by_label(records).items():
-        if not (values := _known(group, metric)):
-            continue
-        mean, std = _moments(values)
-        if group[0].joint:
-            lines[f"{label}: all tasks at once"] = mean, _JOINT
-        elif label in of_method:
-            lines[f"{label}: {of_method[label]}"] = mean, "#777777"
-        else:
-            rows[label] = mean, std
-    if not rows or not any(colour == _JOINT for _, colour in lines.values()):
+    domain = records[0].data["run"]["domain"]
+    groups = _by_label(records)
+    panels = [
+        (metric, means)
+        for metric in _LEADING[domain]
+        if (means := {label: _moments(v) for label, group in groups.items() if (v := _known(group, metric))})
+        and any(groups[label][0].joint for label in means)
+    ]
+    bound = {
+        label: (
+            "all tasks at once" if group[0].joint else _BOUNDS[domain][label],
+            _JOINT if group[0].joint else "#777777",
+        )
+        for label, group in groups.items()
+        if group[0].joint or label in _BOUNDS[domain]
+    }
+    if not panels or not (order := [label for label in panels[0][1] if label not in bound]):
         return None
-    classes = first.data["identity"].get("class_order") if domain == "classification" else range(first.n_tasks)
-    if classes:
-        lines["chance"] = 100 / len(classes), "#BBBBBB"
-    look = styles(records)
-    order = sorted(rows, key=lambda label: rows[label][0])
+    order.sort(key=lambda label: panels[0][1][label][0])
+    look, top = styles(records), len(order) - 0.5
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(7.6, 1.0 + 0.2 * len(lines) + 0.24 * len(order)), layout="constrained")
-        axes = figure.subplots()
-        top = len(order) - 0.5
-        for i, (text, (at, colour)) in enumerate(sorted(lines.items(), key=lambda line: line[1][0])):
-            height = top + 0.5 + 0.8 * i
-            axes.plot((at, at), (-0.7, height), color=colour, lw=1.4, ls=(0, (4, 2)), zorder=1)
-            left = at > 55
-            axes.text(
-                at + (-0.8 if left else 0.8), height, f"{_shown(text, 60)}  {at:.1f}", va="center",
-                ha="right" if left else "left", fontsize=8, color="#333333", zorder=3,
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-            )  # fmt: skip
-        for height, label in enumerate(order):
-            mean, std = rows[label]
-            style = look[label]
-            axes.errorbar(mean, height, xerr=std or None, color=style.colour, marker=style.marker, ms=7, capsize=2)
-            axes.text(100.5, height, f"{mean:.1f}", va="center", fontsize=8)
-        axes.set_yticks(range(len(order)), [_shown(label) for label in order])
-        axes.set(xlim=(0, 100), ylim=(-0.7, top + 0.5 + 0.8 * len(lines)))
-        axes.set_xlabel(f"{METRICS[metric].title} [{METRICS[metric].unit}]")
-        axes.set_title(_title(records, "between its bounds"), loc="left")
-        axes.spines["left"].set_visible(False)
+        figure = Figure(figsize=(2.4 + 5.2 * len(panels) ** 0.6, 1.8 + 0.24 * len(order)), layout="constrained")
+        for place, (metric, means) in enumerate(panels):
+            axes = figure.add_subplot(1, len(panels), place + 1)
+            # what a bound is, once
+            lines = {
+                label if place else f"{label}: {what}": (means[label][0], colour)
+                for label, (what, colour) in bound.items()
+                if label in means
+            }
+            if chance := _chance(records[0], metric):
+                lines["chance"] = chance, "#BBBBBB"
+            for i, (text, (at, colour)) in enumerate(sorted(lines.items(), key=lambda line: line[1][0])):
+                height = top + 0.5 + 0.8 * i
+                axes.plot((at, at), (-0.7, height), color=colour, lw=1.4, ls=(0, (4, 2)), zorder=1)
+                left = at > 55
+                axes.text(
+                    at + (-0.8 if left else 0.8), height, f"{_shown(text, 60)}  {at:.1f}", va="center",
+                    ha="right" if left else "left", fontsize=8, color="#333333", zorder=3,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+                )  # fmt: skip
+            for height, label in enumerate(order):
+                if label in means:
+                    (mean, std), style = means[label], look[label]
+                    axes.errorbar(
+                        mean, height, xerr=std or None, color=style.colour, marker=style.marker, ms=7, capsize=2
+                    )
+                    axes.text(101.5, height, f"{mean:.1f}", va="center", fontsize=8)
+            axes.set_yticks(range(len(order)), ["" if place else _shown(label) for label in order])
+            # a line at 100 is seen whole
+            axes.set(xlim=(0, 101), ylim=(-0.7, top + 0.5 + 0.8 * (len(bound) + 1)))
+            axes.set_xlabel(f"{METRICS[metric].title} [{METRICS[metric].unit}]")
+            axes.spines["left"].set_visible(False)
+        figure.axes[0].set_title(_title(records, "between its bounds"), loc="left")
     return figure
+
+
+def _chance(record: Record, metric: str) -> float | None:
+    """Percent that guessing has; None where that is not known."""
+    if metric == "A_last":
+        return 100 / len(order) if (order := record.data["identity"].get("class_order")) else None
+    return 100 / record.n_tasks if metric == "concept_accuracy_last" else None
 
 
 def prediction(

@@ -209,6 +209,28 @@ def test_methods_stand_between_the_bounds_of_the_stream(runs: Path, write_run: W
     assert bounds([r for r in records if not r.joint]) is None
 
 
+def test_concepts_stand_between_two_bounds_where_a_judge_sees_attributes(
+    write_concept_run: WriteRun, tmp_path: Path
+) -> None:
+    def judged(share: float) -> Callable[[dict[str, Any]], object]:
+        return lambda data: [row.update(attribute_share=[share] * len(row["mmd"])) for row in data["matrix"]["rows"]]
+
+    write_concept_run(edit=judged(0.75))
+    write_concept_run(label="lora", method="lora")
+    last = [None, None, [0.01, 0.02, 0.03]]
+    write_concept_run(last, None, label="joint", method="joint", joint=True, edit=judged(0.9))
+    figure = bounds(find_records([tmp_path]))
+    assert figure is not None
+    nearest, attributes = figure.axes
+    assert [text.get_text() for text in nearest.texts] == [
+        "chance  33.3", "joint: all tasks at once  70.8", "70.8", "70.8",
+    ]  # fmt: skip
+    # LoRA's attributes were not judged
+    assert [text.get_text() for text in attributes.texts] == ["joint  90.0", "75.0"]
+    assert [len(axes.get_yticks()) for axes in figure.axes] == [2, 2]
+    assert nearest.get_ylim() == attributes.get_ylim()
+
+
 @pytest.mark.parametrize("name", sorted(set(PLOTS) - ELSEWHERE))
 def test_pictures_are_those_of_savefig(runs: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     records = find_records([runs])
