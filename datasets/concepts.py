@@ -55,6 +55,14 @@ class Retained:
             raise UserError(f"{self.name!r} is to be retained and has no prompts; give at least one")
 
 
+@dataclass(frozen=True)
+class Captioned:
+    """A whole prompt for nothing that is taught, and what its image is to show, by attribute of a judge of images."""
+
+    prompt: str
+    attributes: Mapping[str, str]
+
+
 def _none(index: int) -> Image.Image:
     raise RuntimeError("a request has no photographs")
 
@@ -101,6 +109,8 @@ class ConceptData:
     #: beside requests: what is measured, and whole prompts that methods may keep as they are, none of them measured
     retained: tuple[Retained, ...] = ()
     kept: tuple[str, ...] = ()
+    #: what tells how much of the pretrained model is left after the last task
+    prior: tuple[Captioned, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.concepts:

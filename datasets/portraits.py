@@ -15,9 +15,9 @@ from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.seeding import numpy_generator
 from dualcl.benchmark.core.settings import positive
 from dualcl.datasets.base import ArrayImages, ImageSet, register_dataset
-from dualcl.datasets.concepts import Concept, ConceptData, concepts_hash
-from dualcl.datasets.drawing.people import NAMES, Person, people
-from dualcl.datasets.drawing.portrait_captions import CLASS_NOUN
+from dualcl.datasets.concepts import Captioned, Concept, ConceptData, concepts_hash
+from dualcl.datasets.drawing.people import NAMES, Person, people, sample_person
+from dualcl.datasets.drawing.portrait_captions import CLASS_NOUN, sample_asked
 from dualcl.datasets.drawing.portraits import ATTRIBUTES, IDENTITY, SIZE, draw_portrait, sample_setting
 
 
@@ -60,8 +60,12 @@ class Portraits:
         concepts: int = field(default=10, metadata={"help": "how many persons"})
         per_concept: int = field(default=8, metadata={"help": "pictures of each"})
         draw_seed: int = field(default=0, metadata={"help": "which persons and which pictures"})
+        prior_captions: int = field(
+            default=48, metadata={"help": "captions of strangers, to see what is left of the pretrained model; 0: none"}
+        )
 
         def __post_init__(self) -> None:
+            positive("data.prior_captions", self.prior_captions, 0)
             positive("data.concepts", self.concepts)
             positive("data.per_concept", self.per_concept)
             positive("data.draw_seed", self.draw_seed, 0)
@@ -82,12 +86,19 @@ class Portraits:
             concepts=concepts,
             split_name=f"portraits:{config.people}-{config.concepts}x{config.per_concept}-seed{config.draw_seed}",
             split_hash=concepts_hash(concepts),
+            prior=tuple(_stranger(config, i) for i in range(config.prior_captions)),
             facts={
                 "pixels_sha256": pixels.hexdigest(),
                 "attributes": {name: list(ATTRIBUTES[name]) for name in IDENTITY},
                 "looks": {p.name: {"family": p.family, **dict(p.looks)} for p in chosen},
             },
         )
+
+
+def _stranger(config: Portraits.Config, i: int) -> Captioned:
+    """A caption as the pretrained model learnt from, of a person who is in no stream."""
+    rng = numpy_generator(config.draw_seed, "portraits", "captions", config.people, i)
+    return Captioned(*sample_asked(sample_person(rng, "pretraining"), rng))
 
 
 def _image_set(person: Person, config: Portraits.Config) -> ImageSet:

@@ -179,7 +179,7 @@ def attribute_accuracy_last(rows: Rows, n_tasks: int) -> float | None:
 
 
 def last_retained(rows: Rows, n_tasks: int, field: str) -> float | None:
-    """What was measured after the last request, percent: the last entry of a list that has nothing else."""
+    """What was measured after the last task, percent: the last entry of a list that has nothing else."""
     values = rows.get(n_tasks - 1, {}).get(field) or [None]
     return None if values[-1] is None else 100.0 * values[-1]
 
@@ -430,6 +430,13 @@ KINDS: dict[str, MatrixKind] = {
                 "the same right after learning a concept",
                 lambda results: attribute_accuracy(results.rows, results.n_tasks), decimals=1,
                 field=_SHARE,
+            ),
+            Measure(
+                "prior_accuracy", "prior", "%", "higher",
+                "attributes named by captions of what is not taught that the judge sees on their images after the last "
+                "task: what is left of the pretrained model, which concept accuracy does not see",
+                lambda results: last_retained(results.rows, results.n_tasks, "prior_share"), decimals=1,
+                field=_share_of("prior_share", "share of attributes that captions of other things name, last entry"),
             ),
             # of requests to unlearn, which have no concept accuracy: what a table shows first
             Measure(

@@ -30,6 +30,8 @@ FEW_SEEDS = 3
 
 #: identity that may differ between seeds, yet must agree between methods at the same seed
 PER_SEED = frozenset({"class_order", "class_order_hash", "order_seed"})
+#: identity of what not every run measures: without it the cell is a dash
+MAY_LACK = frozenset({"prior_hash"})
 #: files of tensors in a record's content, whose own hashes stand in the identity
 _FILES = ("weights", "base", "features")
 #: last parts of configuration keys that differ between seeds or machines, and do not make another variant of a method
@@ -43,6 +45,7 @@ _FREE_CONFIG = PER_SEED | {
     "cache_mib",
     "cache_gib",
     "root",
+    "prior_captions",
 }
 
 
@@ -236,6 +239,8 @@ def _identity_conflicts(records: Sequence[Record]) -> list[str]:
             drawn = key == "weights_sha256" and identity.get("weights") == "random"
             per_seed = drawn or key.split(".")[-1] in PER_SEED
             value = identity.get(key)
+            if key in MAY_LACK and value is None:
+                continue
             known, other = first.setdefault((key, record.seed if per_seed else None), (value, record))
             if known != value:
                 conflicts.setdefault(

@@ -161,7 +161,8 @@ class ConceptEvaluator:
         requests with one anchor count as one concept; attribute_share: what of the concept's attributes the images
         show, where the data set tells them and the feature model judges them. Of requests, likewise: target_shown, the
         share of images on which the target is seen; retained_inside, retained_across: the share of the images of what
-        is to be retained on which it is, in the last entry; *_before: the same of the pretrained model.
+        is to be retained on which it is, in the last entry; *_before: the same of the pretrained model. prior_share, in
+        the last entry after the last task: of the attributes that captions of other things name, the share shown.
         Raises UserError when images right after learning are missing from the run folder or cannot be read.
         """
         last = seen[-1]
@@ -202,6 +203,8 @@ class ConceptEvaluator:
                 if share is not None:
                     row[f"retained_{side}"] = [*[None] * (len(seen) - 1), share]
                     row[f"retained_{side}_before"] = [*[None] * (len(seen) - 1), self._before[1].get(side)]
+        if (joint or last == len(concepts) - 1) and (share := self._prior_share()) is not None:
+            row["prior_share"] = [*[None] * (len(seen) - 1), share]
         return row
 
     @torch.no_grad()
@@ -242,6 +245,18 @@ class ConceptEvaluator:
         told = {side: [s for s in found if s is not None] for side, found in shares.items()}
         whole = {side: bool(found) and len(told[side]) == len(found) for side, found in shares.items()}
         return {side: float(np.mean(found)) if whole[side] else None for side, found in told.items()}
+
+    def _prior_share(self) -> float | None:
+        """Share of the attributes named by the data's captions that their images show; None without them or a judge."""
+        asked = self.domain.stream.data.prior
+        if not asked or not self.features.judges:
+            return None
+        generators = [
+            torch.Generator().manual_seed(derive_seed(self.domain.seed, "eval", "prior", k)) for k in range(len(asked))
+        ]
+        made = self.domain.sample([self.domain.tokens.expand(one.prompt) for one in asked], generators)
+        read = zip(self.features.attributes(made) or (), asked, strict=True)
+        return float(np.mean([seen.get(name) == value for seen, one in read for name, value in one.attributes.items()]))
 
     def _seen(self, images: Tensor, wanted: Mapping[str, str]) -> list[bool] | None:
         """Whether each image shows what it should; None where nothing is told, or the feature model judges it not."""
@@ -288,6 +303,7 @@ class ConceptEvaluator:
             "estimator": config.estimator,
             **({"reference": "pictures of the anchors"} if self.domain.stream.requests else {}),
             **({"retained_hash": _hash([*map(repr, data.retained), *data.kept])} if data.retained or data.kept else {}),
+            **({"prior_hash": _hash([*map(repr, data.prior)])} if data.prior else {}),
             "eval": {
                 "n": config.n,
                 "steps": config.steps,

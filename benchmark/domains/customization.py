@@ -331,6 +331,7 @@ class Customization(Domain):
             raise UserError(f"eval.steps must be below the {timesteps} steps of the model, got {evaluation.steps}")
         self.diffusion.sampler(evaluation.scheduler, evaluation.steps)
         whole = [prompt for one in self.stream.data.retained for prompt in one.prompts]
+        whole += [one.prompt for one in self.stream.data.prior]
         for vocabulary in self.diffusion.vocabularies:
             vocabulary.ids([evaluation.negative_prompt, *whole, *self.stream.data.kept])
         for index, concept in enumerate(self.stream.concepts):

@@ -48,6 +48,8 @@ class ImageFeatures(ABC):
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    #: whether it says what an image shows, attribute by attribute
+    judges: bool = False
     interpolation: str
 
     @torch.no_grad()
@@ -117,6 +119,7 @@ class JudgeFeatures(ImageFeatures):
 
     name, dim, size, interpolation = JUDGE, WIDTH, SIZE, "bicubic"
     mean = std = (0.5, 0.5, 0.5)
+    judges = True
 
     def __init__(self, device: torch.device) -> None:
         judge, card = load_judge()

@@ -48,7 +48,14 @@ from dualcl.benchmark.pretraining.text_to_image import (
     write_card,
 )
 from dualcl.datasets.drawing.people import sample_person
-from dualcl.datasets.drawing.portrait_captions import caption, caption_words, sample_caption, sample_kind, sample_named
+from dualcl.datasets.drawing.portrait_captions import (
+    caption,
+    caption_words,
+    sample_asked,
+    sample_caption,
+    sample_kind,
+    sample_named,
+)
 from dualcl.datasets.drawing.portraits import (
     ATTRIBUTES,
     CAPTIONED,
@@ -548,14 +555,11 @@ def sample(pipe: Any, prompts: list[str], seed: int, recipe: PortraitsRecipe) ->
 
 def prompted(count: int, seed: int) -> tuple[list[str], list[dict[str, str]]]:
     """Captions of new persons, and what each names."""
-    texts, named = [], []
+    asked = []
     for i in range(count):
         rng = numpy_generator(seed, "portraits", "prompts", i)
-        who = sample_person(rng, "pretraining")
-        names = sample_named(rng) or ["expression"]
-        texts.append(caption(who, names))
-        named.append({name: who[name] for name in CAPTIONED if name in names})
-    return texts, named
+        asked.append(sample_asked(sample_person(rng, "pretraining"), rng))
+    return [text for text, _ in asked], [named for _, named in asked]
 
 
 def right_share(judge: Judge, images: Tensor, named: list[dict[str, str]]) -> dict[str, float]:

@@ -70,6 +70,12 @@ def sample_caption(who: Portrait, rng: np.random.Generator) -> str:
     return caption(who, sample_named(rng), kind=sample_kind(rng))
 
 
+def sample_asked(who: Portrait, rng: np.random.Generator) -> tuple[str, dict[str, str]]:
+    """A caption that names one attribute or more, and those by name."""
+    named = sample_named(rng) or ["expression"]
+    return caption(who, named), {name: who[name] for name in CAPTIONED if name in named}
+
+
 def caption_words() -> list[str]:
     """Every word of a caption, sorted."""
     texts = [CLASS_NOUN, *KINDS, *_GLASSES.values(), *_BEARDS.values(), "a an of with and in by wearing no hair skin"]

@@ -131,6 +131,17 @@ def test_captions_name_three_to_six_attributes_and_each_often():
     assert set(caption(sample_attributes(rng), list(CAPTIONED)).split()) <= words
 
 
+def test_what_is_left_of_the_model_is_asked_by_true_captions_of_strangers():
+    reported, tuning = (load(people=part).prior for part in ("reported", "tuning"))
+    assert len(reported) == len(tuning) == 48
+    assert not {one.prompt for one in reported} & {one.prompt for one in tuning}
+    for one in reported:
+        assert one.attributes
+        assert set(one.attributes) <= set(CAPTIONED)
+        assert one.prompt == caption(one.attributes, one.attributes)
+    assert load(prior_captions=0).prior == ()
+
+
 def test_the_default_is_ten_persons_of_eight_pictures():
     data = load()
     assert [len(c.images) for c in data.concepts] == [8] * 10

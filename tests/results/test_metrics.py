@@ -46,6 +46,7 @@ CONCEPTS = (
     "concept_accuracy_last",
     "attribute_accuracy",
     "attribute_accuracy_last",
+    "prior_accuracy",
     *UNLEARNT,
 )
 #: a busy machine is no failure
@@ -237,6 +238,7 @@ GENERATED: dict[int, dict[str, Any]] = {
         "nearest_correct": [2, 4, 8],
         "generated": [8, 8, 16],
         "attribute_share": [0.5, 0.6, 0.7],
+        "prior_share": [None, None, 0.875],
     },
 }
 
@@ -282,6 +284,7 @@ def test_every_concept_metric_on_rows_worked_out_by_hand() -> None:
     assert attribute_accuracy(GENERATED, 3) == pytest.approx(100 * (0.9 + 0.8 + 0.7) / 3)
     assert attribute_accuracy_last(GENERATED, 3) == pytest.approx(60)
     recorded = {"kind": "mmd", "rows": list(GENERATED.values())}
+    assert KINDS["mmd"].compute(recorded, 3)["prior_accuracy"] == pytest.approx(87.5)
     assert distances(recorded, 3) == [[10], [None, 20], [40, 30, 5]]
     assert drifts(recorded, 3) == [[], [None], [30, 10]]
     assert right_concepts(recorded, 3) == [[100], [None, 62.5], [25, 50, 50]]
@@ -340,6 +343,7 @@ def test_one_concept_has_no_drift_and_none_to_be_mistaken_for() -> None:
         "F_mmd",
         "concept_accuracy",
         "concept_accuracy_last",
+        "prior_accuracy",
         *UNLEARNT,
     }
     assert metrics["A_mmd"] == pytest.approx(10)

@@ -312,6 +312,31 @@ def test_images_measured_differently_do_not_share_a_table(
         summarise([tmp_path])
 
 
+def test_what_not_every_run_measured_is_a_dash_and_must_be_the_same_where_it_was(
+    write_concept_run: WriteRun, tmp_path: Path
+) -> None:
+    def measured(share: float, asked: str) -> Callable[[dict], object]:
+        def edit(data: dict) -> None:
+            data["identity"]["prior_hash"] = asked
+            data["config"].setdefault("data", {})["prior_captions"] = 48
+            data["matrix"]["rows"][-1]["prior_share"] = [None, None, share]
+
+        return edit
+
+    write_concept_run()
+    write_concept_run(label="lora", method="lora")
+    write_concept_run(label="lora", method="lora", seed=1, edit=measured(0.75, "a1"))
+    (table,) = summarise([tmp_path]).tables
+    assert [(row.label, row.seeds) for row in table.rows] == [("clora", (0,)), ("lora", (0, 1))]  # not another variant
+    clora, lora = (row.stats["prior_accuracy"] for row in table.rows)
+    assert clora is None
+    assert lora is not None
+    assert (lora.mean, lora.n) == (75.0, 1)
+    write_concept_run(label="ewc", method="ewc", edit=measured(0.5, "b2"))
+    with pytest.raises(UserError, match="do not compare: prior_hash is "):
+        summarise([tmp_path])
+
+
 def test_both_domains_are_kept_apart_even_under_one_name(
     write_run: WriteRun, write_concept_run: WriteRun, tmp_path: Path
 ) -> None:

@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.generators import torch_generator
+from dualcl.benchmark.core.seeding import derive_seed
 from dualcl.benchmark.domains.concept_evaluation import ConceptEvaluator, EvalConfig, sample_folder, slug
 from dualcl.benchmark.domains.customization import Customization
 from dualcl.benchmark.models.image_features import load_features, mmd
 from dualcl.benchmark.models.sampling import sample
 from dualcl.benchmark.models.weights import state_hash
 from dualcl.datasets.base import ImageSet
-from dualcl.datasets.concepts import Concept, ConceptData
+from dualcl.datasets.concepts import Captioned, Concept, ConceptData
 from dualcl.results.metrics import KINDS
 
 N = 3
@@ -97,7 +98,7 @@ def test_rows_against_direct_computation(make, tmp_path):
         row = domain.evaluate(range(after + 1))
         fields = KINDS["mmd"].row_fields
         assert [*row, "attribute_share"] == list(fields[: len(row) + 1])  # which glyphs have none of
-        assert all(f.startswith(("target_shown", "retained_")) for f in fields[len(row) + 1 :])  # of requests alone
+        assert all(f.startswith(("prior_share", "target_shown", "retained_")) for f in fields[len(row) + 1 :])
         assert KINDS["mmd"].problem({"after_task": after, **row}, 3, False) is None
         for j in range(after + 1):
             made = sample(
@@ -134,6 +135,25 @@ def test_a_judge_says_what_share_of_the_attributes_of_a_concept_is_there(make, m
     monkeypatch.setattr(type(domain.evaluator.features), "attributes", lambda self, images: seen)
     shares = [row["attribute_share"] for row in learn(domain, 2)]
     assert shares == [[4 / 6], [4 / 6, None], [4 / 6, None, 1 / 3]]
+
+
+def test_after_the_last_task_a_judge_says_what_is_left_of_the_pretrained_model(make, monkeypatch):
+    asked = [Captioned("a photo of a ghost", {"hat": "cap"}), Captioned("a rocket", {"hat": "none", "nose": "long"})]
+    data = dataclasses.replace(photographs("a", "b"), prior=tuple(asked))
+    domain = make("stream.class_order=natural", data=data)
+    assert "prior_share" not in learn(domain, 1)[1]  # its features judge nothing
+    drawn, seen = {}, [{"hat": "cap", "nose": "wide"}, {"hat": "none", "nose": "wide"}]
+    judge = type(domain.evaluator.features)
+    monkeypatch.setattr(judge, "attributes", lambda self, images: drawn.update(last=images) or seen)
+    monkeypatch.setattr(judge, "judges", True)
+    domain = make("stream.class_order=natural", data=data)
+    rows = learn(domain, 1)
+    assert "prior_share" not in rows[0]
+    assert rows[1]["prior_share"] == [None, 2 / 3]
+    generators = [torch.Generator().manual_seed(derive_seed(0, "eval", "prior", k)) for k in range(2)]
+    assert torch.equal(drawn["last"], domain.sample([one.prompt for one in asked], generators))
+    assert domain.identity()["prior_hash"]
+    assert "prior_hash" not in make(data=photographs("a", "b")).identity()
 
 
 def test_with_unchanged_weights_images_are_bit_equal_and_drift_is_zero(make, tmp_path):
