@@ -411,21 +411,16 @@ def bounds(records: Sequence[Record]) -> Figure | None:
     where a judge sees attributes, the share of those. None without joint training.
     """
     domain = records[0].data["run"]["domain"]
-    groups = _by_label(records)
+    groups, told = _by_label(records), _BOUNDS.get(domain, {})
     panels = [
         (metric, means)
-        for metric in _LEADING[domain]
+        for metric in _LEADING["classification" if domain == "classification" else "customization"]
         if (means := {label: _moments(v) for label, group in groups.items() if (v := _known(group, metric))})
         and any(groups[label][0].joint for label in means)
     ]
-    bound = {
-        label: (
-            "all tasks at once" if group[0].joint else _BOUNDS[domain][label],
-            _JOINT if group[0].joint else "#777777",
-        )
-        for label, group in groups.items()
-        if group[0].joint or label in _BOUNDS[domain]
-    }
+    #: label -> what it is
+    bound = {label: "all tasks at once" if group[0].joint else told[label]
+             for label, group in groups.items() if group[0].joint or label in told}  # fmt: skip
     if not panels or not (order := [label for label in panels[0][1] if label not in bound]):
         return None
     order.sort(key=lambda label: panels[0][1][label][0])
@@ -434,30 +429,25 @@ def bounds(records: Sequence[Record]) -> Figure | None:
         figure = Figure(figsize=(2.4 + 5.2 * len(panels) ** 0.6, 1.8 + 0.24 * len(order)), layout="constrained")
         for place, (metric, means) in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), place + 1)
-            # what a bound is, once
-            lines = {
-                label if place else f"{label}: {what}": (means[label][0], colour)
-                for label, (what, colour) in bound.items()
+            lines = [
+                # what a bound is, once
+                (
+                    means[label][0],
+                    label if place else f"{label}: {what}",
+                    _JOINT if groups[label][0].joint else "#777777",
+                )
+                for label, what in bound.items()
                 if label in means
-            }
+            ]
             if chance := _chance(records[0], metric):
-                lines["chance"] = chance, "#BBBBBB"
-            for i, (text, (at, colour)) in enumerate(sorted(lines.items(), key=lambda line: line[1][0])):
-                height = top + 0.5 + 0.8 * i
-                axes.plot((at, at), (-0.7, height), color=colour, lw=1.4, ls=(0, (4, 2)), zorder=1)
-                left = at > 55
-                axes.text(
-                    at + (-0.8 if left else 0.8), height, f"{_shown(text, 60)}  {at:.1f}", va="center",
-                    ha="right" if left else "left", fontsize=8, color="#333333", zorder=3,
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-                )  # fmt: skip
+                lines.append((chance, "chance", "#BBBBBB"))
+            _draw_bounds(axes, lines, top + 0.5)
             for height, label in enumerate(order):
-                if label in means:
-                    (mean, std), style = means[label], look[label]
-                    axes.errorbar(
-                        mean, height, xerr=std or None, color=style.colour, marker=style.marker, ms=7, capsize=2
-                    )
-                    axes.text(101.5, height, f"{mean:.1f}", va="center", fontsize=8)
+                if label not in means:
+                    continue
+                (mean, std), style = means[label], look[label]
+                axes.errorbar(mean, height, xerr=std or None, color=style.colour, marker=style.marker, ms=7, capsize=2)
+                axes.text(101.5, height, f"{mean:.1f}", va="center", fontsize=8)
             axes.set_yticks(range(len(order)), ["" if place else _shown(label) for label in order])
             # a line at 100 is seen whole
             axes.set(xlim=(0, 101), ylim=(-0.7, top + 0.5 + 0.8 * (len(bound) + 1)))
@@ -465,6 +455,18 @@ def bounds(records: Sequence[Record]) -> Figure | None:
             axes.spines["left"].set_visible(False)
         figure.axes[0].set_title(_title(records, "between its bounds"), loc="left")
     return figure
+
+
+def _draw_bounds(axes: Any, lines: Sequence[tuple[float, str, str]], above: float) -> None:
+    """Broken lines at (place, text, colour), their texts above one another from the height `above` on."""
+    for i, (at, text, colour) in enumerate(sorted(lines, key=lambda line: line[0])):
+        height, left = above + 0.8 * i, at > 55
+        axes.plot((at, at), (-0.7, height), color=colour, lw=1.4, ls=(0, (4, 2)), zorder=1)
+        axes.text(
+            at + (-0.8 if left else 0.8), height, f"{_shown(text, 60)}  {at:.1f}", va="center",
+            ha="right" if left else "left", fontsize=8, color="#333333", zorder=3,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        )  # fmt: skip
 
 
 def _chance(record: Record, metric: str) -> float | None:

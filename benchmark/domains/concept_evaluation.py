@@ -203,7 +203,7 @@ class ConceptEvaluator:
                 if share is not None:
                     row[f"retained_{side}"] = [*[None] * (len(seen) - 1), share]
                     row[f"retained_{side}_before"] = [*[None] * (len(seen) - 1), self._before[1].get(side)]
-        if (joint or last == len(concepts) - 1) and (share := self._prior_share()) is not None:
+        if self._final(last, joint) and (share := self._prior_share()) is not None:
             row["prior_share"] = [*[None] * (len(seen) - 1), share]
         return row
 
@@ -232,9 +232,8 @@ class ConceptEvaluator:
         known = bool(parts) and all(part is not None for part in parts)
         if not known:
             numbered = [(first + r, k, prompt) for r, one in enumerate(things) for k, prompt in enumerate(one.prompts)]
-            generators = [torch.Generator().manual_seed(self._seed(at, k)) for at, k, _ in numbered]
-            prompts = [self.domain.tokens.expand(prompt) for *_, prompt in numbered]
-            parts = list(self.domain.sample(prompts, generators).split([len(one.prompts) for one in things]))
+            made_all = self._sample([prompt for *_, prompt in numbered], [self._seed(at, k) for at, k, _ in numbered])
+            parts = list(made_all.split([len(one.prompts) for one in things]))
         shares: dict[str, list[float | None]] = {"inside": [], "across": []}
         for r, (one, made) in enumerate(zip(things, parts, strict=True)):
             assert made is not None
@@ -251,12 +250,9 @@ class ConceptEvaluator:
         asked = self.domain.stream.data.prior
         if not asked or not self.features.judges:
             return None
-        generators = [
-            torch.Generator().manual_seed(derive_seed(self.domain.seed, "eval", "prior", k)) for k in range(len(asked))
-        ]
-        made = self.domain.sample([self.domain.tokens.expand(one.prompt) for one in asked], generators)
-        read = zip(self.features.attributes(made) or (), asked, strict=True)
-        return float(np.mean([seen.get(name) == value for seen, one in read for name, value in one.attributes.items()]))
+        seeds = [derive_seed(self.domain.seed, "eval", "prior", k) for k in range(len(asked))]
+        made = self._sample([one.prompt for one in asked], seeds)
+        return self._share_of_attributes(made, [one.attributes for one in asked])
 
     def _seen(self, images: Tensor, wanted: Mapping[str, str]) -> list[bool] | None:
         """Whether each image shows what it should; None where nothing is told, or the feature model judges it not."""
@@ -320,9 +316,12 @@ class ConceptEvaluator:
     def _concepts(self) -> range:
         return range(len(self.domain.stream.concepts))
 
+    def _final(self, last: int, joint: bool = False) -> bool:
+        return joint or last == len(self.domain.stream.concepts) - 1
+
     def _evaluates_all(self, last: int) -> bool:
         every = self.config.every
-        return last == len(self.domain.stream.concepts) - 1 or (every > 0 and (last + 1) % every == 0)
+        return self._final(last) or (every > 0 and (last + 1) % every == 0)
 
     def _templates(self, j: int) -> tuple[str, ...]:
         return self.domain.stream.concepts[j].eval_prompts or (self.config.prompt,)
@@ -336,7 +335,11 @@ class ConceptEvaluator:
         return derive_seed(self.domain.seed, "eval", j, k)
 
     def _generate(self, j: int, prompts: list[str]) -> Tensor:
-        generators = [torch.Generator().manual_seed(self._seed(j, k)) for k in range(len(prompts))]
+        return self._sample(prompts, [self._seed(j, k) for k in range(len(prompts))])
+
+    def _sample(self, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+        """An image of each prompt, placeholders not expanded, from the noise of its seed."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         return self.domain.sample([self.domain.tokens.expand(prompt) for prompt in prompts], generators)
 
     def _folder(self, after: int | Literal["real"], j: int) -> Path | None:
@@ -361,7 +364,7 @@ class ConceptEvaluator:
         if folder is None or real is None:
             return
         concept = self.domain.stream.concepts[j].name
-        final = joint or last == len(self.domain.stream.concepts) - 1
+        final = self._final(last, joint)
         if self.config.save == "all" or final or j == last:
             for k, (image, prompt, near) in enumerate(zip(images, prompts, nearest, strict=True)):
                 text = {
@@ -422,10 +425,15 @@ class ConceptEvaluator:
     def _attribute_share(self, j: int, images: Tensor) -> float | None:
         """Share of the concept's attributes that the judge sees on the images; None without them or a judge."""
         wanted = self.domain.stream.concepts[j].attributes
-        read = self.features.attributes(images) if wanted else None
+        return self._share_of_attributes(images, [wanted] * len(images)) if wanted else None
+
+    def _share_of_attributes(self, images: Tensor, wanted: Sequence[Mapping[str, str]]) -> float | None:
+        """Share of all that the images are to show, each its own, that the judge sees; None without a judge."""
+        read = self.features.attributes(images)
         if read is None:
             return None
-        return float(np.mean([one.get(name) == value for one in read for name, value in wanted.items()]))
+        pairs = zip(read, wanted, strict=True)
+        return float(np.mean([seen.get(name) == value for seen, one in pairs for name, value in one.items()]))
 
     def _text_similarity(self, j: int, prompts: list[str], found: Tensor) -> float | None:
         concept = self.domain.stream.concepts[j]
