@@ -50,6 +50,11 @@ def bundled_presets() -> dict[str, Path]:
     return {p.stem: p for p in sorted(PRESET_DIR.glob("*.yaml"))}
 
 
+def _listed_presets() -> list[str]:
+    """Names of the bundled presets that `dualcl list` shows."""
+    return [name for name in bundled_presets() if load_preset(name).listed]
+
+
 #: a plan resolves the same files many times over, and parsing is most of that
 _parsed = functools.lru_cache(maxsize=64)(read_yaml)
 
@@ -70,10 +75,8 @@ def load_preset(name_or_path: str, method: str = "", _chain: tuple[str, ...] = (
     if path is None:
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml"):
-            raise UserError(
-                f"unknown preset {name_or_path!r}; {nearest(name_or_path, bundled_presets(), 'presets')}, "
-                "or give a .yaml file"
-            )
+            hint = nearest(name_or_path, bundled_presets(), "presets", _listed_presets())
+            raise UserError(f"unknown preset {name_or_path!r}; {hint}; or give a .yaml file")
         if not path.is_file():
             raise UserError(f"preset file {name_or_path} does not exist")
     label = path.stem

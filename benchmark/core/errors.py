@@ -21,13 +21,17 @@ class RunFailed(Exception):
     """A run that cannot go on (a NaN loss, say); everything recorded before stays. Exit code 1."""
 
 
-def nearest(word: str, known: Iterable[str], label: str = "known") -> str:
-    """A hint such as `did you mean 'clora'? (known: clora, lora, ...)` for an unknown word."""
-    names = sorted(known)
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(repr(c) for c in close)}? " if close else ""
+def nearest(word: str, known: Iterable[str], label: str = "known", listed: Iterable[str] | None = None) -> str:
+    """A hint such as `did you mean 'clora'? (known: clora, lora, ...)` for an unknown word.
+
+    The names it lists are `listed`, or all that are known.
+    """
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5)
+    names = known if listed is None else sorted(listed)
     shown = ", ".join(names) or "none"
-    return f"{hint}({label}: {shown if len(names) <= MOST_SHOWN else f'{len(names)} names'})"
+    listing = f"{label}: {shown if len(names) <= MOST_SHOWN else f'{len(names)} names'}"
+    return f"did you mean {' or '.join(repr(c) for c in close)}? ({listing})" if close else listing
 
 
 def describe_os_error(error: OSError, place: str | Path) -> str:

@@ -287,7 +287,7 @@ def test_replayed_images_are_made_by_the_model_as_the_last_task_left_it(concepts
         (
             CustomDiffusionConfig,
             {"reference_quirks": ("hold",)},
-            "unknown name 'hold' in method.reference_quirks; (quirks: hold_start_token)",
+            "unknown name 'hold' in method.reference_quirks; quirks: hold_start_token",
         ),
         (CustomDiffusionMergeConfig, {"captions": 0}, "method.captions must be at least 1, got 0"),
         (CustomDiffusionMergeConfig, {"ridge": -1.0}, "method.ridge must not be negative, got -1.0"),
