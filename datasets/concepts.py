@@ -39,7 +39,7 @@ class Request:
 class Retained:
     """What must not suffer under requests: prompts whose images are made, and measured, before and after each of them.
 
-    `attributes` are what all of the images are to show, where a judge of generated images knows them.
+    `attributes` are what all of the images are to show, which a judge of generated images, if there is one, must know.
     """
 
     name: str
@@ -76,7 +76,7 @@ class Concept:
 
     `noun` is its class noun ("dog"), "" when unknown. Templates hold "{token}" and may hold "{noun}"; without any, the
     domain's `concept.prompt` and `eval.prompt` are used. Labels of `images` are all 0. `attributes` are what all its
-    images show, attribute by value, where a judge of generated images knows them; of a request, its target's images.
+    images, or those of a request's target, show: attribute by value, which a judge of images, if any, must know.
     """
 
     name: str

@@ -19,7 +19,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.files import atomic_write
 from dualcl.benchmark.core.processes import Processes
 from dualcl.benchmark.core.seeding import derive_seed
@@ -150,6 +150,23 @@ class ConceptEvaluator:
         with torch.random.fork_rng(devices=[]):  # a model draws random weights before it loads its own
             return load_features(self.config.features, self.domain.device, self.domain.diffusion.info.name)
 
+    def check(self) -> None:
+        """Raises UserError for what the data say of an image that the feature model, if it judges any, cannot see."""
+        data = self.domain.stream.data
+        told = [(concept.name, concept.attributes) for concept in self.domain.stream.concepts]
+        told += [(thing.name, thing.attributes) for thing in data.retained]
+        told += [(one.prompt, one.attributes) for one in data.prior]
+        pairs = [(owner, name, value) for owner, wanted in told for name, value in wanted.items()]
+        judged = self.features.judged if pairs else {}
+        for owner, name, value in pairs if judged else ():
+            if value not in judged.get(name, ()):
+                values = judged.get(name)
+                hint = nearest(name, judged, "it judges") if values is None else nearest(value, values, "it knows")
+                raise UserError(
+                    f"the data say {name}={value} of {owner!r}, which {self.features.name} cannot judge; {hint}; leave "
+                    "it out of the data, or choose another eval.features"
+                )
+
     @torch.no_grad()
     def evaluate(self, seen: Sequence[int], joint: bool = False) -> dict[str, list[float | int | None]]:
         """Lists with one entry per concept of `seen`, the last of which was just learnt; None where not evaluated.
@@ -248,7 +265,7 @@ class ConceptEvaluator:
     def _prior_share(self) -> float | None:
         """Share of the attributes named by the data's captions that their images show; None without them or a judge."""
         asked = self.domain.stream.data.prior
-        if not asked or not self.features.judges:
+        if not asked or not self.features.judged:
             return None
         seeds = [derive_seed(self.domain.seed, "eval", "prior", k) for k in range(len(asked))]
         made = self._sample([one.prompt for one in asked], seeds)

@@ -210,7 +210,8 @@ class Customization(Domain):
         return [(concept.name,) for concept in stream.concepts]
 
     def check_new(self) -> list[str]:
-        """Refuses words that what is exported would not hold; says which words stay and which come."""
+        """Refuses words that what is exported would not hold, attributes that no judge knows; says which words come."""
+        self.evaluator.check()
         if self.stream.requests:
             return []
         self.tokens.check_exports(self.words)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -48,8 +49,8 @@ class ImageFeatures(ABC):
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    #: whether it says what an image shows, attribute by attribute
-    judges: bool = False
+    #: what it can say of an image: attribute -> its values
+    judged: Mapping[str, Sequence[str]] = MappingProxyType({})
     interpolation: str
 
     @torch.no_grad()
@@ -119,11 +120,11 @@ class JudgeFeatures(ImageFeatures):
 
     name, dim, size, interpolation = JUDGE, WIDTH, SIZE, "bicubic"
     mean = std = (0.5, 0.5, 0.5)
-    judges = True
 
     def __init__(self, device: torch.device) -> None:
         judge, card = load_judge()
         self.judge, self.device, self.sha256 = judge.to(device), device, card["sha256"]
+        self.judged = judge.attributes
 
     def _images(self, pixels: Tensor) -> Tensor:
         return self.judge.features(pixels)
@@ -134,9 +135,8 @@ class JudgeFeatures(ImageFeatures):
         with torch.autocast(self.device.type, enabled=False):
             pixels = [self._pixels(chunk) for chunk in images.split(BATCH)]
             scores = [{k: s.argmax(1).tolist() for k, s in self.judge(p).items()} for p in pixels]
-        known = self.judge.attributes
         return [
-            {name: known[name][places[i]] for name, places in part.items()}
+            {name: self.judged[name][places[i]] for name, places in part.items()}
             for part in scores
             for i in range(len(next(iter(part.values()))))
         ]

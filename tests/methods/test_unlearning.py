@@ -442,6 +442,9 @@ def test_what_is_retained_is_measured_by_a_judge_that_knows_it(
     (tmp_path / "samples/after_0/1_umbrella/0.png").write_bytes(b"no picture")
     assert domain.evaluator._earlier(0, "umbrella", 2) is None
     assert domain.evaluator._earlier(1, "cat", 2) is not None
+    monkeypatch.setattr(features, "judged", {"what": ("umbrella", "cat", "sun"), "ink": ("red", "grey")})
+    with pytest.raises(UserError, match=r"say ink=blue of 'blue', which .* cannot judge; it knows: grey, red; leave"):
+        domain.check_new()
 
 
 def test_there_is_a_base_class_without_a_goal() -> None:

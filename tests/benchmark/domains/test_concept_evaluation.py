@@ -145,7 +145,7 @@ def test_after_the_last_task_a_judge_says_what_is_left_of_the_pretrained_model(m
     drawn, seen = {}, [{"hat": "cap", "nose": "wide"}, {"hat": "none", "nose": "wide"}]
     judge = type(domain.evaluator.features)
     monkeypatch.setattr(judge, "attributes", lambda self, images: drawn.update(last=images) or seen)
-    monkeypatch.setattr(judge, "judges", True)
+    monkeypatch.setattr(judge, "judged", {"hat": ("cap", "none"), "nose": ("long", "wide")})
     domain = make("stream.class_order=natural", data=data)
     rows = learn(domain, 1)
     assert "prior_share" not in rows[0]
@@ -154,6 +154,32 @@ def test_after_the_last_task_a_judge_says_what_is_left_of_the_pretrained_model(m
     assert torch.equal(drawn["last"], domain.sample([one.prompt for one in asked], generators))
     assert domain.identity()["prior_hash"]
     assert "prior_hash" not in make(data=photographs("a", "b")).identity()
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (
+            {"concepts": {"hat": "fez"}},
+            "the data say hat=fez of '[ab]', which .* cannot judge; it knows: cap, none; leave it",
+        ),
+        ({"concepts": {"hut": "cap"}}, "hut=cap of '[ab]'.*did you mean 'hat'"),
+        ({"prior": {"hat": "cap", "eyes": "green"}}, "eyes=green of 'a ghost'"),
+        ({"concepts": {"hat": "cap"}, "prior": {"hat": "none"}}, None),
+    ],
+)
+def test_what_a_judge_cannot_see_is_refused_before_training(make, monkeypatch, told, said):
+    data = photographs("a", "b")
+    concepts = tuple(dataclasses.replace(c, attributes=told.get("concepts", {})) for c in data.concepts)
+    prior = (Captioned("a ghost", told.get("prior", {})),)
+    domain = make(data=dataclasses.replace(data, concepts=concepts, prior=prior))
+    domain.check_new()  # its features judge nothing
+    monkeypatch.setattr(type(domain.evaluator.features), "judged", {"hat": ("cap", "none"), "nose": ("long", "wide")})
+    if said is None:
+        domain.check_new()
+    else:
+        with pytest.raises(UserError, match=said):
+            domain.check_new()
 
 
 def test_with_unchanged_weights_images_are_bit_equal_and_drift_is_zero(make, tmp_path):
