@@ -7,6 +7,7 @@ pyplot's global state stays untouched.
 from __future__ import annotations
 
 import io
+import itertools
 import statistics
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -178,8 +179,15 @@ def _draw_lines(
         handles.append(line)
     if lines:
         tasks = max(point[0] for points in lines.values() for point in points)
-        axes.set_xticks(range(1, tasks + 1, ceil(tasks / 20)))
+        axes.set_xticks(_numbers(tasks, 20))
     return handles
+
+
+def _numbers(n: int, most: int) -> list[int]:
+    """Which of the numbers 1 to n an axis shows: at most so many steps, of 1, 2, 5, 10, ..., and the first."""
+    steps = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    step = next(step for step in steps if n <= most * step)
+    return list(range(1, n + 1)) if step == 1 else [1, *range(step, n + 1, step)]
 
 
 def _curves(records: Sequence[Record], curve: Curve) -> Figure | None:
@@ -291,11 +299,10 @@ def heat_maps(records: Sequence[Record]) -> Figure | None:
                             j + 0.5, i + 0.5, f"{value:.{decimals}f}", ha="center", va="center",
                             fontsize=9 if n <= 6 else 6.5, color="white" if dark else "black", in_layout=False,
                         )  # fmt: skip
-            step = ceil(n / 10)
-            ticks = range(0, n, step)
+            ticks = _numbers(n, 10)
             axes.tick_params(length=0, labelsize=7.5)
-            axes.set_xticks([t + 0.5 for t in ticks], [str(t + 1) for t in ticks])
-            axes.set_yticks([t + 0.5 for t in ticks], [str(t + 1) for t in ticks])
+            axes.set_xticks([t - 0.5 for t in ticks], [str(t) for t in ticks])
+            axes.set_yticks([t - 0.5 for t in ticks], [str(t) for t in ticks])
             _unlabelled(axes)
             axes.invert_yaxis()
             axes.set_aspect("equal")

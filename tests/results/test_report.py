@@ -518,3 +518,18 @@ def test_the_command_takes_a_baseline_and_a_confidence(
     assert main(["compare", "glyphs", "--methods", "ncm", "--baseline", "nmc", "--out", str(tmp_path / "o")]) == 2
     assert "the baseline 'nmc' is not compared; did you mean 'ncm'" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("n", "most", "shown"),
+    [
+        (1, 20, [1]),
+        (20, 20, list(range(1, 21))),
+        (21, 20, [1, *range(2, 21, 2)]),
+        (50, 20, [1, *range(5, 51, 5)]),
+        (50, 10, [1, *range(5, 51, 5)]),
+        (200, 20, [1, *range(10, 201, 10)]),
+    ],
+)
+def test_axes_of_long_streams_show_round_numbers(n: int, most: int, shown: list[int]) -> None:
+    assert plots._numbers(n, most) == shown
