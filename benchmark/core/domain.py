@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +10,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from dualcl.benchmark.core.processes import ALONE, Processes
@@ -174,18 +172,10 @@ class Domain(ABC):
         """Raises UserError for what only a run from before the check may have; what a user must know, in lines."""
         return []
 
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
+    def autocast(self) -> torch.autocast:
         """The precision of the network's own passes, which a domain alone switches on."""
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        half = self.precision != "fp32"
-        # On a CPU the backward of fused attention in bf16 makes a step half as slow again as plain products do.
-        plain = half and self.device.type == "cpu" and torch.is_grad_enabled()
-        with (
-            sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext(),
-            torch.autocast(self.device.type, dtype=dtype, enabled=half),
-        ):
-            yield
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.precision != "fp32")
 
     @abstractmethod
     def sites(self) -> dict[str, Site]:

@@ -24,7 +24,7 @@ class Sets(Protocol):
 
     device: torch.device
 
-    def autocast(self) -> contextlib.AbstractContextManager[None]:
+    def autocast(self) -> torch.autocast:
         """The precision of a pass."""
 
     def passed(self, n: int, run: Callable[[slice], Tensor]) -> Tensor:

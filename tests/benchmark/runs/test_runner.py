@@ -320,6 +320,29 @@ def test_bf16_is_another_run_that_also_ends(made: Callable[..., Any]) -> None:
     assert record["tasks"][0]["final_loss"] == pytest.approx(made("clora")[0]["tasks"][0]["final_loss"], rel=0.1)
 
 
+def test_in_bf16_passes_that_are_run_again_are_the_same(made: Callable[..., Any]) -> None:
+    (once, a), (again, b) = (
+        made("clora", "precision=bf16", *sets) for sets in ((), ("backbone.gradient_checkpointing=true",))
+    )
+    assert (a / "log.jsonl").read_bytes() == (b / "log.jsonl").read_bytes()
+    assert once["matrix"] == again["matrix"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_on_a_cpu_steps_in_bf16_take_plain_attention(
+    precision: str, preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fused = []
+    cls = method_class("clora")
+    loss = cls.loss
+    monkeypatch.setattr(
+        cls, "loss", lambda *given: fused.append(torch.backends.cuda.flash_sdp_enabled()) or loss(*given)
+    )
+    run(resolve(preset, "clora", [f"precision={precision}"]), tmp_path / "run")
+    assert set(fused) == {precision == "fp32"}
+    assert torch.backends.cuda.flash_sdp_enabled()  # and is given back
+
+
 # --- order and sizes of tasks -----------------------------------------------------------------------------------------
 
 
