@@ -157,15 +157,19 @@ class ConceptEvaluator:
         told += [(thing.name, thing.attributes) for thing in data.retained]
         told += [(one.prompt, one.attributes) for one in data.prior]
         pairs = [(owner, name, value) for owner, wanted in told for name, value in wanted.items()]
-        judged = self.features.judged if pairs else {}
-        for owner, name, value in pairs if judged else ():
-            if value not in judged.get(name, ()):
-                values = judged.get(name)
-                hint = nearest(name, judged, "it judges") if values is None else nearest(value, values, "it knows")
-                raise UserError(
-                    f"the data say {name}={value} of {owner!r}, which {self.features.name} cannot judge; {hint}; leave "
-                    "it out of the data, or choose another eval.features"
-                )
+        if not pairs or not (judged := self.features.judged):
+            return
+        for owner, name, value in pairs:
+            if name not in judged:
+                hint = nearest(name, judged, "it judges")
+            elif value not in judged[name]:
+                hint = nearest(value, judged[name], "it knows")
+            else:
+                continue
+            raise UserError(
+                f"the data say {name}={value} of {owner!r}, which {self.features.name} cannot judge; {hint}; leave "
+                "it out of the data, or choose another eval.features"
+            )
 
     @torch.no_grad()
     def evaluate(self, seen: Sequence[int], joint: bool = False) -> dict[str, list[float | int | None]]:
