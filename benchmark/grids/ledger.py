@@ -404,7 +404,7 @@ def to_markdown(found: Sequence[Section], command: str, here: Path) -> str:
     for domain in sorted({s.domain for s in found}):
         lines += [f"## {domain.capitalize()}", ""]
         for section in (s for s in found if s.domain == domain):
-            lines += _section(section)
+            lines += _section(section, several=[s.preset for s in found].count(section.preset) > 1)
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -412,9 +412,10 @@ STATES = ("verified", "not verified", "not run")
 _HEAD = ("method", "protocol", "published", "ours", "command", "commit", "verified?")
 
 
-def _section(section: Section) -> list[str]:
+def _section(section: Section, several: bool) -> list[str]:
+    title = f"{section.preset}: {section.place}" if several and section.place else section.preset
     where = f" Records: [{section.place}]({section.place})." if section.place else ""
-    lines = [f"### {markdown_text(section.preset)}", "", f"{markdown_text(section.about)}.{where}", ""]
+    lines = [f"### {markdown_text(title)}", "", f"{markdown_text(section.about)}.{where}", ""]
     lines += ["| " + " | ".join(_HEAD) + " |", "| --- |" + " --- |" * (len(_HEAD) - 1)]
     for line in section.lines:
         cells = [*map(markdown_text, (line.method, line.protocol, line.published, line.ours))]
