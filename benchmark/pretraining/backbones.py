@@ -1,25 +1,37 @@
-"""What the two bundled backbones are made with: augmentation, features, class means, their files."""
+"""What the two bundled backbones are made with: the model, augmentation, features, class means, cards and files."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import textwrap
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import dualcl.benchmark.core.compat  # noqa: F401 - before timm
+
+# isort: split
+import timm
+
+from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import atomic_write
 from dualcl.benchmark.pretraining.text_to_image import to_input
+
+TIMM_NAME = "vit_tiny_patch16_224"
 
 
 @dataclass(frozen=True)
 class ViTRecipe:
-    """What a recipe says of the ViT's shape."""
+    """What a recipe says of the ViT's shape and classes. `classes`: the first so many, 0 for all."""
 
+    classes: int = 0
     embed_dim: int = 128
     depth: int = 6
     num_heads: int = 4
@@ -36,13 +48,62 @@ class ViTRecipe:
             "num_heads": self.num_heads,
         }
 
+    def chosen(self, classes: Mapping[str, int]) -> dict[str, int]:
+        """The first of `classes`. Raises UserError for a number of them that is none to tell apart."""
+        if self.classes < 0 or self.classes == 1:
+            raise UserError(f"classes={self.classes}: give at least 2, or 0 for all {len(classes)}")
+        return dict(list(classes.items())[: self.classes or None])
 
-def write_backbone(path: Path, weights: bytes, card: Mapping[str, Any], text: str) -> None:
-    """The three files of a bundled backbone: `path` with the suffixes .safetensors, .json and .md."""
-    described = (json.dumps(card, indent=2) + "\n").encode()
-    for suffix, data in (".safetensors", weights), (".json", described), (".md", text.encode()):
+    def fresh(self, classes: int, seed: int) -> Any:
+        """timm's model with a classifier for so many classes and weights drawn from `seed`."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return timm.create_model(TIMM_NAME, pretrained=False, num_classes=classes, **self.timm_kwargs())
+
+
+def round_as_stored(model: nn.Module) -> None:
+    """Rounds the weights to float16, so that what is measured is what is saved."""
+    model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
+
+
+def write_backbone(path: Path, model: nn.Module, recipe: ViTRecipe, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes the weights as `path`.safetensors and their card, which `told` adds to, as `path`.json; returns it."""
+    weights = save({k: v.half().contiguous() for k, v in model.state_dict().items()})
+    card = {
+        "timm_name": TIMM_NAME,
+        "kwargs": {**recipe.timm_kwargs(), "num_classes": 0},
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.5, 0.5, 0.5],
+        "input_size": recipe.input_size,
+        "sha256": hashlib.sha256(weights).hexdigest(),
+        **told,
+        "recipe": asdict(recipe),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "versions": {"torch": torch.__version__, "timm": timm.__version__},
+    }
+    for suffix, data in (".safetensors", weights), (".json", (json.dumps(card, indent=2) + "\n").encode()):
         with atomic_write(path.with_suffix(suffix)) as handle:
             handle.write(data)
+    return card
+
+
+def shape_of(card: Mapping[str, Any], stream: str) -> str:
+    """What a model card says of the network and its inputs."""
+    kwargs = card["kwargs"]
+    return (
+        f"A small Vision Transformer for the stream `{stream}`: timm's `{card['timm_name']}` at "
+        f"{card['input_size']} px with {kwargs['patch_size']} px patches, depth {kwargs['depth']}, width "
+        f"{kwargs['embed_dim']}, {kwargs['num_heads']} heads; {card['parameters']:,} parameters, no classifier. "
+        "Inputs: RGB scaled to [0, 1], then normalised with mean 0.5 and standard deviation 0.5. Output: the class "
+        f"token after the final norm, {kwargs['embed_dim']} numbers."
+    )
+
+
+def write_text(path: Path, title: str, paragraphs: list[str]) -> None:
+    """The model card for people, as `path`.md."""
+    wrap = textwrap.TextWrapper(116, break_on_hyphens=False, break_long_words=False)
+    with atomic_write(path.with_suffix(".md")) as handle:
+        handle.write((f"# {title}\n\n" + "\n\n".join(wrap.fill(p) for p in paragraphs) + "\n").encode())
 
 
 def augmented(inputs: Tensor, by: int, generator: torch.Generator) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,16 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import dualcl.benchmark.core.compat  # noqa: F401 - before timm
-
-# isort: split
-import timm
-
-from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.seeding import derive_seed, numpy_generator
 from dualcl.benchmark.pretraining.backbones import (
@@ -29,21 +21,21 @@ from dualcl.benchmark.pretraining.backbones import (
     augmented,
     nearest_mean_accuracy,
     outputs,
+    round_as_stored,
+    shape_of,
     write_backbone,
+    write_text,
 )
 from dualcl.benchmark.pretraining.stages import Order, Say, Schedule, train
 from dualcl.benchmark.pretraining.text_to_image import to_input
 from dualcl.datasets.drawing.glyphs import draw_glyph, in_black_on_white
 from dualcl.datasets.drawing.renditions import CLUTTER, GLYPHS, RENDITIONS, Glyphs, Renditions, sample_rendition
 
-_TIMM_NAME = "vit_tiny_patch16_224"
-
 
 @dataclass(frozen=True)
 class RenditionsViTRecipe(ViTRecipe):
-    """How `renditions-vit` is trained. `classes`: the first so many pretraining pictographs, 0 for all."""
+    """How `renditions-vit` is trained."""
 
-    classes: int = 0
     per_class: int = 200
     test_per_class: int = 20
     steps: int = 4000
@@ -86,15 +78,10 @@ def make_renditions_vit(folder: Path, seed: int, recipe: RenditionsViTRecipe, co
     Inks and papers of all colours leave a fresh transformer almost no first-order signal. So the drawings are faded in
     over the same ones in black on white.
     """
-    chosen = dict(list(GLYPHS["pretraining"].items())[: recipe.classes or None])
-    if recipe.classes < 0 or recipe.classes == 1:
-        raise UserError(f"classes={recipe.classes}: give at least 2, or 0 for all {len(GLYPHS['pretraining'])}")
+    chosen = recipe.chosen(GLYPHS["pretraining"])
     say(f"drawing {len(chosen)} classes x {recipe.per_class + recipe.test_per_class} images")
     images, labels = _draw(chosen, "train", recipe.per_class, "known", seed, recipe.input_size)
-    kwargs = recipe.timm_kwargs()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "renditions", "init"))
-        model: Any = timm.create_model(_TIMM_NAME, pretrained=False, num_classes=len(chosen), **kwargs)
+    model = recipe.fresh(len(chosen), derive_seed(seed, "renditions", "init"))
     order = Order(len(labels), recipe.batch, seed, "renditions", "order")
 
     def loss(step: int) -> Tensor:
@@ -110,8 +97,7 @@ def make_renditions_vit(folder: Path, seed: int, recipe: RenditionsViTRecipe, co
     told = {"seed": seed, "drawing": pixels, **asdict(recipe)}
     schedule = Schedule(recipe.steps, recipe.lr, warm=300, flat=0.3, weight_decay=recipe.weight_decay)
     model = train(folder / "state" / "renditions-vit.safetensors", told, model, loss, schedule, say)
-    # what is measured is what is saved: the weights rounded to float16
-    model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
+    round_as_stored(model)
     own_images, own_labels = _draw(chosen, "test", recipe.test_per_class, "known", seed, recipe.input_size)
     own = float(outputs(model, own_images[0]).argmax(1).eq(own_labels).float().mean())
     model.reset_classifier(0)
@@ -122,40 +108,26 @@ def make_renditions_vit(folder: Path, seed: int, recipe: RenditionsViTRecipe, co
         for glyphs in ("tuning", "reported")
         for kinds in ("known", "new")
     }
-    weights = save({k: v.half().contiguous() for k, v in model.state_dict().items()})
-    card = {
-        "timm_name": _TIMM_NAME,
-        "kwargs": {**kwargs, "num_classes": 0},
-        "mean": [0.5, 0.5, 0.5],
-        "std": [0.5, 0.5, 0.5],
-        "input_size": recipe.input_size,
-        "sha256": hashlib.sha256(weights).hexdigest(),
+    told = {
         "trained_on": f"{len(chosen)} pictographs of DejaVu Sans x {recipe.per_class} images, none in a stream, in the "
         f"renditions {', '.join(RENDITIONS['known'])}",
         "command": command,
         "seed": seed,
         "drawing": pixels,
-        "recipe": asdict(recipe),
-        "parameters": sum(p.numel() for p in model.parameters()),
         "measured": {"held_out_accuracy": round(own, 4), "nearest_class_mean_accuracy": means},
-        "versions": {"torch": torch.__version__, "timm": timm.__version__},
     }
-    write_backbone(folder / "renditions_vit", weights, card, _card_text(card, list(chosen)))
+    card = write_backbone(folder / "renditions_vit", model, recipe, told)
+    write_text(folder / "renditions_vit", "renditions-vit", _card_text(card, list(chosen)))
     say(json.dumps(card["measured"]))
     return card
 
 
-def _card_text(card: Mapping[str, Any], classes: list[str]) -> str:
-    """The model card as Markdown, every number from `card`."""
-    recipe, measured, kwargs, versions = card["recipe"], card["measured"], card["kwargs"], card["versions"]
-    wrap = textwrap.TextWrapper(116, break_on_hyphens=False, break_long_words=False)
+def _card_text(card: Mapping[str, Any], classes: list[str]) -> list[str]:
+    """Paragraphs of the model card, every number from `card`."""
+    recipe, measured, versions = card["recipe"], card["measured"], card["versions"]
     means = "; ".join(f"{name} {share:.1%}" for name, share in measured["nearest_class_mean_accuracy"].items())
-    paragraphs = [
-        f"A small Vision Transformer for the stream `renditions`: timm's `{card['timm_name']}` at "
-        f"{card['input_size']} px with {kwargs['patch_size']} px patches, depth {kwargs['depth']}, width "
-        f"{kwargs['embed_dim']}, {kwargs['num_heads']} heads; {card['parameters']:,} parameters, no classifier. "
-        "Inputs: RGB scaled to [0, 1], then normalised with mean 0.5 and standard deviation 0.5. Output: the class "
-        f"token after the final norm, {kwargs['embed_dim']} numbers.",
+    return [
+        shape_of(card, "renditions"),
         f"Made by `{card['command']}` from {card['trained_on']}, at most {CLUTTER} piece of clutter; "
         f"{recipe['steps']} steps of {recipe['batch']} from random weights, AdamW, learning rate {recipe['lr']}, "
         f"weight decay {recipe['weight_decay']}, label smoothing {recipe['label_smoothing']}; shifts of up to "
@@ -169,4 +141,3 @@ def _card_text(card: Mapping[str, Any], classes: list[str]) -> str:
         "Not for anything but this suite: it has seen nothing except drawn symbols.",
         f"Classes: {', '.join(classes)}.",
     ]
-    return "# renditions-vit\n\n" + "\n\n".join(wrap.fill(p) for p in paragraphs) + "\n"
