@@ -186,7 +186,7 @@ FIELDS = (
     Field("network.kept", "texts", "prompts that methods may hold, none of them measured", required=False),
     Field("environment", "mapping", "versions, commit, device"),
     *_optional("environment", "scalar", dualcl="version", torch="version", device="cpu, or the GPU"),
-    *_optional("environment", "scalar", commit="of the checkout"),
+    *_optional("environment", "scalar", commit="of the checkout that it ran from, or that its package was built from"),
     *_optional("environment", "flag", dirty="uncommitted changes in it"),
     Field("environment.places", "words", "absolute paths of what the configuration names relatively", required=False),
     Field("tasks", "list", "one entry per task learnt, in order; one in all for joint training"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import json
 import os
 import platform
 import resource
@@ -16,6 +17,8 @@ from typing import Any, Literal
 
 #: distributions whose version can change a result (Pillow: the bundled glyphs are drawn with it)
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "Pillow")
+#: beside this file in a package that was built from a checkout (setup.py): what `source_state` said there
+BUILT_FROM = "built_from.json"
 _SOURCES = ("benchmark", "datasets", "methods", "results", "setup.cfg")
 
 
@@ -43,9 +46,16 @@ def _git(root: Path, *args: str) -> str | None:
 
 @functools.lru_cache(maxsize=1)
 def source_state() -> tuple[str | None, bool | None]:
-    """(commit, whether the suite's files differ from it) of the checkout this runs from; (None, None) without one."""
-    root = Path(__file__).resolve().parents[2]
+    """(commit, whether the suite's files differ from it) of the checkout this runs from, or was built from.
+
+    (None, None) where neither is known, as of an archive without git's folder.
+    """
+    here = Path(__file__).resolve()
+    root = here.parents[2]
     if not (root / ".git").exists() or not (root / "setup.cfg").is_file():
+        with contextlib.suppress(OSError, ValueError):
+            built = json.loads(here.with_name(BUILT_FROM).read_text(encoding="utf-8"))
+            return built["commit"], built["dirty"]
         return None, None
     commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     if commit is None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from dualcl.benchmark.core import machine
 from dualcl.benchmark.core.devices import available_devices, pick_device
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.machine import environment, usable_cpus
@@ -138,6 +142,21 @@ def test_environment_names_versions_but_no_place_or_person() -> None:
     assert facts["dualcl"]
     assert set(facts) >= {"commit", "dirty", "python", "torchvision", "timm", "numpy", "pillow", "platform", "cpus"}
     assert not any("/" in str(v) for v in facts.values())
+
+
+def test_a_package_that_was_built_names_the_commit_that_it_was_built_from(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    root = Path(machine.__file__).resolve().parents[2]
+    if not (root / "setup.py").is_file():
+        pytest.skip("not a checkout")
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    subprocess.run(command, cwd=root, check=True, capture_output=True)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import machine; print(machine.source_state())"
+    built = tmp_path / "dualcl" / "benchmark" / "core"
+    ask = [sys.executable, "-c", code, str(built)]
+    assert subprocess.check_output(ask, text=True).strip() == str(machine.source_state())
+    (built / machine.BUILT_FROM).write_text("{", encoding="utf-8")
+    assert subprocess.check_output(ask, text=True).strip() == "(None, None)"
 
 
 def test_pick_device() -> None:
