@@ -126,7 +126,8 @@ class DSC(EWCDC):
         """What the student pays; predictions (B, 3, C, h, w) under the pretrained, the earlier and the own concept."""
         said = self.logits(student, batch)
         entropy = torch.stack([F.cross_entropy(said, self.logits(x, batch).softmax(1)) for x in (one, two)]).sum()
-        away = F.mse_loss(student[:, 2], one[:, 2]) + F.mse_loss(student[:, 1], two[:, 1])
+        far = ((student[:, 2] - one[:, 2]).square() + (student[:, 1] - two[:, 1]).square()).mean((1, 2, 3))
+        away = (far * self.scored.noise_weights(batch)).mean()
         return float(self.config.score_weight) * entropy + float(self.config.distill_weight) * away
 
     def stored_parameters(self) -> int:

@@ -60,9 +60,12 @@ class EWCDCConfig(LoRAConfig):
         check(self.candidates >= 0, f"method.candidates must not be negative, got {self.candidates}")
 
 
-def summed_errors(predictions: Tensor, batch: Any) -> Tensor:
-    """(B, P): ||eps - eps(x_t, c)||^2, summed over the latent, of predictions (B, P, C, h, w)."""
-    return (predictions - batch.target.float()[:, None]).square().sum((2, 3, 4))
+def summed_errors(predictions: Tensor, batch: Any, weights: Tensor) -> Tensor:
+    """(B, P): ||eps - eps(x_t, c)||^2, summed over the latent, of predictions (B, P, C, h, w).
+
+    `weights` (B,) make errors of the noise of what the model predicts (`noise_weights`).
+    """
+    return (predictions - batch.target.float()[:, None]).square().sum((2, 3, 4)) * weights[:, None]
 
 
 def evidence(scores: Tensor, kind: str) -> Tensor:
@@ -101,7 +104,7 @@ class EWCDC(LoRA):
 
     def logits(self, predictions: Tensor, batch: Any) -> Tensor:
         """Logits (B, P) of the candidates."""
-        return -summed_errors(predictions, batch) / float(self.config.temperature)
+        return -summed_errors(predictions, batch, self.scored.noise_weights(batch)) / float(self.config.temperature)
 
     def flat(self) -> Tensor:
         """All factors as one vector."""

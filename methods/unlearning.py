@@ -7,8 +7,9 @@ concept ablation, arXiv 2303.13516, and ESD, arXiv 2303.07345. With c the target
     esd                || eps(x_t, c) - [f(x_t, "") - eta (f(x_t, c) - f(x_t, ""))] ||^2, f the network before the
                        request, x_t noised pictures of the target
 
-eps is what the network predicts, a velocity too: the goals are affine in it. K and V are trained in full. The options
-of `shared/held_updates.py` are options of both: l1, l2, select, project, merge.
+Where the network predicts velocity the goals are the same, as they are affine in it, and distances are weighted to
+those between noises (`noise_weights`). K and V are trained in full. The options of `shared/held_updates.py` are options
+of both: l1, l2, select, project, merge.
 
 Differs from the paper: the update is projected, not gradients (`project_gradients`), so that it stays in its subspace
 whatever the optimiser; the start token is held too (`keep_start`), which every prompt attends to; at most half of the
@@ -23,7 +24,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dualcl.methods.base import check, register_method
@@ -68,10 +68,11 @@ class Unlearning(HeldUpdates):
         raise NotImplementedError
 
     def loss(self, batch: Any) -> Tensor:
-        """Mean squared distance to the goal of what is predicted under the target's prompts."""
+        """Mean squared distance, as noise, to the goal of what is predicted under the target's prompts."""
         targets = self.offered.targets_of(batch.prompts)
         goal = self.goal(batch, targets)
-        return F.mse_loss(self.offered.paired_predictions(batch, targets), goal)
+        away = (self.offered.paired_predictions(batch, targets) - goal).square().mean((1, 2, 3))
+        return (away * self.offered.noise_weights(batch)).mean()
 
     def caveats(self) -> list[str]:
         """What a reader must look at."""

@@ -424,8 +424,14 @@ class ErrorsDomain(Protocol):
     def paired_predictions(self, batch: Any, prompts: Sequence[str]) -> Tensor:
         """(B, C, h, w) float32 of B prompts, one for each sample. Costs one pass."""
 
+    def noise_weights(self, batch: Any) -> Tensor:
+        """(B,) float32: what turns squared distances between predictions into those between the noises they amount to.
+
+        1 for a model that predicts noise; for one that predicts velocity the share of the signal at the sample's time.
+        """
+
     def errors(self, batch: Any, prompts: Sequence[str]) -> Tensor:
-        """(B, P) float32: mean squared error of `predictions` against the batch's target."""
+        """(B, P) float32: mean squared error of the noise that `predictions` amount to."""
 
     def frozen(self) -> Callable[[Any, Sequence[str]], Tensor]:
         """`predictions` of a copy of the model as it stands now, without gradient. Costs a network's memory.

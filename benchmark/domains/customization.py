@@ -632,9 +632,14 @@ class Customization(Domain):
             raise ValueError(f"{len(index)} prompts for {len(at)} samples")
         return self._predicted(self.diffusion, batch, at.to(self.device), unique, index.to(self.device))
 
+    def noise_weights(self, batch: ConceptBatch) -> Tensor:
+        """(B,): what turns squared distances between predictions into those between the noises they amount to."""
+        return self.diffusion.noise_weights(batch.timesteps)
+
     def errors(self, batch: ConceptBatch, prompts: Sequence[str]) -> Tensor:
-        """Mean squared error (B, P) of `predictions`, float32."""
-        return (self.predictions(batch, prompts) - batch.target.float()[:, None]).square().mean((2, 3, 4))
+        """Mean squared error (B, P) of the noise that `predictions` amount to, float32."""
+        away = (self.predictions(batch, prompts) - batch.target.float()[:, None]).square().mean((2, 3, 4))
+        return away * self.noise_weights(batch)[:, None]
 
     def frozen(self) -> Callable[[ConceptBatch, Sequence[str]], Tensor]:
         """`predictions` of the model as it stands now, without gradient; whatever stays frozen is not copied."""

@@ -213,6 +213,14 @@ class TextToImage(ABC):
         target = self.scheduler.get_velocity(clean, noise, times) if velocity else noise
         return self.scheduler.add_noise(clean, noise, times), target
 
+    def noise_weights(self, times: Tensor) -> Tensor:
+        """(B,): what turns squared distances between predictions at these times into those between the noises meant."""
+        if self.info.prediction_type == "epsilon":
+            return torch.ones(len(times), device=times.device)
+        # noise = sqrt(share of the signal) * velocity + a part of the noised latents, which all predictions share
+        shares: Tensor = self.scheduler.alphas_cumprod.to(times.device)[times].float()
+        return shares
+
     def sampler(self, name: SchedulerName, steps: int) -> Any:
         """A diffusers scheduler with its timesteps set; UserError for too many steps, or settings it cannot do with.
 

@@ -53,26 +53,31 @@ def test_fisher_of_one_number(kind: str, fisher: float) -> None:
     assert grad.square().item() == pytest.approx(fisher)
 
 
+def weighing(weight: float) -> Any:
+    return SimpleNamespace(noise_weights=lambda batch: torch.tensor([weight]))
+
+
 @pytest.mark.parametrize(("shape", "p"), [((4, 8, 8), 0.563653), ((4, 64, 64), 0.9999999)])
 def test_errors_are_summed_over_the_latent(shape: tuple[int, ...], p: float) -> None:
     """A difference of 1e-3 in the mean squared error; of the mean itself p would be 0.50025."""
     predictions = torch.stack([torch.zeros(shape), torch.full(shape, math.sqrt(1e-3))])[None]
     batch = SimpleNamespace(target=torch.zeros(1, *shape))
-    method: Any = SimpleNamespace(config=EWCDCConfig())
+    method: Any = SimpleNamespace(config=EWCDCConfig(), scored=weighing(1.0))
     assert EWCDC.logits(method, predictions, batch).softmax(1)[0, 0].item() == pytest.approx(p, abs=1e-6)
     method.config = EWCDCConfig(temperature=float(math.prod(shape)))
     assert EWCDC.logits(method, predictions, batch).softmax(1)[0, 0].item() == pytest.approx(0.50025, abs=1e-6)
 
 
 def test_what_a_student_pays() -> None:
-    method: Any = SimpleNamespace(config=DSCConfig(score_weight=2.0, distill_weight=3.0))
+    method: Any = SimpleNamespace(config=DSCConfig(score_weight=2.0, distill_weight=3.0), scored=weighing(0.5))
     method.logits = lambda x, batch: EWCDC.logits(method, x, batch)
     batch = SimpleNamespace(target=torch.zeros(1, 1, 1, 1))
     made = [torch.tensor(v).sqrt().view(1, 3, 1, 1, 1) for v in ([0.0, 1, 2], [0.0, math.log(2), 50], [4.0, 0, 4])]
     student, one, two = made
-    logs = torch.tensor([0.0, -1, -2]).log_softmax(0)
-    first, second = torch.tensor([2 / 3, 1 / 3, 0]), torch.tensor([-4.0, 0, -4]).softmax(0)
-    away = (math.sqrt(2) - math.sqrt(50)) ** 2 + 1  # own concept to the first teacher, c_k to the second
+    # the errors of a velocity, half of which are those of the noise
+    logs = torch.tensor([0.0, -0.5, -1]).log_softmax(0)
+    first, second = torch.tensor([0.0, -math.log(2) / 2, -25]).softmax(0), torch.tensor([-2.0, 0, -2]).softmax(0)
+    away = ((math.sqrt(2) - math.sqrt(50)) ** 2 + 1) / 2  # own concept to the first teacher, c_k to the second
     wanted = 2 * -float(first @ logs + second @ logs) + 3 * away
     assert DSC.distance(method, student, one, two, batch).item() == pytest.approx(wanted, rel=1e-5)
 

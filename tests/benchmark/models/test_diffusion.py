@@ -129,6 +129,24 @@ def test_targets_are_what_the_noise_schedule_says(sd_run: Callable[..., Any], di
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_errors_are_of_the_noise_whatever_the_network_predicts(
+    sd_run: Callable[..., Any], diffusion: Any, kind: str
+) -> None:
+    run = sd_run("finetune", diffusion=with_prediction(diffusion, kind))
+    run.begin(0)
+    domain = run.domain
+    batch = next(domain.batches(0, 0))
+    predicted = domain.predictions(batch, ["a symbol"])[:, 0]
+    kept = domain.diffusion.scheduler.alphas_cumprod[batch.timesteps][:, None, None, None]
+
+    def noise(x: torch.Tensor) -> torch.Tensor:
+        return x if kind == "epsilon" else kept.sqrt() * x + (1 - kept).sqrt() * batch.noisy
+
+    wanted = (noise(predicted) - noise(batch.target)).square().mean((1, 2, 3))
+    torch.testing.assert_close(domain.errors(batch, ["a symbol"])[:, 0], wanted)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_the_loss_is_the_mean_squared_error_of_the_unets_prediction(
     sd_run: Callable[..., Any], diffusion: Any, kind: str
 ) -> None:
