@@ -97,6 +97,8 @@ class Method(nn.Module):
     frozen: ClassVar[bool] = False
     #: False: `scores` does without the domain's rows, which then do not count as stored
     reads_rows: ClassVar[bool] = True
+    #: False: `loss` does without the domain's rows (token rows), which then are not trained and do not count as such
+    trains_rows: ClassVar[bool] = True
     #: True: finished rows may change
     rewrites_rows: ClassVar[bool] = False
 

@@ -73,3 +73,9 @@ class CLoRA(LoRA):
             return None
         terms = [self_regularisation(u.A, u.B, u.summed) for u in self.updates.values()]
         return float(self.config.lambda_) * torch.stack(terms).sum()
+
+    def caveats(self) -> list[str]:
+        """That there is no penalty where there is nothing to avoid."""
+        idle = self.config.one_adapter and self.config.lambda_ > 0
+        own = ["one pair of factors: there is no penalty, lambda has no effect"] if idle else []
+        return [*own, *super().caveats()]

@@ -153,4 +153,5 @@ class CLoRACarry(CLoRA):
 
     def caveats(self) -> list[str]:
         """What is kept."""
-        return ["ours, not a published method; stores a mean of every class and one covariance", *super().caveats()]
+        own = "ours, not a published method; stores a mean of every class and one covariance"
+        return [own, "two more passes over each task's images", *super().caveats()]

@@ -216,6 +216,10 @@ class CodaPrompt(PromptMethod):
         rows = torch.randn(count, old.shape[1], generator=generator, dtype=torch.float64)
         return projected_rows(rows, old.detach().to("cpu"))
 
+    def caveats(self) -> list[str]:
+        """That each task's share of the pool is known from the start."""
+        return ["knows the number of tasks in advance", *super().caveats()]
+
 
 @dataclass(frozen=True)
 class CodaPromptSmallConfig(CodaPromptConfig):

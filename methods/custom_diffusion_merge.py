@@ -116,3 +116,9 @@ class CustomDiffusionMerge(SiteWeights):
     def stored_parameters(self) -> int:
         """Every concept's weights."""
         return self.tasks * self.pretrained.numel()
+
+    def caveats(self) -> list[str]:
+        """What it starts from, what it keeps, and what is not the paper's."""
+        own = "each concept is learnt on the pretrained weights; keeps the weights of all concepts"
+        ridge = f"a ridge of {self.config.ridge:g} on the captions, where the paper has none"
+        return [own, *([ridge] if self.config.ridge else []), *super().caveats()]

@@ -93,7 +93,12 @@ class Encoder(Method):
 
     def stored_parameters(self) -> int:
         """The encoder's numbers, unless it is shared."""
-        return 0 if self.config.shared_encoder else super().stored_parameters()
+        return 0 if self.config.shared_encoder else super().stored_parameters() - self.unread()
+
+    def unread(self) -> int:
+        """Numbers of an image branch that the encoder has and this run does not use."""
+        branch = None if self.reads_images else self.encoder.branch
+        return 0 if branch is None else sum(p.numel() for p in branch.parameters())
 
     def diagnostics(self) -> dict[str, Any]:
         """Which encoder it is, and how far the last concept's pictures are from their mean row."""
@@ -101,7 +106,7 @@ class Encoder(Method):
 
     def caveats(self) -> list[str]:
         """What was seen before the stream, and what is not the papers'."""
-        card, size = self.encoder.card, sum(p.numel() for p in self.encoder.parameters())
+        card, size = self.encoder.card, sum(p.numel() for p in self.encoder.parameters()) - self.unread()
         seen = (
             f"{size:,} encoder weights, trained on {card.get('pictures', 0):,} pictures of this world before the stream"
         )

@@ -90,7 +90,8 @@ class EWC(SiteWeights):
         device = self.anchor.device
         total, count = torch.zeros_like(self.anchor), 0
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-            for step, batch in enumerate(itertools.islice(self.domain.batches(task, 0), self.config.fisher_batches)):
+            most = min(self.config.fisher_batches, self.domain.steps_per_epoch(task))
+            for step, batch in enumerate(itertools.islice(self.domain.batches(task, 0), most)):
                 torch.manual_seed(derive_seed(self.seed, self.name, "fisher", task, step))
                 for sample in self.domain.own_samples(batch):
                     gradients = torch.autograd.grad(self.domain.loss(sample) * SCALE, list(self.weights))

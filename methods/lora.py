@@ -56,7 +56,7 @@ class LoRA(Method):
             raise UserError(f"method.rank={config.rank} is more than the smallest side of a site, {widest}; lower it")
         self.updates = inject(domain.model, sites, config.rank)
         self.stored = nn.ModuleList(self.updates.values())
-        self.aligner = Aligner(domain, n_tasks) if config.align else None
+        self.aligner = Aligner(domain, n_tasks) if config.align and config.align_epochs else None
         self.finished = 0
         self.norms: list[float] = []
 
@@ -128,7 +128,7 @@ class LoRA(Method):
         return [*([] if self.aligner is None else [caveat(self.config)]), *super().caveats()]
 
     def diagnostics(self) -> dict[str, Any]:
-        """Frobenius norm of the last update and of the sum of all updates."""
+        """Frobenius norm of the last update (all of it with `one_adapter`) and of the sum of all updates."""
         total = sum(u.summed.double().square().sum() for u in self.updates.values())
         return {"update_norm": self.norms[-1] if self.norms else 0.0, "summed_norm": float(total) ** 0.5}
 

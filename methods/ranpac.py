@@ -79,6 +79,7 @@ class RanPAC(Method):
     requires: tuple[str, ...] = ("features",)
     frozen = True
     reads_rows = False
+    trains_rows = False
     layer: Tensor | None
     solved: Tensor
 

@@ -138,17 +138,17 @@ def _share(correct: Sequence[int | None], generated: Sequence[int | None]) -> fl
     return 100.0 * sum(right) / sum(total) if right and total and sum(total) else None
 
 
-def of_requests(rows: Rows) -> bool:
+def of_requests(matrix: Mapping[str, Any]) -> bool:
     """Whether targets were unlearnt: they have no real images of their own that an image could be nearest to."""
-    return any(value is not None for row in rows.values() for value in row.get("target_shown") or ())
+    return any("target_shown" in row for row in matrix["rows"])
 
 
 def concept_accuracy(rows: Rows, n_tasks: int) -> float | None:
     """Images generated right after learning that are nearest to their own concept's real images, percent.
 
-    Undefined for one concept, as there is no other to be nearer to, and for requests to unlearn.
+    Undefined for one concept, as there is no other to be nearer to; not asked of requests to unlearn.
     """
-    if n_tasks < 2 or len(rows) < n_tasks or of_requests(rows):
+    if n_tasks < 2 or len(rows) < n_tasks:
         return None
     learnt = [rows[j] for j in range(n_tasks)]
     return _share([row["nearest_correct"][-1] for row in learnt], [row["generated"][-1] for row in learnt])
@@ -159,9 +159,13 @@ def concept_accuracy_last(rows: Rows, n_tasks: int) -> float | None:
 
     Undefined as `concept_accuracy` is.
     """
-    if n_tasks < 2 or n_tasks - 1 not in rows or of_requests(rows):
+    if n_tasks < 2 or n_tasks - 1 not in rows:
         return None
     return _share(rows[n_tasks - 1]["nearest_correct"], rows[n_tasks - 1]["generated"])
+
+
+def _of_concepts(measure: Callable[[Rows, int], float | None], results: Results) -> float | None:
+    return None if of_requests(results.matrix) else measure(results.rows, results.n_tasks)
 
 
 def attribute_accuracy(rows: Rows, n_tasks: int) -> float | None:
@@ -242,7 +246,7 @@ def right_concepts(matrix: Mapping[str, Any], n_tasks: int) -> list[list[float |
     None of requests to unlearn.
     """
     rows = _rows(matrix)
-    if of_requests(rows):
+    if of_requests(matrix):
         return [None] * n_tasks
     counts = {i: zip(row["nearest_correct"], row["generated"], strict=True) for i, row in rows.items()}
     return [[_share([n], [total]) for n, total in counts[i]] if i in counts else None for i in range(n_tasks)]
@@ -410,13 +414,13 @@ KINDS: dict[str, MatrixKind] = {
                 "concept_accuracy_last", "concept acc. last", "%", "higher",
                 "images generated after the last task that are nearer to the real images of their concept (cosine of φ "
                 "to their mean) than to those of any other concept of the stream; chance is 100 / N",
-                lambda results: concept_accuracy_last(results.rows, results.n_tasks), decimals=1, compared=True,
+                lambda results: _of_concepts(concept_accuracy_last, results), decimals=1, compared=True,
                 may_lack=True,
             ),
             Measure(
                 "concept_accuracy", "concept acc.", "%", "higher",
                 "the same right after learning a concept, mean over them: what was learnt, forgotten or not",
-                lambda results: concept_accuracy(results.rows, results.n_tasks), decimals=1, may_lack=True,
+                lambda results: _of_concepts(concept_accuracy, results), decimals=1, may_lack=True,
             ),
             Measure(
                 "attribute_accuracy_last", "attributes last", "%", "higher",

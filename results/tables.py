@@ -31,7 +31,7 @@ FEW_SEEDS = 3
 #: identity that may differ between seeds, yet must agree between methods at the same seed
 PER_SEED = frozenset({"class_order", "class_order_hash", "order_seed"})
 #: identity of what not every run measures: without it the cell is a dash
-MAY_LACK = frozenset({"prior_hash"})
+MAY_LACK = frozenset({"prior_hash", "anchor_pictures"})
 #: files of tensors in a record's content, whose own hashes stand in the identity
 _FILES = ("weights", "base", "features")
 #: last parts of configuration keys that differ between seeds or machines, and do not make another variant of a method

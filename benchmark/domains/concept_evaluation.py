@@ -180,8 +180,9 @@ class ConceptEvaluator:
         text_similarity: mean cosines over all pairs, over images and their own prompts (None without a text tower);
         nearest_correct of `generated` images are nearest to their own concept's mean real feature, of the stream's;
         requests with one anchor count as one concept; attribute_share: what of the concept's attributes the images
-        show, where the data set tells them and the feature model judges them. Of requests, likewise: target_shown, the
-        share of images on which the target is seen; retained_inside, retained_across: the share of the images of what
+        show, where the data set tells them and the feature model judges them. Of requests, likewise, and no
+        text_similarity, for their prompts ask for what is to be gone: target_shown, the share of images on which the
+        target is seen (None where no judge knows); retained_inside, retained_across: the share of the images of what
         is to be retained on which it is, in the last entry; *_before: the same of the pretrained model. prior_share, in
         the last entry after the last task: of the attributes that captions of other things name, the share shown.
         Raises UserError when images right after learning are missing from the run folder or cannot be read.
@@ -207,13 +208,16 @@ class ConceptEvaluator:
             elif not joint and (own := self._own_features(j)) is not None:
                 row["drift"][at] = self._mmd(own, found)
             row["image_similarity"][at] = float((found.double() @ real.double().T).mean())
-            row["text_similarity"][at] = self._text_similarity(j, prompts, found)
             nearest = [j if labels[i] == labels[j] else i for i in (found.double() @ means.T).argmax(1).tolist()]
             request = concepts[j].request is not None
+            if not request:
+                row["text_similarity"][at] = self._text_similarity(j, prompts, found)
             shown = self._seen(made, concepts[j].attributes) if request else None
             self._save(j, last, joint, prompts, made, [concepts[i].name for i in nearest], shown)
             row["nearest_correct"][at] = nearest.count(j)
             row["generated"][at] = len(found)
+            if request:
+                row.setdefault("target_shown", [None] * len(seen))
             if shown is not None:
                 for key, value in (("target_shown", _mean(shown)), ("target_shown_before", self._before[0].get(j))):
                     row.setdefault(key, [None] * len(seen))[at] = value

@@ -812,7 +812,15 @@ class Customization(Domain):
             },
             "steps": self.resolved.train.steps,
             **self.evaluator.identity(),
+            **({"anchor_pictures": self._anchor_pictures()} if self.stream.requests else {}),
         }
+
+    def _anchor_pictures(self) -> str:
+        """How the pictures of the anchors are made, which requests are measured against."""
+        prior = self.resolved.section("prior", PriorConfig)
+        if prior.images != "generated":
+            return "of a folder"
+        return f"{prior.n}, {prior.steps} steps, {prior.scheduler}, guidance {prior.guidance:g}, seed {prior.seed}"
 
     def facts(self) -> dict[str, Any]:
         """What a reader of the record may want to know beyond the identity."""

@@ -69,12 +69,13 @@ def prior_images(
         images = _from_folder(Path(config.images).expanduser(), noun, model.info.image_size, processes)
         return images, _digest(images)
     text = config.text(noun) if prompt is None else prompt
-    key = json.dumps([asdict(config), text, model.info.weights_sha256], sort_keys=True)
+    seeded = noun if prompt is None else prompt
+    key = json.dumps([asdict(config), text, seeded, model.info.weights_sha256], sort_keys=True)
     folder = cache_dir() / "prior" / hashlib.sha256(key.encode()).hexdigest()[:24]
     cached = processes.from_main(lambda: _read(folder))
     if cached is not None:
         return cached
-    generators = [torch_generator(config.seed, "prior", noun if prompt is None else prompt, k) for k in range(config.n)]
+    generators = [torch_generator(config.seed, "prior", seeded, k) for k in range(config.n)]
     # sites are float32 in any case
     dtype = min((p.dtype for p in model.network.parameters()), key=lambda d: d.itemsize)
     half = dtype != torch.float32

@@ -96,10 +96,10 @@ class Run(Steps):
     # --- state -------------------------------------------------------------------------------------------------------
 
     def begin(self, task: int) -> list[nn.Parameter]:
-        """Begins a task in domain and method; returns the domain's own parameters for the optimiser."""
+        """Begins a task in domain and method; returns the domain's own parameters for the optimiser, if trained."""
         shared = self.domain.begin_task(None if self.joint else task, self.method.output_scope)
         self.method.begin_task(task)
-        return shared
+        return shared if self.method.trains_rows else []
 
     def groups(self, shared: list[nn.Parameter]) -> list[ParamGroup]:
         """Everything that the begun task trains: the method's own parameters, and the domain's as `begin` gave them."""

@@ -96,6 +96,7 @@ class AdapterMethod(Method):
     requires = ("features", "sides")
     frozen = True
     reads_rows = False
+    trains_rows = False
     #: of the rows' scores; None: learnt
     scale: ClassVar[float | None] = None
 

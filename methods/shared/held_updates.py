@@ -218,6 +218,7 @@ class HeldUpdates(Method):
         return {"update_norm": self.norm, **self.facts}
 
     def caveats(self) -> list[str]:
-        """Where a task starts, if all are merged."""
+        """Where a task starts, if all are merged; what N_train does not show."""
         own = ["each task is learnt on the pretrained weights, then all are merged"] if self.config.merge else []
-        return [*own, *super().caveats()]
+        part = [f"{100 * self.config.select:g} % of what counts as trained may move"] if self.config.select < 1 else []
+        return [*own, *part, *super().caveats()]

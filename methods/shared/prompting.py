@@ -93,6 +93,10 @@ class PromptMethod(Method):
         """Prefixes {block: (keys (B, L/2, D), values (B, L/2, D))} for queries (B, D)."""
         raise NotImplementedError
 
+    def caveats(self) -> list[str]:
+        """What an answer costs."""
+        return ["two passes per image", *super().caveats()]
+
     def penalty(self) -> Tensor | None:
         """The key loss of the last training forward pass, a scalar; handed out once."""
         loss, self._key_loss = self._key_loss, None

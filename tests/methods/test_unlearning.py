@@ -197,7 +197,9 @@ def test_unlearning_moves_the_target_and_methods_get_the_same(
     assert all(not d.Z.any() and not d.active for d in work.method.each())
     rows = record["matrix"]["rows"]
     assert rows[1]["drift"][0] > 0
-    assert "target_shown" not in rows[0]  # no judge knows these words: nothing is told
+    # no judge knows these words: nothing is told
+    assert [row["target_shown"] for row in rows] == [[None], [None, None]]
+    assert not any("target_shown_before" in row for row in rows)
     assert not any(key.startswith("retained") for key in rows[1])
     shown = sorted(p.relative_to(tmp_path / "samples").as_posix() for p in (tmp_path / "samples").rglob("*heart/0.png"))
     assert shown == [f"after_{i}/3_a-photo-of-heart/0.png" for i in range(3)]
@@ -430,7 +432,8 @@ def test_what_is_retained_is_measured_by_a_judge_that_knows_it(
     domain.begin_task(1)
     shows = {"ink": "grey"}
     row = domain.evaluate([0, 1])
-    assert "target_shown" not in row  # the judge does not know what is asked
+    assert row["target_shown"] == [None, None]  # the judge does not know what is asked
+    assert "target_shown_before" not in row
     assert "retained_inside" not in row
     assert row["retained_across"] == [None, 0.0]
     # a run that goes on reads what the pretrained model drew, and does not draw it again

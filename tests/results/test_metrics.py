@@ -306,6 +306,10 @@ def test_every_metric_of_requests_on_rows_worked_out_by_hand() -> None:
     # nothing is taught that an image could be nearest to
     assert (values["concept_accuracy"], values["concept_accuracy_last"]) == (None, None)
     assert right_concepts(recorded, 3) == [None, None, None]
+    # nor where no judge knows what was asked for
+    unseen = [{**row, "target_shown": [None] * (i + 1)} for i, row in ASKED.items()]
+    values = KINDS["mmd"].compute({"kind": "mmd", "rows": unseen}, 3)
+    assert (values["UA"], values["concept_accuracy"], values["concept_accuracy_last"]) == (None, None, None)
 
 
 def test_the_mean_over_unlearning_is_low_for_a_broken_model_and_for_one_that_is_as_it_was() -> None:
