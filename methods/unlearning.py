@@ -7,15 +7,16 @@ concept ablation, arXiv 2303.13516, and ESD, arXiv 2303.07345. With c the target
     esd                || eps(x_t, c) - [f(x_t, "") - eta (f(x_t, c) - f(x_t, ""))] ||^2, f the network before the
                        request, x_t noised pictures of the target
 
-Where the network predicts velocity the goals are the same, as they are affine in it, and distances are weighted to
-those between noises (`noise_weights`). K and V are trained in full. The options of `shared/held_updates.py` are options
-of both: l1, l2, select, project, merge.
+eps is what the network predicts, a velocity too: the goals are affine in it. K and V are trained in full. The options
+of `shared/held_updates.py` are options of both: l1, l2, select, project, merge.
 
 Differs from the paper: the update is projected, not gradients (`project_gradients`), so that it stays in its subspace
 whatever the optimiser; the start token is held too (`keep_start`), which every prompt attends to; at most half of the
 input's directions are held, the nearest things first. The gradient behind `select` is of batches of the task, not of
 one trajectory. ESD's pictures are made once before a request, not partly sampled anew in each step. `weight_decay` is
-of the update: the weights do not shrink. There is no simultaneous upper bound.
+of the update: the weights do not shrink. There is no simultaneous upper bound. A network that predicts velocity pays
+for distances of velocities, as in its own training, which weigh high noise more than the papers' do; `distance: noise`
+has theirs.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dualcl.methods.base import check, register_method
@@ -32,7 +34,24 @@ from dualcl.methods.shared.low_rank import without_updates
 
 
 @dataclass(frozen=True)
-class AblationConfig(HeldConfig):
+class UnlearningConfig(HeldConfig):
+    """What both have."""
+
+    distance: Literal["prediction", "noise"] = field(
+        default="prediction",
+        metadata={
+            "help": "of what the network predicts, or of the noise it amounts to; the same unless it is velocity"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = self.distance in ("prediction", "noise")
+        check(known, f"method.distance must be prediction or noise, got {self.distance!r}")
+
+
+@dataclass(frozen=True)
+class AblationConfig(UnlearningConfig):
     """Hyper-parameters of concept ablation; published: 1,000 to 2,000 steps of 4 pictures."""
 
     lr: float = field(default=8e-6, metadata={"help": "learning rate of K and V"})
@@ -47,7 +66,7 @@ class AblationConfig(HeldConfig):
 
 
 @dataclass(frozen=True)
-class ESDConfig(HeldConfig):
+class ESDConfig(UnlearningConfig):
     """Hyper-parameters of ESD; published for SDXL: 200 steps of 1 picture."""
 
     lr: float = field(default=2e-4, metadata={"help": "learning rate of K and V"})
@@ -68,11 +87,13 @@ class Unlearning(HeldUpdates):
         raise NotImplementedError
 
     def loss(self, batch: Any) -> Tensor:
-        """Mean squared distance, as noise, to the goal of what is predicted under the target's prompts."""
+        """Mean squared distance to the goal of what is predicted under the target's prompts."""
         targets = self.offered.targets_of(batch.prompts)
         goal = self.goal(batch, targets)
-        away = (self.offered.paired_predictions(batch, targets) - goal).square().mean((1, 2, 3))
-        return (away * self.offered.noise_weights(batch)).mean()
+        predicted = self.offered.paired_predictions(batch, targets)
+        if self.config.distance == "prediction":
+            return F.mse_loss(predicted, goal)
+        return ((predicted - goal).square().mean((1, 2, 3)) * self.offered.noise_weights(batch)).mean()
 
     def caveats(self) -> list[str]:
         """What a reader must look at."""
