@@ -317,7 +317,8 @@ def _settings(config: Mapping[str, Any], known: dict[tuple[Any, ...], dict[str, 
 def tell_apart(records: Sequence[Record]) -> list[Record]:
     """The records of a stream; a label that stands for several settings (a sweep) names those that are set.
 
-    A record in which none of the varied keys is set keeps its label.
+    A record in which none of the varied keys is set keeps its label. An option that earlier records did not know yet is
+    varied where it is set: at its default it is what they did.
     """
     groups: dict[str, list[tuple[Record, dict[str, Any]]]] = {}
     known: dict[tuple[Any, ...], dict[str, Any]] = {}
@@ -327,8 +328,13 @@ def tell_apart(records: Sequence[Record]) -> list[Record]:
     for label, group in groups.items():
         different = {id(flat): flat for _, flat in group}.values()
         keys = dict.fromkeys(key for flat in different for key in flat)
-        varied = [k for k in keys if any(flat.get(k) != group[0][1].get(k) for flat in different)]
+        new = {key for key in keys if any(key not in flat for flat in different)}
+        told = []
         for record, flat in group:
+            sources = record.data.get("sources") or {}
+            told.append({k: v for k, v in flat.items() if k not in new or sources.get(k) != "default"})
+        varied = [k for k in keys if any(flat.get(k) != told[0].get(k) for flat in told)]
+        for (record, _), flat in zip(group, told, strict=True):
             names = [f"{k.removeprefix('method.')}={_written(flat[k])}" for k in varied if flat.get(k) is not None]
             run = {**record.data["run"], "label": f"{label} ({', '.join(names)})" if names else label}
             out.append(Record(record.path, {**record.data, "run": run}))

@@ -274,6 +274,25 @@ def test_customization_tables_mark_directions_and_name_what_was_measured(
     assert r"[$\times$10\textsuperscript{3}] $\downarrow$" in render(summarise([tmp_path]), "tex")
 
 
+def test_an_option_that_earlier_records_did_not_know_tells_rows_apart_where_it_is_set(
+    write_run: WriteRun, tmp_path: Path
+) -> None:
+    def knows(value: str, source: str) -> Callable[[dict[str, Any]], object]:
+        return lambda d: (
+            d["config"]["method"].update(style=value),
+            d.setdefault("sources", {}).update({"method.style": source}),
+        )
+
+    write_run(seed=0)
+    write_run(seed=1, edit=knows("plain", "default"))
+    labels = [row.label for row in summarise([tmp_path]).tables[0].rows]
+    assert len(labels) == 1
+    assert "style" not in labels[0]
+    write_run(seed=2, edit=knows("new", "given"))
+    labels = [row.label for row in summarise([tmp_path]).tables[0].rows]
+    assert sorted("style=new" in label for label in labels) == [False, True]
+
+
 def test_ablations_have_rows_under_their_own_labels(write_concept_run: WriteRun, tmp_path: Path) -> None:
     for seed in (0, 1):
         write_concept_run(seed=seed)
