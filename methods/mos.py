@@ -94,7 +94,6 @@ class MOS(AdapterMethod):
     def __init__(self, config: MOSConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
         self.aligner = Aligner(domain, n_tasks)
-        self.aligns = config.align_epochs > 0
         self.register_buffer("means", torch.zeros(self.classes, self.width))
 
     def grow(self, task: int) -> None:
@@ -156,10 +155,10 @@ class MOS(AdapterMethod):
 
     def stored_parameters(self) -> int:
         """The bottlenecks, the means and the Gaussians."""
-        gaussians = self.aligner.numbers() if self.aligns else 0
+        gaussians = self.aligner.numbers() if self.config.align_epochs else 0
         return super().stored_parameters() + self.known * self.width + gaussians
 
     def caveats(self) -> list[str]:
         """What is stored, and what an answer costs."""
         passes = "stores an adapter per task; a pass per image for each of them"
-        return [passes, *([caveat(self.config)] if self.aligns else []), *super().caveats()]
+        return [passes, *([caveat(self.config)] if self.config.align_epochs else []), *super().caveats()]

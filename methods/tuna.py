@@ -108,7 +108,6 @@ class TUNA(AdapterMethod):
     def __init__(self, config: TUNAConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
         self.gaussians = ClassGaussians(self.classes, self.width)
-        self.aligns = config.align_epochs > 0
         self.merges = "no_universal" not in config.reference_quirks
         #: bottlenecks, not a part of the state
         self.universal: list[Bottleneck] = []
@@ -140,7 +139,7 @@ class TUNA(AdapterMethod):
     def end_task(self, task: int) -> None:
         """Takes statistics, aligns all rows, merges."""
         self.restored(task + 1)
-        if not self.aligns:
+        if not self.config.align_epochs:
             return
         self.gaussians.add([(x[:, 0], y) for x, y in self.taken(task, task)], self.classifier.outputs(task))
         if task == 0:
@@ -181,10 +180,10 @@ class TUNA(AdapterMethod):
 
     def stored_parameters(self) -> int:
         """The bottlenecks, the rows and the Gaussians."""
-        gaussians = self.gaussians.numbers(self.known) if self.aligns else 0
+        gaussians = self.gaussians.numbers(self.known) if self.config.align_epochs else 0
         return super().stored_parameters() + self.known * self.width + gaussians
 
     def caveats(self) -> list[str]:
         """What is stored, and what an answer costs."""
         passes = f"stores an adapter per task; a pass per image for each of them{', and one more' * self.merges}"
-        return [passes, *([caveat(self.config)] if self.aligns else []), *super().caveats()]
+        return [passes, *([caveat(self.config)] if self.config.align_epochs else []), *super().caveats()]

@@ -9,7 +9,7 @@ import contextlib
 import gc
 import os
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -314,6 +314,12 @@ def _settings(config: Mapping[str, Any], known: dict[tuple[Any, ...], dict[str, 
     return known[key]
 
 
+def _without_defaults(record: Record, flat: Mapping[str, Any], keys: Set[str]) -> dict[str, Any]:
+    """The settings without those of `keys` that nobody set."""
+    sources = record.data.get("sources") or {}
+    return {k: v for k, v in flat.items() if k not in keys or sources.get(k) != "default"}
+
+
 def tell_apart(records: Sequence[Record]) -> list[Record]:
     """The records of a stream; a label that stands for several settings (a sweep) names those that are set.
 
@@ -328,13 +334,11 @@ def tell_apart(records: Sequence[Record]) -> list[Record]:
     for label, group in groups.items():
         different = {id(flat): flat for _, flat in group}.values()
         keys = dict.fromkeys(key for flat in different for key in flat)
-        new = {key for key in keys if any(key not in flat for flat in different)}
-        told = []
+        if new := {key for key in keys if any(key not in flat for flat in different)}:
+            group = [(record, _without_defaults(record, flat, new)) for record, flat in group]
+            different = {id(flat): flat for _, flat in group}.values()
+        varied = [k for k in keys if any(flat.get(k) != group[0][1].get(k) for flat in different)]
         for record, flat in group:
-            sources = record.data.get("sources") or {}
-            told.append({k: v for k, v in flat.items() if k not in new or sources.get(k) != "default"})
-        varied = [k for k in keys if any(flat.get(k) != told[0].get(k) for flat in told)]
-        for (record, _), flat in zip(group, told, strict=True):
             names = [f"{k.removeprefix('method.')}={_written(flat[k])}" for k in varied if flat.get(k) is not None]
             run = {**record.data["run"], "label": f"{label} ({', '.join(names)})" if names else label}
             out.append(Record(record.path, {**record.data, "run": run}))

@@ -217,10 +217,9 @@ class ConceptEvaluator:
             row["nearest_correct"][at] = nearest.count(j)
             row["generated"][at] = len(found)
             if request:
-                row.setdefault("target_shown", [None] * len(seen))
+                row.setdefault("target_shown", [None] * len(seen))[at] = _mean(shown)
             if shown is not None:
-                for key, value in (("target_shown", _mean(shown)), ("target_shown_before", self._before[0].get(j))):
-                    row.setdefault(key, [None] * len(seen))[at] = value
+                row.setdefault("target_shown_before", [None] * len(seen))[at] = self._before[0].get(j)
             if not request and (share := self._attribute_share(j, made)) is not None:
                 row.setdefault("attribute_share", [None] * len(seen))[at] = share
         if self.domain.stream.data.retained and (joint or self._evaluates_all(last)):

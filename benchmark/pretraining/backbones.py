@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import textwrap
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import timm
 
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import atomic_write
+from dualcl.benchmark.pretraining.stages import card_text
 from dualcl.benchmark.pretraining.text_to_image import to_input
 
 TIMM_NAME = "vit_tiny_patch16_224"
@@ -101,9 +101,8 @@ def shape_of(card: Mapping[str, Any], stream: str) -> str:
 
 def write_text(path: Path, title: str, paragraphs: list[str]) -> None:
     """The model card for people, as `path`.md."""
-    wrap = textwrap.TextWrapper(116, break_on_hyphens=False, break_long_words=False)
     with atomic_write(path.with_suffix(".md")) as handle:
-        handle.write((f"# {title}\n\n" + "\n\n".join(wrap.fill(p) for p in paragraphs) + "\n").encode())
+        handle.write(card_text(title, paragraphs).encode())
 
 
 def augmented(inputs: Tensor, by: int, generator: torch.Generator) -> Tensor:

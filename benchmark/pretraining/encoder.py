@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from dualcl.benchmark.models.image_branch import ImageBranch
 from dualcl.benchmark.models.row_encoder import WEIGHTS, RowEncoder, fresh_encoder
 from dualcl.benchmark.models.text_to_image import BaseConfig, TextToImage
 from dualcl.benchmark.pretraining.portraits import drawing_hash
-from dualcl.benchmark.pretraining.stages import Order, Say, Schedule, train
+from dualcl.benchmark.pretraining.stages import Order, Say, Schedule, card_text, train
 from dualcl.benchmark.pretraining.text_to_image import to_input, write_card
 from dualcl.datasets.drawing.people import Person, sample_person
 from dualcl.datasets.drawing.portrait_captions import CLASS_NOUN, sample_kind
@@ -261,7 +260,6 @@ def _measured(encoder: RowEncoder, prompts: Prompts, seed: int, recipe: EncoderR
 
 def _card_text(card: Mapping[str, Any]) -> str:
     recipe, measured = card["recipe"], card["measured"]
-    wrap = textwrap.TextWrapper(116, break_on_hyphens=False, break_long_words=False)
     paragraphs = [
         f"Reads a portrait as the suite draws them and gives rows of {card['base']}'s token table ({card['n_tokens']}) "
         f"to stand for the person, and {card['image_tokens']} tokens that every cross-attention reads beside the text, "
@@ -278,4 +276,4 @@ def _card_text(card: Mapping[str, Any]) -> str:
         "(stored weights).",
         "Not for anything but this suite: it has seen nothing except drawn portraits.",
     ]
-    return "# portraits-encoder\n\n" + "\n\n".join(wrap.fill(p) for p in paragraphs) + "\n"
+    return card_text("portraits-encoder", paragraphs)

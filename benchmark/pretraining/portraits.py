@@ -32,7 +32,7 @@ from dualcl.benchmark.core.files import atomic_write
 from dualcl.benchmark.core.generators import torch_generator
 from dualcl.benchmark.core.seeding import derive_seed, numpy_generator
 from dualcl.benchmark.models.portraits_judge import Judge, load_judge
-from dualcl.benchmark.pretraining.stages import Order, Say, Schedule, train
+from dualcl.benchmark.pretraining.stages import Order, Say, Schedule, card_text, train
 from dualcl.benchmark.pretraining.text_to_image import (
     TextAndUNet,
     contact_sheet,
@@ -276,7 +276,6 @@ def make_judge(folder: Path, seed: int, recipe: JudgeRecipe, command: str, say: 
 
 def _judge_text(card: Mapping[str, Any]) -> str:
     recipe, measured = card["recipe"], card["measured"]
-    wrap = textwrap.TextWrapper(116, break_on_hyphens=False, break_long_words=False)
     told = ", ".join(f"{name.replace('_', ' ')} {value:.2%}" for name, value in measured["right"].items())
     paragraphs = [
         f"Reads {len(card['attributes'])} attributes of a 48 px portrait as the suite draws them: a convolutional "
@@ -288,7 +287,7 @@ def _judge_text(card: Mapping[str, Any]) -> str:
         f"Right on {measured['n']} other drawings (stored weights): {told}.",
         "Not for anything but this suite: it has seen nothing except drawn portraits.",
     ]
-    return "# portraits-judge\n\n" + "\n\n".join(wrap.fill(p) for p in paragraphs) + "\n"
+    return card_text("portraits-judge", paragraphs)
 
 
 # --- the model -------------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,3 +190,9 @@ def train(
                 at_save(average, step)
             saved = time.monotonic()
     return average.eval()
+
+
+def card_text(title: str, paragraphs: Sequence[str]) -> str:
+    """A model card as Markdown."""
+    wrap = textwrap.TextWrapper(116, break_on_hyphens=False, break_long_words=False)
+    return f"# {title}\n\n" + "\n\n".join(wrap.fill(p) for p in paragraphs) + "\n"

@@ -110,6 +110,13 @@ def with_prediction(diffusion: Any, kind: str) -> Any:
     return StableDiffusion(*parts, "copy", "copy")
 
 
+def first_batch(sd_run: Callable[..., Any], diffusion: Any, kind: str) -> tuple[Any, Any]:
+    """The domain with its first task begun, and that task's first batch."""
+    run = sd_run("finetune", diffusion=with_prediction(diffusion, kind))
+    run.begin(0)
+    return run.domain, next(run.domain.batches(0, 0))
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_targets_are_what_the_noise_schedule_says(sd_run: Callable[..., Any], diffusion: Any, kind: str) -> None:
     domain = sd_run("finetune", diffusion=with_prediction(diffusion, kind)).domain
@@ -132,10 +139,7 @@ def test_targets_are_what_the_noise_schedule_says(sd_run: Callable[..., Any], di
 def test_errors_are_of_the_noise_whatever_the_network_predicts(
     sd_run: Callable[..., Any], diffusion: Any, kind: str
 ) -> None:
-    run = sd_run("finetune", diffusion=with_prediction(diffusion, kind))
-    run.begin(0)
-    domain = run.domain
-    batch = next(domain.batches(0, 0))
+    domain, batch = first_batch(sd_run, diffusion, kind)
     predicted = domain.predictions(batch, ["a symbol"])[:, 0]
     kept = domain.diffusion.scheduler.alphas_cumprod[batch.timesteps][:, None, None, None]
 
@@ -150,10 +154,7 @@ def test_errors_are_of_the_noise_whatever_the_network_predicts(
 def test_the_loss_is_the_mean_squared_error_of_the_unets_prediction(
     sd_run: Callable[..., Any], diffusion: Any, kind: str
 ) -> None:
-    run = sd_run("finetune", diffusion=with_prediction(diffusion, kind))
-    run.begin(0)
-    domain = run.domain
-    batch = next(domain.batches(0, 0))
+    domain, batch = first_batch(sd_run, diffusion, kind)
     context = domain.diffusion.encode_text(batch.prompts).states
     predicted = domain.model(batch.noisy, batch.timesteps, encoder_hidden_states=context).sample
     assert torch.allclose(domain.loss(batch), (predicted - batch.target).square().mean(), rtol=1e-6)
