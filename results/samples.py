@@ -7,6 +7,7 @@ empty and is named in a note.
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,7 @@ class Sheet:
     #: whether the page shows it, or only links to it
     shown: bool = True
 
+    @functools.cached_property
     def png(self) -> bytes:
         """The sheet as a PNG file."""
         buffer = io.BytesIO()
@@ -102,7 +104,7 @@ class Sheet:
     def for_page(self) -> tuple[str, bytes]:
         """(media type, bytes): photographs as JPEG, a tenth of the size; enlarged pixels as PNG."""
         if not self.photos:
-            return "image/png", self.png()
+            return "image/png", self.png
         buffer = io.BytesIO()
         self.image.save(buffer, "JPEG", quality=88)
         return "image/jpeg", buffer.getvalue()

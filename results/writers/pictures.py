@@ -60,7 +60,7 @@ def draw_sheets(pictures: Pictures, summary: Summary, out: Path | None, *, strea
             for sheet in sheets if out is not None else []:
                 assert out is not None
                 (out / "samples").mkdir(exist_ok=True)
-                path = write_bytes(out / "samples" / f"{sheet.name}.png", sheet.png())
+                path = write_bytes(out / "samples" / f"{sheet.name}.png", sheet.png)
                 found.links.append(path.relative_to(out).as_posix())
         pictures.samples.append(found)
 

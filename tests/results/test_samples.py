@@ -213,7 +213,7 @@ def test_photographs_are_reduced_and_go_into_the_page_as_jpeg(write_concept_run:
     sheets, _ = draw_samples([load_record(run)], "glyph")
     kind, data = sheets[0].for_page()
     assert kind == "image/jpeg"
-    with Image.open(io.BytesIO(data)) as page, Image.open(io.BytesIO(sheets[0].png())) as file:
+    with Image.open(io.BytesIO(data)) as page, Image.open(io.BytesIO(sheets[0].png)) as file:
         assert (page.format, file.format) == ("JPEG", "PNG")
         assert page.size == file.size
 
