@@ -6,6 +6,8 @@ classes. After each step
 
     theta_t <- (1 - m) theta_t + m mean over i < t of theta_i,   m = 0.1
 
+which takes back a tenth of the way from that mean each step: with a rate that falls to zero, as the presets' does, an
+adapter ends where the mean is, and little is left of its own task (0.2 % of 160 even steps; with m = 0.01, 34 %).
 When it has ended: Gaussians of its classes under theta_t; all rows are trained on draws from those of all classes
 (`shared/alignment.py`, with the cross entropy of z = W x + b, means as they are); P_c: the mean of class c under
 theta_0. Of an image, phi_i its feature under theta_i,
@@ -46,7 +48,9 @@ class MOSConfig(AdapterConfig, AlignConfig):
     """Options of MOS, as on ImageNet-R in its public code."""
 
     bottleneck: int = field(default=16, metadata={"help": "width of the bottlenecks"})
-    mixture: float = field(default=0.1, metadata={"help": "m, share of earlier adapters' mean after each step"})
+    mixture: float = field(
+        default=0.1, metadata={"help": "m, share of earlier adapters' mean after each step; 0: none"}
+    )
     align_epochs: int = field(default=30, metadata={"help": "epochs of the classifier's alignment; 0: none"})
     align_lr: float = field(default=5e-3, metadata={"help": "its learning rate (SGD)"})
     reference_quirks: tuple[str, ...] = field(
