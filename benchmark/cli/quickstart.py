@@ -17,7 +17,7 @@ from dualcl.results.tables import summarise
 #: so that two cores end together
 QUICKSTART: tuple[tuple[str, str, str | None, tuple[str, ...]], ...] = (
     ("portraits-quick", "customization", None, ()),
-    ("renditions-10", "classification", "joint,clora,lora,ranpac,ncm", ("train.epochs=3",)),
+    ("renditions-10", "classification", "joint,clora,lora,ranpac,ncm", ("train.epochs=2",)),
 )
 
 
