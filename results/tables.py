@@ -34,18 +34,20 @@ PER_SEED = frozenset({"class_order", "class_order_hash", "order_seed"})
 MAY_LACK = frozenset({"prior_hash", "anchor_pictures"})
 #: files of tensors in a record's content, whose own hashes stand in the identity
 _FILES = ("weights", "base", "features")
-#: last parts of configuration keys that differ between seeds or machines, and do not make another variant of a method
-_FREE_CONFIG = PER_SEED | {
+#: configuration keys that differ between seeds or machines, and do not make another variant of a method
+_FREE_CONFIG = {
     "seed",
     "device",
     "threads",
-    "checkpoint_seconds",
-    "log_every",
-    "workers",
-    "cache_mib",
-    "cache_gib",
-    "root",
-    "prior_captions",
+    "stream.order_seed",
+    "stream.class_order",
+    "train.checkpoint_seconds",
+    "train.log_every",
+    "input.workers",
+    "input.cache_mib",
+    "input.cache_gib",
+    "data.root",
+    "data.prior_captions",
 }
 
 
@@ -116,7 +118,8 @@ class Table:
     measures: dict[str, Measure]
     #: None for fewer than two rows, and for runs that were mixed on request
     differences: Differences | None = None
-    mixed: bool = False
+    #: what differs between runs that do not compare, put together on request
+    mixed: tuple[str, ...] = ()
 
     @property
     def metrics(self) -> list[Measure]:
@@ -310,7 +313,7 @@ def _settings(config: Mapping[str, Any], known: dict[tuple[Any, ...], dict[str, 
         if name not in _FREE_CONFIG
     )
     if key not in known:
-        known[key] = {k: _set(v) for k, v in _flat(config) if k.split(".")[-1] not in _FREE_CONFIG}
+        known[key] = {k: _set(v) for k, v in _flat(config) if k not in _FREE_CONFIG}
     return known[key]
 
 
@@ -400,7 +403,8 @@ def _warnings(records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
     lines = []
     few = [f"{row.label} ({len(row.seeds)})" for row in rows if len(row.seeds) < FEW_SEEDS]
     if few:
-        lines.append(f"fewer than {FEW_SEEDS} seeds, differences may be chance: {', '.join(few)}")
+        which = ", ".join(few) if len(few) < len(rows) else "all rows"
+        lines.append(f"fewer than {FEW_SEEDS} seeds, differences may be chance: {which}")
     if len({row.seeds for row in rows}) > 1:
         seeds = "; ".join(f"{row.label}: {', '.join(map(str, row.seeds))}" for row in rows)
         lines.append(f"not the same seeds for every method ({seeds})")
@@ -575,12 +579,12 @@ def make_table(
         _measured(finished or list(records)),
         kind,
         rows,
-        {key: _best(rows, measure) for key, measure in measures.items()},
+        {key: _best(rows, measure) if not conflicts else frozenset() for key, measure in measures.items()},
         unfinished,
         [*warnings, *_warnings(finished, rows), *_measured_in(finished, measures.values()), *_other_code(finished)],
         finished,
         measures,
-        mixed=bool(conflicts),
+        mixed=tuple(conflicts),
     )
     # runs that do not compare make no pairs
     return table if conflicts else replace(table, differences=_differences(table, baseline, confidence))

@@ -33,6 +33,9 @@ def main(args: argparse.Namespace) -> int:
     summary = summarise(args.dirs, allow_mixed=args.allow_mixed, baseline=args.baseline, confidence=args.confidence)
     # the table first: pictures take longer
     print(terminal_table(summary, alone or "text", with_published=args.with_published).rstrip("\n"), flush=True)
+    if alone == "csv":
+        for problem in summary.problems:  # the other forms have a place for it
+            say(problem)
     if args.out is not None or not alone:
         write_report(summary, args.out or args.dirs[0] / "report", formats, args.with_published, args.all_plots)
     if args.predicts is not None:

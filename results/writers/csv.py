@@ -25,12 +25,17 @@ def csv_text(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def render(summary: Summary) -> str:
-    """One row per stream and method: mean, std, n of every measure, in s and MiB; empty where undefined."""
+    """One row per stream and method: mean, std, n of every measure, in s and MiB; empty where undefined.
+
+    `mixed`, where runs that do not compare were put together on request: what differs.
+    """
     keys = list(dict.fromkeys(key for table in summary.tables for row in table.rows for key in row.stats))
     header = ["preset", "method", "joint", "seeds"]
     header += [f"{key}_{part}" for key in keys for part in ("mean", "std", "n")]
     caveats = any(row.caveats for table in summary.tables for row in table.rows)
     header += ["caveats"] * caveats
+    mixed = any(table.mixed for table in summary.tables)
+    header += ["mixed"] * mixed
     lines: list[list[Any]] = []
     for table in summary.tables:
         for row in table.rows:
@@ -38,7 +43,7 @@ def render(summary: Summary) -> str:
             for key in keys:
                 stat = row.stats.get(key)
                 line += [stat.mean, stat.std, stat.n] if stat else [None, None, 0]
-            lines.append(line + ["; ".join(row.caveats)] * caveats)
+            lines.append(line + ["; ".join(row.caveats)] * caveats + ["; ".join(table.mixed)] * mixed)
     return csv_text(header, lines)
 
 

@@ -90,7 +90,7 @@ def _tex_differences(table: Table) -> list[str]:
 
 
 def table_latex(table: Table) -> str:
-    r"""Booktabs tables (\usepackage{booktabs}), best values bold; what has no result follows as a comment.
+    r"""Booktabs tables (\usepackage{booktabs}), best values bold; comments: no result, what to mind.
 
     All metrics follow in a table of their own where the first does not show them, then the differences.
     """
@@ -114,6 +114,7 @@ def table_latex(table: Table) -> str:
     caveats = [tex_text(line) for line in tables.caveat_lines(table)]
     lines += [*(rf"\par\footnotesize {line}" for line in caveats), r"\end{table}"]
     lines += [f"% without a result: {' '.join(line.split())}" for line in table.unfinished]
+    lines += [f"% mind: {' '.join(line.split())}" for line in table.warnings]
     if every := table.all_metrics:
         lines += _tex_grid(
             f"{tex_text(table.preset)}: all metrics of the matrix.",
@@ -129,11 +130,12 @@ def table_latex(table: Table) -> str:
 
 
 def render(summary: Summary) -> str:
-    """All tables of a summary; the ranks over streams follow as comments."""
+    """All tables of a summary; the ranks over streams and what was left out follow as comments."""
     blocks = []
     for kind, found in tables.sections(summary):
         blocks += [table_latex(table) for table in found]
         blocks += [f"% {' '.join(line.split())}" for line in tables.ranking_lines(summary, kind)]
+    blocks += [f"% {' '.join(line.split())}" for line in summary.problems]
     return "\n".join(blocks)
 
 

@@ -95,7 +95,7 @@ def table_markdown(table: Table) -> str:
 
 
 def render(summary: Summary) -> str:
-    """All tables of a summary, by kind, with the ranks over streams."""
+    """All tables of a summary, by kind, with the ranks over streams, and what was left out."""
     blocks, parts = [], tables.sections(summary)
     for kind, found in parts:
         blocks += [table_markdown(table) for table in found]
@@ -103,6 +103,8 @@ def render(summary: Summary) -> str:
             blocks[-len(found)] = f"## {kind.heading}\n\n{blocks[-len(found)]}"
         if lines := tables.ranking_lines(summary, kind):
             blocks.append("\n".join(["### Ranks over streams", "", *(f"- {markdown_text(t)}" for t in lines), ""]))
+    if summary.problems:
+        blocks.append("\n".join(["### Left out", "", *(f"- {markdown_text(t)}" for t in summary.problems), ""]))
     return "\n".join(blocks)
 
 

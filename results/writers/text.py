@@ -75,9 +75,10 @@ def table_text(table: Table, *, ascii_only: bool = False, width: int | None = No
         grid.append([tables.row_name(row), str(len(row.seeds)), *cells])
     lines = [f"{table.preset}: {table.subtitle}", *([table.measured] if table.measured else []), ""]
     lines += _text_grid(_plain_grid(grid, ascii_only), 2, width) if table.rows else []
-    lines.append(tables.seeds_note(table) + (" * marks the best of a column." if any(table.best.values()) else ""))
-    lines += _wrapped(tables.caveat_lines(table), width)
-    lines += [f"no result: {line}" for line in table.unfinished]
+    marked = " * marks the best of a column." if any(table.best.values()) else ""
+    lines += _wrapped([tables.seeds_note(table) + marked, *tables.caveat_lines(table)], width)
+    lines += _wrapped([f"no result: {line}" for line in table.unfinished], width)
+    lines += _wrapped([f"mind: {line}" for line in table.warnings], width)
     if table.differences is not None and table.differences.shown:
         lines += ["", *_wrapped([tables.difference_title(table)], width), ""]
         lines += _text_grid(_plain_grid(_text_differences(table), ascii_only), 2, width)
@@ -99,11 +100,13 @@ def _plain_grid(grid: Sequence[Sequence[str]], ascii_only: bool) -> list[list[st
 
 
 def render(summary: Summary, *, ascii_only: bool = False, width: int | None = None) -> str:
-    """All tables of a summary, then the ranks over its streams."""
+    """All tables of a summary, then the ranks over its streams, and what was left out."""
     blocks = [table_text(table, ascii_only=ascii_only, width=width) for table in summary.tables]
     for kind, _ in tables.sections(summary):
         if lines := tables.ranking_lines(summary, kind):
             blocks.append(_plain("\n".join([*_wrapped(lines, width), "", ""]), ascii_only))
+    if summary.problems:
+        blocks.append(_plain("\n".join([*_wrapped(summary.problems, width), ""]), ascii_only))
     return "\n".join(blocks)
 
 

@@ -11,7 +11,7 @@ from scipy import stats
 
 from dualcl.benchmark.cli import main
 from dualcl.benchmark.core.errors import UserError
-from dualcl.results.report import build_report, render, terminal_table
+from dualcl.results.report import TABLE_FORMATS, build_report, render, terminal_table
 from dualcl.results.statistics import Ranking
 from dualcl.results.tables import summarise
 from dualcl.results.writers import csv as csv_writer
@@ -208,8 +208,9 @@ def test_terminal_table_is_aligned_marks_the_best_and_fits(runs: Path) -> None:
     assert clora.index("71.00") + len("71.00 ± 1.41") == head.index("A_last ↑") + len("A_last ↑")
     narrow, differences = terminal_table([runs], ascii_only=False, width=60).split("Differences to")
     assert max(map(len, differences.splitlines())) <= 60
-    assert max(map(len, narrow.splitlines()[2:-4])) <= 60
-    assert narrow.count("clora") == narrow.count("method") > 1
+    assert max(map(len, narrow.splitlines()[2:])) <= 60
+    starts = [line.split(" ")[0] for line in narrow.splitlines()]
+    assert starts.count("clora") == starts.count("method") > 1
     terminal_table([runs], ascii_only=True).encode("ascii")
 
 
@@ -480,13 +481,29 @@ def test_identical_runs_get_no_test(write_run: WriteRun, tmp_path: Path) -> None
     assert "The same difference at every seed, so no interval and no test: twin (A\\_last), twin (A\\_avg)" in text
 
 
-def test_mixed_runs_make_no_pairs(write_run: WriteRun, tmp_path: Path) -> None:
+def test_mixed_runs_make_no_pairs_have_no_best_and_are_said_to_be_so(write_run: WriteRun, tmp_path: Path) -> None:
     shared(write_run, {"clora": [60, 70]})
     shared(write_run, {"lora": [58, 69]}, edit=lambda d: d["identity"].update(split_hash="9999"))
     summary = summarise([tmp_path], allow_mixed=True)
     assert summary.tables[0].differences is None
+    assert not any(summary.tables[0].best.values())
     assert csv_writer.differences(summary.tables).count("\n") == 1
     assert "Differences to" not in render(summary, "md")
+    assert all("split_hash is" in render(summary, form).replace("\\", "") for form in TABLE_FORMATS)
+
+
+def test_damaged_records_are_named_in_every_format_that_has_room(write_run: WriteRun, tmp_path: Path) -> None:
+    shared(write_run, {"clora": [60, 70]})
+    place = write_run(seed=2) / "record.json"
+    place.write_text(place.read_text()[:-20])
+    summary = summarise([tmp_path])
+    assert all("left out" in render(summary, form) for form in ("text", "md", "tex"))
+
+
+def test_a_method_s_own_setting_tells_rows_apart_whatever_its_name(write_run: WriteRun, tmp_path: Path) -> None:
+    for seed, workers in enumerate((1, 50)):
+        write_run(seed=seed, edit=lambda d, w=workers: d["config"]["method"].update(workers=w))
+    assert len(summarise([tmp_path]).tables[0].rows) == 2
 
 
 def test_caveats_are_marked_and_explained_in_every_format(write_run: WriteRun, tmp_path: Path) -> None:
