@@ -25,6 +25,8 @@ from dualcl.benchmark.core.settings import Resolved, parse_assignment
 from dualcl.benchmark.core.text import align
 from dualcl.benchmark.domains import domain_class
 from dualcl.benchmark.grids.plan import Outcome, Planned, check_seed_given_once
+from dualcl.datasets import dataset_class
+from dualcl.datasets.reading.content import Picture, pictures
 from dualcl.methods import method_info
 from dualcl.results.files import csv_cell
 from dualcl.results.metrics import COST, KINDS, METRICS
@@ -34,8 +36,10 @@ from dualcl.results.records import load_record
 HOLDOUT = 0.2
 #: concepts of a sweep, where a data set has some to spare beside those that are reported on
 SWEEP_CONCEPTS = 5
-#: what a sweep sets itself, or must not vary: points are compared on the same data
-DATA_KEYS = ("data.holdout", "data.skip", "data.validation", "data.tuning")
+#: what must not vary, by section: points are compared on the same data, measured in the same way
+SAME = {"data": "on different data", "stream": "on different streams", "eval": "in different ways"}
+#: beside the method's own, what its settings were chosen under; epochs, steps and batch size are the comparison's
+UNDER = ("train.optimizer", "train.schedule", "train.milestones", "train.grad_clip")
 
 
 @dataclass(frozen=True)
@@ -71,8 +75,8 @@ def parse_axis(text: str) -> Axis:
         raise UserError(f"--over wants key=v1,v2,..., got {text!r}")
     if key == "seed":
         raise UserError("--over seed=... is what --seeds is for; give --seeds 0,1,2")
-    if key in DATA_KEYS:
-        raise UserError(f"--over {key} would measure the points on different data; fix it with --set {key}=...")
+    if (how := SAME.get(key.partition(".")[0])) is not None:
+        raise UserError(f"--over {key} would measure the points {how}; fix it with --set {key}=...")
     values = _split_values(rest)
     for i, value in enumerate(values):
         if not value:
@@ -89,7 +93,7 @@ def typed(value: Any) -> str:
         short = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
         if float(short) == value:
             return short
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) and parse_assignment(f"x={value}")[1] == value else json.dumps(value)
 
 
 def axes_of(preset: Preset, method: str) -> list[Axis]:
@@ -119,6 +123,23 @@ class Point:
     def name(self) -> str:
         """`key=value,key=value`."""
         return ",".join(f"{k}={v}" for k, v in self.settings)
+
+    @property
+    def fixed(self) -> dict[str, str]:
+        """What `--set` gave that its settings were measured under."""
+        resolved, varied = self.runs[0].resolved, {key.removesuffix("_") for key, _ in self.settings}
+        return {
+            key: typed(value)
+            for key, value in sorted(resolved.flat().items())
+            if resolved.sources.get(key, "").startswith("--set")
+            and (key.startswith("method.") or key in UNDER)
+            and key.removesuffix("_") not in varied
+        }
+
+    @property
+    def use(self) -> dict[str, str]:
+        """All that another run needs to be given."""
+        return {**dict(self.settings), **self.fixed}
 
 
 def _folder_name(name: str) -> str:
@@ -150,9 +171,11 @@ class Sweep:
     def tuning(self) -> str:
         """What a preset's `tuning:` may say of the method after this sweep."""
         points, seeds = len(self.points), len(self.points[0].runs)
+        everywhere = set.intersection(*(set(point.fixed.items()) for point in self.points))
+        fixed = ", ".join(f"{key}={value}" for key, value in sorted(everywhere))
         return (
             f"dualcl sweep on {self.preset}: {points} point{'s' * (points > 1)}, {seeds} seed{'s' * (seeds > 1)}, "
-            f"by {self.select} on {self.measured_on}"
+            f"by {self.select} on {self.measured_on}{f', at {fixed}' * bool(fixed)}"
         )
 
 
@@ -325,7 +348,7 @@ def best_score(sweep: Sweep, scores: Sequence[Score]) -> Score | None:
 
 def set_line(score: Score) -> str:
     """What to add to `dualcl run` or `compare` to use the point."""
-    return "--set " + " ".join(shlex.quote(f"{k}={v}") for k, v in score.point.settings)
+    return "--set " + " ".join(shlex.quote(f"{k}={v}") for k, v in score.point.use.items())
 
 
 def _shown(sweep: Sweep, scores: Sequence[Score]) -> list[str]:
@@ -358,6 +381,14 @@ def sweep_table(sweep: Sweep, scores: Sequence[Score]) -> str:
     return "\n".join([title, "", *lines, *([""] if failed else []), *failed])
 
 
+def _pictures(run: Planned) -> list[Picture]:
+    """Every picture of a run's data that is a file; none of data that are drawn, or not on this machine."""
+    resolved = run.resolved
+    if "data" not in domain_class(resolved.domain).contents(resolved):
+        return []
+    return pictures(dataset_class(resolved.data_reference, resolved.domain).load(resolved.sections["data"]))[1]
+
+
 def write_sweep(sweep: Sweep, scores: Sequence[Score], out: Path) -> list[Path]:
     """Writes sweep.csv and sweep.json into `out`, best point first."""
     keys = [k for k, _ in sweep.points[0].settings]
@@ -374,6 +405,7 @@ def write_sweep(sweep: Sweep, scores: Sequence[Score], out: Path) -> list[Path]:
         row = [*(v for _, v in score.point.settings), score.finished, len(score.point.runs), *cells, score.error]
         writer.writerow(["" if v is None else csv_cell(v) for v in row])
     best = best_score(sweep, scores)
+    run = best.point.runs[0] if best else None
     points = [
         {
             "settings": dict(score.point.settings),
@@ -394,8 +426,8 @@ def write_sweep(sweep: Sweep, scores: Sequence[Score], out: Path) -> list[Path]:
         "measured_on": sweep.measured_on,
         "space": sweep.space,
         "tuning": sweep.tuning,
-        "stream": stream_of(load_record(best.point.runs[0].out).data) if best else None,
-        "best": {"settings": dict(best.point.settings), "use": set_line(best)} if best else None,
+        "stream": stream_of(load_record(run.out).data, _pictures(run)) if run else None,
+        "best": {"settings": best.point.use, "use": set_line(best)} if best else None,
         "points": points,
     }
     with atomic_write(out / "sweep.csv") as file:

@@ -17,7 +17,8 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from dualcl.benchmark.cli import main
-from dualcl.benchmark.config.tuned import read_tuned, stream_of
+from dualcl.benchmark.config.tuned import SAMPLE, Tuned, read_tuned, stream_of
+from dualcl.benchmark.core.errors import UserError
 
 KWARGS = {"img_size": 32, "patch_size": 16, "depth": 1, "embed_dim": 16, "num_heads": 2}
 
@@ -98,6 +99,30 @@ def test_by_hand_goes_before_the_sweep(place: Path, tmp_path: Path) -> None:
     assert made["run"]["tuning"].startswith("--set method.lr; the rest: dualcl sweep on tune")
 
 
+def test_what_a_sweep_was_given_goes_with_what_it_found(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = ["methods.lora.rank=2", "train.optimizer=sgd", "train.batch_size=3", "train.log_every=1"]
+    command = ["sweep", str(place / "tune.yaml"), "lora", "--over", "method.lr=1e-4,1e-3"]
+    assert main([*command, "--out", str(tmp_path / "sw"), "--set", *fixed]) == 0
+    tree = json.loads((tmp_path / "sw" / "lora" / "sweep.json").read_text())
+    best = {**tree["points"][0]["settings"], "method.rank": "2", "train.optimizer": "sgd"}
+    assert tree["best"]["settings"] == best
+    assert tree["best"]["use"] == "--set " + " ".join(f"{key}={value}" for key, value in best.items())
+    assert tree["tuning"].endswith("training images), at method.rank=2, train.optimizer=sgd")
+    assert f"use it with: {tree['best']['use']}\n" in capsys.readouterr().err
+
+    use = ["run", str(place / "reported.yaml"), "lora", "--tuned-on", str(tmp_path / "sw"), "--quiet", "--out"]
+    assert main([*use, str(tmp_path / "run")]) == 0
+    made = run_of(tmp_path / "run")
+    assert (made["config"]["method"]["rank"], made["sources"]["method.rank"]) == (2, "sweep on tune")
+    assert made["config"]["method"]["lr"] == float(best["method.lr"])
+    assert (made["config"]["train"]["optimizer"], made["config"]["train"]["batch_size"]) == ("sgd", 4)
+    assert main([*use, str(tmp_path / "own"), "--set", "method.rank=3"]) == 0
+    made = run_of(tmp_path / "own")
+    assert (made["config"]["method"]["rank"], made["sources"]["method.rank"]) == (3, "--set")
+
+
 def test_settings_of_the_reported_stream_are_refused_unless_allowed(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -151,3 +176,33 @@ def test_a_sweep_that_lies_with_its_page_is_one_that_the_page_used(found: Path) 
         assert not tuned.check(record["identity"]["data"], stream_of(record)["items"])
         used = record["config"]["method"]
         assert {f"method.{key}": used[key] for key in used if f"method.{key}" in tuned.values} == tuned.values
+
+
+def test_pictures_tell_a_stream_where_they_are_known(place: Path) -> None:
+    stream = json.loads((place / "swept" / "lora" / "sweep.json").read_text())["stream"]
+    names, sampled = stream["items"], stream["pictures"]
+    assert len(sampled) == SAMPLE * len(names)
+    tuned = read_tuned(place / "swept", "lora")
+    assert tuned is not None
+    renamed = [("train", "azul", f"azul/{i}.png", hashed * 4) for i, hashed in enumerate(sampled)]
+    with pytest.raises(UserError, match=r"chosen on azul/0\.png, a picture of this stream too \(16 of 16 compared\)"):
+        tuned.check("another set", ["azul"], renamed)
+    assert not tuned.check("another set", ["rojo"], renamed)  # a class that the stream leaves out
+    others = [("train", name, f"{name}/0.png", "0" * 64) for name in names]
+    assert not tuned.check("image-folder", names, others)
+    # of a stream that is drawn, and of a sweep that says no pictures, names are all there is
+    with pytest.raises(UserError, match=r"on blue of image-folder, which this stream has by name too \(4 shared"):
+        tuned.check("image-folder", names)
+    older = Tuned(tuned.preset, tuned.settings, tuned.tuning, tuned.data, tuned.items)
+    with pytest.raises(UserError, match="unless its pictures are others: then give the same `dualcl sweep` command"):
+        older.check("image-folder", names, others)
+    assert not older.check("another set", names, renamed)
+
+
+def test_of_many_pictures_a_sweep_keeps_the_same_few_whatever_their_order() -> None:
+    record = {"network": {}, "tasks": [{"classes": ["a"]}, {"classes": ["b"]}], "identity": {"data": "set"}}
+    found = [("test", name, str(i), f"{name}{i:015x}".ljust(64, "0")) for name in ("a", "b", "c") for i in range(9)]
+    stream = stream_of(record, found)
+    assert stream == stream_of(record, found[::-1])
+    assert stream["pictures"] == [f"{name}{i:015x}" for name in ("a", "b") for i in range(SAMPLE)]
+    assert "pictures" not in stream_of(record)
