@@ -212,14 +212,16 @@ def make_class_order(
 
 def _named_order(given: Sequence[str], names: Sequence[str], item: str) -> tuple[int, ...]:
     place = {name: i for i, name in enumerate(names)}
+    if double := next((name for name, times in Counter(names).items() if times > 1), None):
+        those = " and ".join(str(i) for i, name in enumerate(names) if name == double)
+        raise UserError(
+            f"stream.class_order: {item} {those} are called {double!r}; give the order as numbers, as in [2,0,1]"
+        )
     for name, times in Counter(given).items():
         if name not in place:
             raise UserError(f"stream.class_order: there is no {item} {name!r}; {nearest(name, names, 'names')}")
         if times > 1:
             raise UserError(f"stream.class_order names {name!r} {times} times; name every {item} once")
-    if len(place) < len(names):
-        double = next(name for name, times in Counter(names).items() if times > 1)
-        raise UserError(f"stream.class_order: {item} {double!r} is there more than once; give the order as numbers")
     if missing := [name for name in names if name not in set(given)]:
         shown = ", ".join(map(repr, missing[:3])) + (", ..." if len(missing) > 3 else "")
         raise UserError(

@@ -7,7 +7,8 @@ import argparse
 from dualcl.benchmark.cli.options import EXPORT_FORMATS
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.text import say
-from dualcl.benchmark.exports.export import describe, export
+from dualcl.benchmark.exports.export import export
+from dualcl.benchmark.exports.usage import describe
 
 
 def main(args: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -11,6 +10,7 @@ from typing import Any, NoReturn
 from dualcl.benchmark.cli import bench
 from dualcl.benchmark.core.errors import EXIT_USER
 from dualcl.benchmark.core.machine import package_version
+from dualcl.benchmark.core.reading import SEEDS, natural
 from dualcl.benchmark.core.text import printable
 
 RUNS = Path("runs")
@@ -23,16 +23,22 @@ SCHEDULERS = ("ddim", "dpm")
 
 
 class _Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors end in one `dualcl: error:` line, whichever sub-command found them."""
+    """An ArgumentParser whose errors are one `dualcl: error:` line that names the help of the command."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Prints the usage and the error on stderr and exits with code 2."""
-        self.print_usage(sys.stderr)
-        self.exit(EXIT_USER, f"dualcl: error: {printable(message)}\n")
+        """Prints the error on stderr and exits with code 2."""
+        self.exit(EXIT_USER, f"dualcl: error: {printable(message)}; see {self.prog} --help\n")
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As argparse's; what a command does not know is its own error, not that of the parser above it."""
+        found, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
 
 
 class _Version(argparse.Action):
@@ -50,9 +56,17 @@ def _positive(text: str) -> int:
 
 
 def _natural(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"wants a whole number from 0 on, got {text!r}")
-    return int(text)
+    try:
+        return natural(text, 2**63 - 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wants a whole number from 0 to 2^63 - 1, got {text!r}") from None
+
+
+def _seed(text: str) -> int:
+    try:
+        return natural(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wants a whole number {SEEDS}, got {text!r}") from None
 
 
 def _number(text: str) -> float:
@@ -167,7 +181,7 @@ def _compare(command: argparse.ArgumentParser) -> None:
 def _run(command: argparse.ArgumentParser) -> None:
     command.add_argument("preset", metavar="PRESET", help="a bundled preset or a YAML file")
     command.add_argument("method", metavar="METHOD", help="see `dualcl list methods`, or FILE.py, FILE.py:NAME")
-    command.add_argument("--seed", type=_natural, metavar="N", help="default: the preset's seed")
+    command.add_argument("--seed", type=_seed, metavar="N", help="default: the preset's seed")
     _add_sets(command)
     _add_tuned(command)
     command.add_argument("--out", type=_place, metavar="DIR|URL", help="default runs/PRESET/METHOD-seedN")
@@ -229,7 +243,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="TEXT",
-        help='with concepts as "<c1>" or by name, "<cat>"; repeat for more prompts',
+        help='with concepts as "<c1>", by name, "<cat>", or by number, "<#1>"; repeat for more prompts',
     )
     command.add_argument("-n", type=_positive, default=8, metavar="N", help="images per prompt (default %(default)s)")
     command.add_argument(

@@ -14,6 +14,8 @@ from dualcl.benchmark.core.errors import UserError
 DEEPEST = 100
 #: integers are smaller: Python takes no time for them, prints them, and makes floats of them
 TOO_LARGE = 2**64
+#: seeds of runs: readers of records take no larger number
+MOST_SEED, SEEDS = 10**15, "from 0 to 10^15"
 
 #: what may be a number beyond the range of float or TOO_LARGE
 _LONG_NUMBER = re.compile(r"\d(?<![\w.]\d)(?:\d{19}|[\d.]*[eE]\+?\d{3})")
@@ -33,6 +35,15 @@ def parse_names(text: str, what: str) -> list[str]:
         if name in names[:i]:
             raise UserError(f"--{what} names {name!r} twice; give it once")
     return names
+
+
+def natural(text: str, most: int = MOST_SEED) -> int:
+    """The whole number from 0 to `most` that `text` writes in digits; ValueError for any other text."""
+    if text.isascii() and text.isdecimal() and len(digits := text.lstrip("0")) <= 20:
+        value = int(digits or "0")
+        if value <= most:
+            return value
+    raise ValueError(f"not a whole number from 0 to {most}")
 
 
 def check_text(text: str, where: str) -> None:

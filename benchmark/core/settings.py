@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import sys
 import types
 import typing
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, Union
 
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.core.reading import TOO_LARGE, check_name, check_text
+from dualcl.benchmark.core.reading import MOST_SEED, SEEDS, TOO_LARGE, check_name, check_text
 from dualcl.benchmark.core.registry import Plugin
 from dualcl.benchmark.core.safe_yaml import MissingValueError, WrittenFloat, WrittenInt, read_yaml
 
@@ -69,7 +70,8 @@ class GeneralConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tracker", tuple(dict.fromkeys(name for name in self.tracker if name != "none")))
-        positive("seed", self.seed, 0)
+        if not 0 <= self.seed <= MOST_SEED:
+            raise UserError(f"seed must be a whole number {SEEDS}, got {self.seed}")
         check_name(self.label or "", "label")
         positive("threads", self.threads)
 
@@ -231,6 +233,8 @@ def coerce(value: Any, annotation: Any, key: str) -> Any:
     except _Mismatch:
         wanted = _describe(annotation)
         hint = "; text that YAML takes for something else wants quotes" if "text" in wanted else ""
+        if "integer" in wanted and re.fullmatch(r"[+-]?[0-9]{20,}", f"{value}"[:40]):
+            hint = "; integers are smaller than 2^64"
         raise UserError(f"{key} must be {wanted}, got {value!r}{hint}") from None
 
 

@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -27,6 +26,18 @@ from dualcl.benchmark.core.files import atomic_write, write_json
 from dualcl.benchmark.core.machine import package_version
 from dualcl.benchmark.domains.concept_evaluation import EvalConfig
 from dualcl.benchmark.domains.customization import Customization
+from dualcl.benchmark.exports.usage import (
+    EMBEDDINGS,
+    IMAGE_EMBEDDINGS,
+    IP_ADAPTER,
+    LORA_FILES,
+    README,
+    ROUTING,
+    embedding_file,
+    lora_folder,
+    model_card,
+)
+from dualcl.benchmark.models.bundled import bundled_diffusion
 from dualcl.benchmark.models.image_branch import ImagePrompts
 from dualcl.benchmark.models.text_to_image import BaseConfig
 from dualcl.benchmark.models.tokens import CARD, exported_card
@@ -34,17 +45,6 @@ from dualcl.benchmark.runs.restore import restore
 from dualcl.benchmark.runs.runner import Run
 
 FORMAT, VERSION = "dualcl-export", 1
-EMBEDDINGS = "learned_embeds"
-#: keys of concepts whose LoRAs each prompt weighs anew
-ROUTING = "routing.safetensors"
-#: of methods that read pictures: the weights, and what is made of each concept's
-IP_ADAPTER, IMAGE_EMBEDDINGS = "ip-adapter.safetensors", "image_embeds"
-#: weight file of each LoRA format, named as its readers expect
-LORA_FILES = {
-    "diffusers-lora": "pytorch_lora_weights.safetensors",
-    "kohya": "lora.safetensors",
-    "peft": "adapter_model.safetensors",
-}
 
 
 # --- the update -------------------------------------------------------------------------------------------------------
@@ -260,11 +260,6 @@ def _write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
         handle.write(save({k: v.contiguous() for k, v in tensors.items()}, metadata=dict(metadata)))
 
 
-def embedding_file(placeholder: str) -> str:
-    """File name of a concept's embedding, `c1.safetensors` for `<c1>`: some tools call an embedding by its file."""
-    return re.sub(r"[^\w.-]+", "", placeholder) + ".safetensors"
-
-
 def write_embeddings(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
     """learned_embeds/<concept>.safetensors: diffusers' `load_textual_inversion` takes one concept from a file."""
     for name, rows in found.embeddings().items():
@@ -307,11 +302,6 @@ def write_lora(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
         for name, factors in zip(found.embeddings(), found.apart, strict=True):
             _write_lora(replace(found, factors=factors), out / lora_folder(name), card)
     write_embeddings(found, out, card)
-
-
-def lora_folder(placeholder: str) -> str:
-    """Folder of a concept's own LoRA."""
-    return Path(embedding_file(placeholder)).stem
 
 
 def _write_lora(found: Learnt, out: Path, card: Mapping[str, Any]) -> None:
@@ -402,8 +392,9 @@ def export(
 ) -> dict[str, Any]:
     """Writes the run's state after its last finished task as `kind` to the folder `out`; returns its card.
 
-    `rank` limits the rank of a LoRA; the card then says the relative error. `method`, `data`, `base`: see
-    `restore`. Raises UserError for an unknown format, a run that the format cannot hold, or an `out` that is not empty.
+    What is returned says besides, as `model`, where the base model is here. `rank` limits the rank of a LoRA; the card
+    then says the relative error. `method`, `data`, `base`: see `restore`. Raises UserError for an unknown format, a run
+    that the format cannot hold, or an `out` that is not empty.
     """
     if kind not in WRITERS:
         raise UserError(f"unknown --to {kind!r}; {nearest(kind, WRITERS, 'formats')}")
@@ -419,37 +410,14 @@ def export(
         card = found.card(kind)
         WRITERS[kind](found, folder, card)
         write_json(folder / CARD, card)
-    return card
+        with atomic_write(folder / README) as handle:
+            handle.write(model_card(card).encode())
+    return {**card, "model": _place(found)}
 
 
-def describe(card: Mapping[str, Any], out: str | Path) -> list[str]:
-    """What was exported, and the Python that loads it, one line each."""
-    lora, kind = card["lora"], card["kind"]
-    lines = [f"{kind}: {', '.join(c['placeholder'] + ' ' + c['name'] for c in card['concepts'])}"]
-    if lora is not None:
-        cut = f", relative error {lora['relative_error']:.2e}" if lora["relative_error"] else ", exact"
-        lines.append(f"rank {lora['rank']}{cut}")
-    base = f"made on {card['base']['name']} (sha256 {card['base']['weights_sha256'][:12]}); load with"
-    each = f"for f in Path({str(out)!r}).glob('{EMBEDDINGS}/*.safetensors'): pipe.load_textual_inversion(f)"
-    if routing := card.get("routing"):
-        each = lora_folder(card["concepts"][0]["placeholder"])
-        lines.append(
-            f"a LoRA for each concept, as {each}; prompts weigh them by {routing['file']}: generate from the run"
-        )
-    elif kind == "merged":
-        lines.append(f"load with {card['base']['pipeline']}.from_pretrained({str(out)!r})")
-    elif kind == "textual-inversion":
-        lines.append(f"{base} {each}")
-    elif kind == "ip-adapter":
-        load = (
-            f"pipe.load_ip_adapter({str(out)!r}, subfolder='', weight_name={IP_ADAPTER!r}, image_encoder_folder=None)"
-        )
-        use = f"ip_adapter_image_embeds=[cat([zeros_like(e), e])], e of {IMAGE_EMBEDDINGS}/"
-        lines.append(f"{base} {load}; pipe.set_ip_adapter_scale({card['image_scale']}); {each}; give pipe() {use}")
-    elif kind == "peft":
-        lines.append(f"{base} PeftModel.from_pretrained(pipe.unet, {str(out)!r}); {each}")
-    else:
-        lines.append(f"{base} pipe.load_lora_weights({str(out)!r}); {each}")
-    if kind == "textual-inversion" and card["weights_changed"]:
-        lines.append("note: the run also changed weights of the U-Net, which embeddings do not hold")
-    return lines
+def _place(found: Learnt) -> str:
+    """Where the base model is here: a directory, or a hub's id."""
+    model = found.run.resolved.section("base", BaseConfig).model
+    if found.domain.diffusion.info.weights == "local directory":
+        return os.path.abspath(os.path.expanduser(model))
+    return str(bundled_diffusion().get(model, model))

@@ -19,15 +19,8 @@ from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import atomic_write
 from dualcl.benchmark.core.reading import check_text, read_json
 from dualcl.benchmark.domains.concept_evaluation import EvalConfig
-from dualcl.benchmark.exports.export import (
-    EMBEDDINGS,
-    FORMAT,
-    IMAGE_EMBEDDINGS,
-    IP_ADAPTER,
-    LORA_FILES,
-    VERSION,
-    embedding_file,
-)
+from dualcl.benchmark.exports.export import FORMAT, VERSION
+from dualcl.benchmark.exports.usage import EMBEDDINGS, IMAGE_EMBEDDINGS, IP_ADAPTER, LORA_FILES, embedding_file
 from dualcl.benchmark.models.families import load
 from dualcl.benchmark.models.image_branch import ImageBranch, ImagePrompts, cross_attentions
 from dualcl.benchmark.models.sampling import sample
@@ -38,8 +31,9 @@ from dualcl.benchmark.runs.restore import restore
 from dualcl.datasets.reading.views import open_image
 
 Say = Callable[[str], None]
-#: a concept in a prompt: <c1>, or <its name>; not a special token such as <|endoftext|>
+#: a concept in a prompt: <c1>, <its name>, or <#1>, its number; not a special token such as <|endoftext|>
 TAG = re.compile(r"<[^<>|]+>")
+NUMBER = re.compile(r"<#([1-9][0-9]{0,8})>")
 #: kinds of exports without a LoRA
 OTHER_KINDS = ("textual-inversion", "ip-adapter", "merged")
 #: what is read of a card, and of each of its concepts
@@ -87,23 +81,27 @@ def _slug(text: str) -> str:
 def expand_prompt(prompt: str, words: Sequence[Word], tokenizer: Any) -> tuple[str, list[Word]]:
     """The prompt with every concept's tokens in place of its tag, and the concepts it holds, as `tokenizer` finds them.
 
-    A tag is a placeholder (`<c1>`) or a concept's name (`<cat>`). Raises UserError for a tag that is neither, or a
-    name that two concepts share.
+    A tag is a placeholder (`<c1>`), a concept's name (`<cat>`), or its number among `words` (`<#1>`). Raises UserError
+    for a tag that is none of these, or may mean several concepts.
     """
-    placeholders = {as_read(tokenizer, w.placeholder) for w in words}
 
     def replace(match: re.Match[str]) -> str:
         tag = match.group()
-        wanted = _slug(tag)
-        if as_read(tokenizer, tag) in placeholders:
-            return tag
-        found = [w for w in words if wanted and _slug(w.name) == wanted]
+        wanted, read = _slug(tag), as_read(tokenizer, tag)
+        written = [w for w in words if as_read(tokenizer, w.placeholder) == read]
+        if not written and (number := NUMBER.fullmatch(tag)):
+            found = [w for i, w in enumerate(words, 1) if i == int(number[1])]
+        else:
+            found = [w for w in words if w in written or (wanted and _slug(w.name) == wanted)]
         if len(found) > 1:
-            shared = " or ".join(w.placeholder for w in found)
-            raise UserError(f"{tag} may be {shared}: {len(found)} concepts are called so; write the placeholder")
+            numbers = [f"<#{words.index(w) + 1}>" for w in found]
+            meant = (f"{n} ({w.name}, placeholder {w.placeholder})" for n, w in zip(numbers, found, strict=True))
+            raise UserError(f"{tag} may be {' or '.join(meant)}; write the number, such as {numbers[0]}")
         if not found:
             known = ", ".join(f"{w.placeholder} ({w.name})" for w in words)
             raise UserError(f"unknown placeholder {tag} in {prompt!r}; this model knows: {known or 'none'}")
+        if written:
+            return tag
         beside = prompt[: match.start()][-1:], prompt[match.end() :][:1]
         before, after = (" " if c.strip() else "" for c in beside)  # a word may have to stand alone
         return f"{before}{found[0].placeholder}{after}"

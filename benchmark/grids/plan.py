@@ -13,11 +13,11 @@ from dualcl.benchmark.config.presets import bundled_presets, load_preset
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.config.tuned import read_tuned
 from dualcl.benchmark.core.errors import EXIT_FAILED, EXIT_USER, UserError
-from dualcl.benchmark.core.reading import parse_names
+from dualcl.benchmark.core.reading import SEEDS, natural, parse_names
 from dualcl.benchmark.core.registry import check_plugins, is_file
 from dualcl.benchmark.core.settings import Resolved, parse_assignment
 from dualcl.benchmark.core.text import printable
-from dualcl.benchmark.runs.content import located, look, moved_keys
+from dualcl.benchmark.runs.content import check_apart, located, look, moved_keys
 from dualcl.methods import method_info
 from dualcl.results.records import load_record
 
@@ -35,6 +35,10 @@ class Planned:
     remote: str = ""
     #: more options of `dualcl run`
     options: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.remote:
+            check_apart(self.resolved, self.out)
 
     @property
     def seed(self) -> int:
@@ -62,14 +66,16 @@ class Outcome:
 
 
 def parse_seeds(text: str) -> list[int]:
-    """`0,1,2` -> [0, 1, 2]; UserError when one is no natural number or given twice."""
-    seeds = []
+    """`0,1,2` -> [0, 1, 2]; UserError when one is no number of SEEDS, or given twice."""
+    seeds: list[int] = []
     for name in parse_names(text, "seeds"):
-        if not (name.isascii() and name.isdecimal()):
-            raise UserError(f"--seeds wants whole numbers from 0 on, such as 0,1,2; got {name!r}")
-        if int(name) in seeds:
-            raise UserError(f"--seeds names {int(name)} twice; give it once")
-        seeds.append(int(name))
+        try:
+            seed = natural(name)
+        except ValueError:
+            raise UserError(f"--seeds wants whole numbers {SEEDS}, such as 0,1,2; got {name!r}") from None
+        if seed in seeds:
+            raise UserError(f"--seeds names {seed} twice; give it once")
+        seeds.append(seed)
     return seeds
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -29,6 +32,17 @@ MOST_ROWS = 40
 COLUMNS = ("run", "state", "task", "step", "written", "host", "error")
 _INTERVAL = {True: 1.0, False: 2.0}
 _FETCH_INTERVAL = 20.0
+
+
+def told_apart(states: Sequence[RunState], roots: Sequence[Path]) -> list[RunState]:
+    """The states; what shares its label with another run has its folder behind it, below the root where that is one."""
+    often = Counter(s.label for s in states)
+
+    def named(state: RunState) -> RunState:
+        folder = os.path.relpath(state.folder, roots[0]) if len(roots) == 1 else state.folder
+        return replace(state, label=f"{state.label} ({folder})") if often[state.label] > 1 else state
+
+    return [named(s) for s in states]
 
 
 def _cells(state: RunState, now: float) -> list[str]:

@@ -15,6 +15,7 @@ from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import write_json
 from dualcl.benchmark.core.lock import holder
 from dualcl.benchmark.runs.mirror import PLAN, REMOTE
+from dualcl.results.records import record_checksum
 
 if TYPE_CHECKING:
     from dualcl.benchmark.grids.plan import Planned
@@ -186,6 +187,9 @@ def read_state(folder: Path, planned: PlannedRun | None = None) -> RunState:
         steps = int(tasks[-1]["steps"]) or None if tasks else None
     except (KeyError, TypeError, ValueError):
         why = "record.json cannot be read; remove the folder and run it again"
+        return RunState(folder, label, method, seed, "damaged", error=why)
+    if record.get("sha256") not in (None, record_checksum(record)):  # older records have none
+        why = "record.json was changed by hand, or is damaged; put it back, or remove the folder and run it again"
         return RunState(folder, label, method, seed, "damaged", error=why)
     at = _last_log(folder / "log.jsonl") if status != "finished" else None
     step = int(at["step"]) + 1 if at is not None and int(at.get("task") or 0) == len(tasks) else None

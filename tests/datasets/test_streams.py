@@ -81,6 +81,14 @@ def test_wrong_orders_by_name(order, match):
         make_class_order(2, [10, 11], 0, ["10", "11"])
 
 
+@pytest.mark.parametrize("order", [["owl", "cat", "cat"], ["cat", "owl"], ["cat", "owl", "dog"]])
+def test_names_that_are_there_twice_want_numbers(order):
+    match = r"stream\.class_order: class 0 and 2 are called 'cat'; give the order as numbers, as in \[2,0,1\]"
+    with pytest.raises(UserError, match=match):
+        make_class_order(3, order, 0, ["cat", "owl", "cat"])
+    assert make_class_order(3, [2, 0, 1], 0, ["cat", "owl", "cat"]) == (2, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [

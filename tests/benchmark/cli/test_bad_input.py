@@ -23,7 +23,9 @@ import dualcl.benchmark.core.compat  # noqa: F401
 import timm
 
 from dualcl.benchmark.cli import main
+from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.runs.content import check_apart
 from dualcl.results.records import comparable
 
 KWARGS: dict[str, Any] = {"img_size": 32, "patch_size": 16, "depth": 2, "embed_dim": 32, "num_heads": 2}
@@ -83,14 +85,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def fails(place: Place, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """fails(argv, *words) -> the one line on stderr, which has all the words; the finished run is as it was."""
 
-    def check(argv: list[str], *words: str, usage: bool = False) -> str:
+    def check(argv: list[str], *words: str) -> str:
         before = {p: p.read_bytes() for p in sorted(place.done.rglob("*")) if p.is_file()}
         capsys.readouterr()
         assert main(argv) == 2
         captured = capsys.readouterr()
         lines = captured.err.splitlines()
         assert captured.out == ""
-        assert usage or len(lines) == 1, captured.err
+        assert len(lines) == 1, captured.err
         assert lines[-1].startswith("dualcl: error: "), captured.err
         for word in words:
             assert word in lines[-1]
@@ -152,6 +154,42 @@ def test_wrong_values(
         fails(place.run(*sets, out=place.done))
 
 
+COMMANDS: dict[str, tuple[list[str], list[str]]] = {
+    "run": (["run"], ["clora"]),
+    "compare": (["compare"], ["--methods", "clora,ncm"]),
+    "dry": (["compare"], ["--methods", "ncm", "--dry-run"]),
+    "slurm": (["compare"], ["--methods", "ncm", "--print-slurm"]),
+    "sweep": (["sweep"], ["clora", "--over", "method.rank=1,2"]),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_out_among_the_user_s_images_is_refused_and_nothing_written(
+    command: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: Callable[..., str]
+) -> None:
+    images = make_images(tmp_path / "my images")
+    elsewhere = tmp_path / "elsewhere"
+    (images / "train" / "cat").rename(elsewhere)
+    (images / "train" / "cat").symlink_to(elsewhere)  # a class that lies elsewhere
+    (tmp_path / "link").symlink_to(images)
+    (word,), more = COMMANDS[command]
+    argv = [word, str(place.preset), *more, "--set", f"data.root={images}"]
+    before = sorted(tmp_path.rglob("*"))
+    for out in (images, images / "train" / "ant", images / "train" / "cat" / "new", tmp_path / "link" / "new"):
+        fails([*argv, "--out", str(out)], f"data.root={images}", str(out), "choose an --out outside of it")
+    monkeypatch.chdir(images)
+    fails([*argv[:-1], "data.root=."], "runs/", "lies in data.root=.", "choose an --out outside of it")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_out_around_or_beside_the_user_s_images_will_do(place: Place) -> None:
+    for out in (place.root, place.root / "images-too", place.images / ".." / "out"):
+        check_apart(resolve(str(place.preset), "ncm"), out)
+    check_apart(resolve("glyphs", "ncm"), place.root)  # drawn: no folder
+    # of a prepared set, whose lists name what is read
+    check_apart(resolve("cifar100-10", "ncm", ["data.root=."]), Path("runs"))
+
+
 def test_unknown_names_and_wrong_usage(place: Place, tmp_path: Path, fails: Callable[..., str]) -> None:
     fails(place.run(method="cloar", out=tmp_path), "cloar", "'clora'")
     fails(place.run(preset="glyhps", out=tmp_path), "glyhps", "'glyphs'")
@@ -160,7 +198,7 @@ def test_unknown_names_and_wrong_usage(place: Place, tmp_path: Path, fails: Call
         ["compare", str(place.preset), "--methods", "clora", "--seeds", "0,x", "--out", str(tmp_path)], "--seeds", "'x'"
     )
     fails(["compare", str(place.preset), "--methods", "clora", "--seeds", "1,1", "--out", str(tmp_path)], "'1' twice")
-    fails(["run", str(place.preset), "clora", "--seed", "one"], "--seed", "'one'", usage=True)
+    fails(["run", str(place.preset), "clora", "--seed", "one"], "--seed", "'one'")
     assert list(tmp_path.iterdir()) == []
 
 

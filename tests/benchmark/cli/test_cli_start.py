@@ -85,6 +85,8 @@ def test_lists_are_complete_and_methods_show_domains_and_source(capsys: pytest.C
         (["compare", "glyphs", "--methods", "clora,lroa"], "'lora'"),
         (["compare", "glyphs", "--seeds", "0,1,00"], "0 twice"),
         (["compare", "glyphs", "--seeds", "0,x"], "'x'"),
+        (["compare", "glyphs", "--seeds", "0,1000000000000001"], "from 0 to 10^15"),
+        (["compare", "glyphs", "--seeds", "9" * 5000], "from 0 to 10^15"),
         (["compare", "glyphs", "--seeds", "0", "--set", "seed=1"], "--seeds"),
         (["compare", "glyphs", "--format", "pdf"], "'pdf'"),
         (["compare", "glyphs", "--jobs", "0"], "from 1 on"),
@@ -93,6 +95,10 @@ def test_lists_are_complete_and_methods_show_domains_and_source(capsys: pytest.C
         (["sweep", "glyphs", "clora", "--set", "method.lr=1e-3"], "the search space of preset glyphs and by --set"),
         (["sweep", "glyphs", "clora", "--set", "data.holdout=0"], "a sweep never does"),
         (["sweep", "glyphs", "clora", "--over", "data.holdout=0,0.2"], "different data"),
+        (["sweep", "glyphs", "clora", "--over", "data.classes=4,8"], "--over data.classes would measure"),
+        (["sweep", "glyphs", "clora", "--over", "data={classes: 4},{classes: 8}"], "different data"),
+        (["sweep", "glyphs", "clora", "--over", "stream.tasks=2,4"], "fix it with --set stream.tasks="),
+        (["sweep", "portraits-tune", "clora", "--over", "eval.n=2,4"], "in different ways"),
         (["sweep", "glyphs", "clora", "--on-test"], "--on-test"),
         (["sweep", "concept-folder", "clora"], "set data.validation=N here and in every run"),
         (["sweep", "glyph-concepts", "clora", "--set", "data.skip=3"], "number 1 to 10"),
@@ -117,10 +123,44 @@ def test_wrong_input_exits_2_with_one_line_that_names_it(
     assert main(args) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    *usage, last = captured.err.splitlines()
-    assert last.startswith("dualcl: error: ")
-    assert hint in last
-    assert not usage or usage[0].startswith("usage: ")
+    (line,) = captured.err.splitlines()
+    assert line.startswith("dualcl: error: ")
+    assert hint in line
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        ([], "the following arguments are required: COMMAND; see dualcl --help"),
+        (["--nope"], "the following arguments are required: COMMAND; see dualcl --help"),
+        (["run", "glyphs"], "the following arguments are required: METHOD; see dualcl run --help"),
+        (
+            ["run", "glyphs", "ncm", "--seed", "-1"],
+            "argument --seed: wants a whole number from 0 to 10^15, got '-1'; see dualcl run --help",
+        ),
+        (
+            ["run", "glyphs", "ncm", "--seed", "99999999999999999999"],
+            "argument --seed: wants a whole number from 0 to 10^15, got '99999999999999999999'; see dualcl run --help",
+        ),
+        (["run", "glyphs", "ncm", "--sead", "1"], "unrecognized arguments: --sead 1; see dualcl run --help"),
+        (
+            ["generate", "x", "--prompt", "y", "--seed", "9223372036854775808"],
+            "argument --seed: wants a whole number from 0 to 2^63 - 1, got '9223372036854775808'; "
+            "see dualcl generate --help",
+        ),
+        (["bench", "step", "--nope"], "unrecognized arguments: --nope; see dualcl bench step --help"),
+        (
+            ["generate", "x", "--prompt", "y", "-n", "0"],
+            "argument -n: wants a whole number from 1 on, got '0'; see dualcl generate --help",
+        ),
+    ],
+)
+def test_wrong_usage_is_one_line_that_names_the_help(
+    args: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(args) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", f"dualcl: error: {line}\n")
 
 
 def test_debug_shows_where_an_error_came_from(capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,6 +194,8 @@ def test_fields_of_a_method(write):
         ("method.rank=0", ["method.rank must be at least 1, got 0"]),
         ("method.lr=", ["method.lr must be a number, got None"]),
         ("stream.order_seed=-1", ["stream.order_seed must be at least 0, got -1"]),
+        ("seed=1000000000000001", ["seed must be a whole number from 0 to 10^15, got 1000000000000001"]),
+        ("seed=99999999999999999999", ["seed must be an integer", "integers are smaller than 2^64"]),
         ("precision=fp8", ["precision must be one of fp32, bf16, fp16, got 'fp8'"]),
         ("train.epochs", ["--set wants key=value, got 'train.epochs'"]),
         ("data.name=glyfs", ["unknown data set data.name='glyfs'", "'glyphs'"]),

@@ -19,7 +19,7 @@ import timm
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.files import _checksum
-from dualcl.benchmark.core.reading import parse_json
+from dualcl.benchmark.core.reading import MOST_SEED, natural, parse_json
 from dualcl.benchmark.core.safe_yaml import read_yaml
 from dualcl.benchmark.core.settings import coerce, parse_assignment
 from dualcl.benchmark.models.families import load
@@ -27,6 +27,7 @@ from dualcl.benchmark.models.text_to_image import BaseConfig
 from dualcl.benchmark.models.vit import BackboneConfig, load_backbone
 from dualcl.benchmark.models.weights import no_pickles, read_safetensors
 from dualcl.benchmark.runs.folder import DamagedCheckpoint, RunFolder
+from dualcl.results.record_type import LARGEST
 
 
 class Trap:
@@ -105,6 +106,14 @@ def test_json_within_limits_is_that_of_the_standard_library() -> None:
     text = json.dumps({"a": [1, 2.5e-300, 1e300, 2**64 - 1, "1" * 40, None, True, "😀"], "b": [[[[]]]]})
     assert parse_json(text) == json.loads(text)
     assert parse_json("[" * 100 + "]" * 100) == json.loads("[" * 100 + "]" * 100)
+
+
+def test_seeds_are_numbers_that_readers_of_records_take() -> None:
+    assert MOST_SEED == LARGEST
+    assert [natural(text) for text in ("0", "007", "1000000000000000", "0" * 50)] == [0, 7, MOST_SEED, 0]
+    for text in ("", "-1", "1.0", "x", "\u0663", "\u00b2", "1000000000000001", "9" * 5000):
+        with pytest.raises(ValueError, match="from 0 to"):
+            natural(text)
 
 
 @pytest.mark.parametrize(

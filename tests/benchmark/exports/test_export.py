@@ -24,8 +24,9 @@ from diffusers.utils import logging as diffusers_logging
 from dualcl.benchmark.cli import main
 from dualcl.benchmark.cli.options import EXPORT_FORMATS
 from dualcl.benchmark.core.errors import UserError
-from dualcl.benchmark.exports.export import LORA_FILES, WRITERS, export, factorise
+from dualcl.benchmark.exports.export import WRITERS, export, factorise
 from dualcl.benchmark.exports.generate import open_model
+from dualcl.benchmark.exports.usage import LORA_FILES
 from dualcl.benchmark.models.bundled import bundled_diffusion
 from dualcl.benchmark.models.image_branch import ImagePrompts
 from dualcl.benchmark.models.stable_diffusion import StableDiffusion, cross_attention_sites

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -25,12 +26,13 @@ from dualcl.benchmark.cli.options import SCHEDULERS
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.exports.export import export
 from dualcl.benchmark.exports.generate import Model, Word, expand_prompt, generate, open_model
+from dualcl.benchmark.exports.usage import model_card
 from dualcl.benchmark.models.bundled import bundled_diffusion
 from dualcl.benchmark.models.tokens import CARD
 
 WORDS = (
     Word("<c1>", ("<c1>", "<c1>_1"), "Black Cat"),
-    Word("<c2>", ("<c2>", "<c2>_1"), "c1"),
+    Word("<c2>", ("<c2>", "<c2>_1"), "c2"),
     Word("<c3>", ("<c3>", "<c3>_1"), "red/dog"),
     Word("<c4>", ("<c4>", "<c4>_1"), "red dog"),
     Word("sks10", ("sks10",), "vase"),
@@ -84,6 +86,7 @@ def model(folder: Path) -> Model:
         ("SKS1, sks1's my-sks1", "SKS1, sks1's my-sks1", ["sks1"]),
         ("mysks1 sks1s sks1_1 sks12 sks1\u0301 sks1\u00e9", "mysks1 sks1s sks1_1 sks12 sks1\u0301 sks1\u00e9", []),
         ("a<vase>s", "a sks10 s", ["sks10"]),
+        ("<#1> and a<#5>", "<c1> <c1>_1 and a sks10", ["<c1>", "sks10"]),
     ],
 )
 def test_tags_become_tokens(prompt: str, expanded: str, used: list[str], tokenizer: Any) -> None:
@@ -94,10 +97,28 @@ def test_tags_become_tokens(prompt: str, expanded: str, used: list[str], tokeniz
 def test_unknown_and_shared_names_are_refused(tokenizer: Any) -> None:
     with pytest.raises(UserError, match=r"unknown placeholder <c9> .*<c1> \(Black Cat\), <c2>"):
         expand_prompt("a <c9>", WORDS, tokenizer)
-    with pytest.raises(UserError, match=r"<red dog> may be <c3> or <c4>"):
+    with pytest.raises(UserError, match=r"<red dog> may be <#3> \(red/dog, placeholder <c3>\) or <#4> \(red dog, "):
         expand_prompt("a <red dog>", WORDS, tokenizer)
+    for number in ("<#7>", "<#0>"):
+        with pytest.raises(UserError, match=f"unknown placeholder {number}"):
+            expand_prompt(f"a {number}", WORDS, tokenizer)
     with pytest.raises(UserError, match="knows: none"):
         expand_prompt("a <c1>", (), tokenizer)
+
+
+def test_a_name_like_anothers_placeholder_is_refused_and_numbers_tell_them_apart(tokenizer: Any) -> None:
+    words = [
+        Word("<c1>", ("<c1>", "<c1>_1"), "c2"),
+        Word("<c2>", ("<c2>", "<c2>_1"), "C1"),
+        Word("sks1", ("sks1",), "2"),
+    ]
+    for tag in ("<c1>", "<C2>"):
+        either = r"<#1> \(c2, placeholder <c1>\) or <#2> \(C1, placeholder <c2>\)"
+        with pytest.raises(UserError, match=f"{tag} may be {either}; write the number, such as <#1>"):
+            expand_prompt(f"a photo of {tag}", words, tokenizer)
+    for number, tag in enumerate(("<#1>", "<#2>", "<#3>")):
+        assert expand_prompt(f"a photo of {tag}", words, tokenizer)[1] == [words[number]]
+    assert expand_prompt("a <2>", words, tokenizer)[1] == [words[2]]
 
 
 # --- images of a run --------------------------------------------------------------------------------------------------
@@ -258,6 +279,56 @@ def test_an_export_makes_the_images_of_the_run(kind: str, folder: Path, model: M
     assert (exported.steps, exported.guidance, exported.scheduler) == (model.steps, model.guidance, model.scheduler)
     (theirs,) = generate(exported, [PROMPT], tmp_path / "theirs", n=1, steps=2)
     assert np.abs(pixels(ours).astype(int) - pixels(theirs).astype(int)).max() <= 1
+
+
+@pytest.mark.parametrize("kind", ["diffusers-lora", "kohya", "peft", "merged", "textual-inversion", "ip-adapter"])
+def test_the_python_that_an_export_tells_draws_the_pictures_of_the_run(
+    kind: str,
+    concept_run: Callable[..., Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "lora" in kind or kind in ("kohya", "peft"):
+        pytest.importorskip("peft")
+    method = {"textual-inversion": ["textual_inversion"], "ip-adapter": ["encoder", "method.encoder=untrained"]}
+    sampling = ["eval.scheduler=ddim", "eval.guidance=7.5", "eval.steps=2"]
+    if kind != "kohya":
+        sampling = ["eval.scheduler=dpm", "eval.guidance=3", "eval.steps=3", "eval.negative_prompt=a drawing of red"]
+    run = concept_run(*method.get(kind, ["lora"]), "stream.tasks=2", "concept.n_tokens=2", *sampling)
+    out = tmp_path / "it's out"
+    assert main(["export", str(run), "--to", kind, str(out)]) == 0
+    facts, _, code = capsys.readouterr().err.partition("in Python:\n")
+    assert f": {bundled_diffusion()['glyph-diffusion']}\n" in facts
+    name, steps = ("ddim (DDIMScheduler)", 2) if kind == "kohya" else ("dpm (DPMSolverMultistepScheduler)", 3)
+    assert f"the run's pictures: scheduler {name}, {steps} steps, guidance" in facts
+    assert ("pip install peft" in facts) == (kind in ("diffusers-lora", "kohya", "peft"))
+    about, card = (out / "README.md").read_text().split("---\n")[1:3]
+    assert yaml.safe_load(about)["library_name"] == ("peft" if kind == "peft" else "diffusers")
+    assert str(bundled_diffusion()["glyph-diffusion"].parent) not in card
+    # what is printed runs anywhere, what the card holds in its folder
+    monkeypatch.chdir(tmp_path)
+    told: dict[str, Any] = {}
+    exec(code, told)
+    monkeypatch.chdir(out)
+    carded: dict[str, Any] = {}
+    exec(card.partition("```python\n")[2].partition("```\n")[0], carded)
+    (ours,) = generate(open_model(run, "cpu"), ["a photo of <c1>"], tmp_path / "ours", n=1)
+    for theirs in (told["image"], carded["image"]):
+        assert np.abs(pixels(ours).astype(int) - np.asarray(theirs).astype(int)).max() <= 1
+
+
+def test_a_card_names_what_hubs_can_find_and_escapes_names(folder: Path, tmp_path: Path) -> None:
+    card = export(folder, "kohya", tmp_path / "out")
+    assert "base_model" not in model_card(card)
+    card["base"].update(
+        name="CompVis/stable-diffusion-v1-4", weights="hub: CompVis/stable-diffusion-v1-4", variant="fp16"
+    )
+    card["concepts"][0].update(name="<b>`cat`")
+    about, text = model_card(card).split("---\n")[1:3]
+    assert yaml.safe_load(about)["base_model"] == "CompVis/stable-diffusion-v1-4"
+    assert "from_pretrained('CompVis/stable-diffusion-v1-4', variant='fp16', " in text
+    assert r"`<c1>`: \<b\>\`cat\`" in text
 
 
 def test_several_tokens_and_half_precision(concept_run: Callable[..., Path], tmp_path: Path) -> None:

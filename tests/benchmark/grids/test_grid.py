@@ -219,6 +219,43 @@ def test_every_state_is_told_from_the_folders(grid: Path, capsys: pytest.Capture
     assert read_state(grid / "lora-seed0").state == "stale"
 
 
+def test_a_record_changed_by_hand_is_damaged(grid: Path) -> None:
+    record = json.loads((grid / "clora-seed0" / "record.json").read_text())
+    (grid / "clora-seed0" / "record.json").write_text(json.dumps(record))
+    assert read_state(grid / "clora-seed0").state == "finished"
+    survey = Survey([grid])
+    survey.look()
+    record["measured"]["wall_seconds"] = 1.0
+    (grid / "clora-seed0" / "record.json").write_text(json.dumps(record, indent=1))
+    found = next(s for s in survey.look() if s.folder.name == "clora-seed0")
+    assert (found.label, found.state) == ("clora seed 0", "damaged")
+    assert "changed by hand" in found.error
+    del record["sha256"]  # as older ones
+    (grid / "clora-seed0" / "record.json").write_text(json.dumps(record))
+    assert read_state(grid / "clora-seed0").state == "finished"
+
+
+def test_runs_of_one_method_and_seed_are_told_apart_by_their_folders(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("lora-full", "lora-kill", "below/lora-int", "ncm"):
+        put_record(tmp_path / name, "finished", 5)
+    assert main(["status", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition("  ")[0] for line in lines[1:5]] == [
+        "lora seed 0 (below/lora-int)",
+        "lora seed 0 (lora-full)",
+        "lora seed 0 (lora-kill)",
+        "ncm seed 0",
+    ]
+    some = [str(tmp_path / name) for name in ("lora-full", "lora-kill")]
+    assert main(["status", *some, "--format", "md"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"lora seed 0 ({folder})" in told.replace("\\", "") for folder in some)
+    assert main(["status", str(tmp_path), "--format", "json"]) == 0
+    assert {r["run"] for r in json.loads(capsys.readouterr().out)["runs"]} == {"lora seed 0", "ncm seed 0"}
+
+
 def test_formats_and_many_runs(grid: Path, capsys: pytest.CaptureFixture[str]) -> None:
     states = Survey([grid]).look()
     rows = list(csv.DictReader(io.StringIO(render(states, "csv"))))
