@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -36,7 +37,7 @@ class Plugin:
     name: str
     #: absolute
     file: Path
-    #: of the file's bytes
+    #: of the file's bytes, and of the modules beside it that it imports
     sha256: str
     #: the installed distribution; "": a file that the command names
     package: str = ""
@@ -118,13 +119,12 @@ def check_free(taken: Mapping[str, Registered], info: Registered) -> None:
 
 def _read(path: Path, kind: type[Found], *, module: str = "", plugin: bool = False, **source: str) -> list[Found]:
     """Every class that the file registers; `source`: package and version of a plug-in."""
-    try:
-        text = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    text = _bytes(path)
     out: dict[str, Found] = {}
-    for name, class_name, line, given in _registrations(text, path, kind.decorator):
-        own = Plugin(name, path, hashlib.sha256(text).hexdigest(), **source) if plugin else None
+    there = _registrations(text, path, kind.decorator)
+    sha256 = _hash(path, text, _imported(path, text, module)) if plugin and there else ""
+    for name, class_name, line, given in there:
+        own = Plugin(name, path, sha256, **source) if plugin else None
         try:
             info = kind(name=name, module=module, class_name=class_name, plugin=own, **given)
         except TypeError as error:  # keywords that are not the decorator's
@@ -133,6 +133,13 @@ def _read(path: Path, kind: type[Found], *, module: str = "", plugin: bool = Fal
             raise UserError(f"{path} registers {name!r} twice; rename one of the two")
         out[name] = info
     return [*out.values()]
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
 @functools.lru_cache(maxsize=256)
@@ -160,6 +167,96 @@ def _registrations(text: bytes, path: Path, decorator: str) -> list[tuple[str, s
                 raise UserError(f"{where}: the name must be a letter, then letters, digits, _ and -; got {name!r}")
             out.append((name, node.name, call.lineno, given))
     return out
+
+
+# --- what a plug-in's file imports from its own folder ----------------------------------------------------------------
+
+
+def texts(plugin: Plugin) -> dict[str, bytes]:
+    """The file of a plug-in that is none of a package, then the modules beside it that it imports, by relative path."""
+    text = _bytes(plugin.file)
+    root = _folders(plugin.file)[-1][0]
+    own = {plugin.file: text, **dict(_imported(plugin.file, text).values())}
+    return {file.relative_to(root).as_posix(): body for file, body in own.items()}
+
+
+def _hash(path: Path, text: bytes, imported: Mapping[str, tuple[Path, bytes]]) -> str:
+    """sha256 of a plug-in's text; where it imports modules beside it, of all of them by relative path."""
+    own = hashlib.sha256(text).hexdigest()
+    beside = {os.path.relpath(f, path.parent): hashlib.sha256(body).hexdigest() for f, body in imported.values()}
+    return hashlib.sha256(json.dumps([own, *sorted(beside.items())]).encode()).hexdigest() if beside else own
+
+
+def _imported(path: Path, text: bytes, module: str = "") -> dict[str, tuple[Path, bytes]]:
+    """By dotted name, file and text of the modules in its own folder that a plug-in imports, and that those import.
+
+    Read from `import` statements, wherever they stand: what a process has imported already makes no difference.
+    `module`: of an installed package, all of which counts as the folder.
+    """
+    folders = _folders(path, module)
+    found: dict[str, tuple[Path, bytes]] = {}
+    left = [(text, module if path.name == "__init__.py" else module.rpartition(".")[0])]
+    while left:
+        for name in _import_names(*left.pop()):
+            for folder, top in folders:
+                for own, file in _on_the_way(folder, name) if top in ("", name.partition(".")[0]) else ():
+                    if own not in found and file != path:
+                        found[own] = file, _bytes(file)
+                        left.append((found[own][1], own if file.name == "__init__.py" else own.rpartition(".")[0]))
+    return found
+
+
+def _folders(path: Path, module: str = "") -> list[tuple[Path, str]]:
+    """Where modules are looked for, with the one package that counts there; "": any."""
+    if module:
+        return [(path.parents[module.count(".") + (path.name == "__init__.py")], module.partition(".")[0])]
+    root = next((folder for folder in path.parents if not (folder / "__init__.py").is_file()), path.parent)
+    return [(path.parent, ""), *([(root, path.relative_to(root).parts[0])] if root != path.parent else [])]
+
+
+@functools.lru_cache(maxsize=256)
+def _import_names(text: bytes, package: str) -> tuple[str, ...]:
+    """Dotted names of what a module of `package` imports; some are of a module's contents. None of this suite."""
+    try:
+        nodes = [*ast.walk(ast.parse(text))]
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # its import says so
+        return ()
+    names: list[str] = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            try:
+                base = importlib.util.resolve_name("." * node.level + (node.module or ""), package)
+            except ImportError:  # beyond its package
+                continue
+            names += (f"{base}.{alias.name}" for alias in node.names)
+    return tuple(dict.fromkeys(name for name in names if name.partition(".")[0] != "dualcl"))
+
+
+def _on_the_way(folder: Path, name: str) -> Iterator[tuple[str, Path]]:
+    """The modules below a folder that an import of the dotted name runs: packages, then itself."""
+    parts = name.split(".")
+    for i in range(1, len(parts) + 1):
+        place = folder.joinpath(*parts[:i])
+        for file in (place / "__init__.py", place.with_name(f"{place.name}.py")):
+            if os.path.isfile(file):
+                yield ".".join(parts[:i]), file
+                break
+
+
+def _check_imported(imported: Mapping[str, tuple[Path, bytes]]) -> None:
+    """UserError where this process has other modules than those that were hashed."""
+    for name, (file, text) in imported.items():
+        loaded = sys.modules.get(name)
+        place = getattr(loaded, "__file__", None)
+        if loaded is None or place is None:  # imported later, or never
+            continue
+        if not os.path.isfile(place) or _bytes(Path(place)) != text:
+            raise UserError(f"it imports {name} from {place}, but {file} lies beside it; rename one of the two")
+        sha256 = hashlib.sha256(text).hexdigest()
+        if vars(loaded).setdefault("__dualcl_sha256__", sha256) != sha256:
+            raise UserError(f"{place} has changed since this process imported it; start a new one")
 
 
 # --- installed packages -----------------------------------------------------------------------------------------------
@@ -282,18 +379,20 @@ def _module(module: str, plugin: Plugin | None) -> types.ModuleType:
 
 
 def _executed(plugin: Plugin) -> types.ModuleType:
-    """The module of a file, made of the bytes that have the hash."""
+    """The module of a file, made of the bytes that have the hash, as have those of what it imports beside it."""
     place = hashlib.sha256(os.fsencode(plugin.file)).hexdigest()
     name = f"dualcl_plugin_{place[:8]}_{plugin.sha256[:16]}"
     if name in sys.modules:
         return sys.modules[name]
     text = plugin.file.read_bytes()
-    if hashlib.sha256(text).hexdigest() != plugin.sha256:
+    imported = _imported(plugin.file, text)
+    if _hash(plugin.file, text, imported) != plugin.sha256:
         raise UserError("it has changed while it was read; call again")
     sys.modules[name] = module = types.ModuleType(name)  # dataclasses look their module up there
     module.__file__ = str(plugin.file)
     try:
         exec(compile(text, str(plugin.file), "exec"), vars(module))
+        _check_imported(imported)
     except BaseException:
         del sys.modules[name]
         raise

@@ -451,6 +451,8 @@ class Customization(Domain):
     def steps_per_epoch(self, task: int | None) -> int:
         """`train.steps` for each concept, or else the batches in a pass over its images."""
         train = self.resolved.train
+        if train.drop_last:
+            raise UserError("train.drop_last=true is for classes: a concept's batches are all full; leave it out")
         if train.steps is not None:
             if train.epochs != 1:
                 raise UserError(f"train.steps={train.steps} counts steps: set train.epochs=1, got {train.epochs}")

@@ -25,6 +25,7 @@ from typing import Any
 
 from dualcl.benchmark.core.errors import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USER, UserError
 from dualcl.benchmark.core.machine import package_version, source_state, usable_cpus
+from dualcl.benchmark.core.registry import texts
 from dualcl.benchmark.core.text import printable
 from dualcl.benchmark.grids.child import GRACE_SECONDS, Child
 from dualcl.benchmark.grids.plan import Needs, Outcome, Planned, needs, outcome_of
@@ -155,7 +156,7 @@ def _job(planned: Planned, asked: Needs) -> Job:
     sets = [f"threads={asked.cpus}"] if planned.resolved.general.threads is None else []
     command = [*planned.arguments(*sets), "--quiet", "--wait"]
     passed_on = {k: v for k, v in os.environ.items() if k.startswith(_PASSED_ON)}
-    files = {p.reference: p.file.read_bytes() for p in planned.resolved.plugins.values() if not p.package}
+    files = {p.reference: texts(p) for p in planned.resolved.plugins.values() if not p.package}
     return Job(planned.label, asked, (command, asked.cpus, os.getcwd(), passed_on, _version(), files))
 
 
@@ -169,11 +170,11 @@ def _run(
     cwd: str,
     environment: dict[str, str],
     version: tuple[str | None, str | None],
-    files: Mapping[str, bytes] = MappingProxyType({}),
+    files: Mapping[str, Mapping[str, bytes]] = MappingProxyType({}),
 ) -> tuple[int, str]:
     """On a node: does one run; returns its exit code and the last line of its stderr. Raises Interrupted.
 
-    `files`: the text of plug-ins by what names them in the command, as a node need not have the driver's files.
+    `files`: `registry.texts` of plug-ins by what names them in the command: a node need not have the driver's files.
     """
     if _version() != version:
         here, there = (f"{v} ({commit or 'no commit'})" for v, commit in (_version(), version))
@@ -184,15 +185,15 @@ def _run(
         return _waited(Child(_at(place, command, files), threads=threads, cwd=cwd, environment=environment))
 
 
-def _at(place: str, command: Sequence[str], files: Mapping[str, bytes]) -> list[str]:
+def _at(place: str, command: Sequence[str], files: Mapping[str, Mapping[str, bytes]]) -> list[str]:
     """The command with the plug-ins' files written into folders of `place`."""
     words = list(command)
-    for i, (reference, text) in enumerate(files.items()):
-        path, _, rest = reference.rpartition(":")
-        own = Path(place, str(i), Path(path).name)
-        own.parent.mkdir()
-        own.write_bytes(text)
-        new = f"{own}:{rest}"
+    for i, (reference, written) in enumerate(files.items()):
+        own = [Path(place, str(i), name) for name in written]
+        for path, text in zip(own, written.values(), strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text)
+        new = f"{own[0]}:{reference.rpartition(':')[2]}"
         words = [w.replace(json.dumps(reference), json.dumps(new)).replace(reference, new) for w in words]
     return words
 

@@ -45,6 +45,20 @@ def placed(resolved: Resolved, key: str, place: str) -> Resolved:
     return replace(resolved, sections={**resolved.sections, section: changed})
 
 
+def check_apart(resolved: Resolved, out: Path) -> None:
+    """UserError for an --out among the user's own data, where what a run writes would be read as data.
+
+    Prepared sets read what their lists name; where they lie (`data.root`) tells nothing of a run, and is volatile.
+    """
+    root = _place(resolved, "data.root")
+    if root is None or "data.root" in resolved.volatile:
+        return
+    # as they are written too: a link among the data may lead out of it
+    for told in (os.path.abspath, os.path.realpath):
+        if Path(told(out)).is_relative_to(told(root)):
+            raise UserError(f"{out} lies in data.root={root}, and would be read as data; choose an --out outside of it")
+
+
 def relative_places(resolved: Resolved, folder: Path, record: Mapping[str, Any] | None = None) -> dict[str, str]:
     """Where files lie that the configuration names as from this directory, or as from that of the record's run.
 

@@ -26,6 +26,7 @@ from dualcl.benchmark.runs.folder import RunFolder
 from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.runner import Run, check_capabilities
 from dualcl.methods import method_class, method_info
+from dualcl.methods.base import Method
 
 _TINY_IMAGES = "train.steps=2 train.batch_size=2 eval.n=1 eval.steps=1 eval.guidance=1.0 prior.n=2 prior.steps=1"
 #: by stream: a bundled preset, and what makes it tiny, with tasks of different sizes
@@ -172,6 +173,22 @@ class Killed(Run):
         if task == stages - 1 and not self.method.takes_steps(task):
             raise KeyboardInterrupt
         super()._stage(record, task, stages, partial)
+
+
+class Inherited(Run):
+    """The run by the method that this one inherits `stored_parameters` from."""
+
+    def method_class(self) -> type[Method]:
+        """The one that counts."""
+        return counted_by(super().method_class())
+
+
+def counted_by(cls: type[Method]) -> type[Method]:
+    """The first of the methods that count as `cls` does; itself where it counts, or where all that is kept counts."""
+    if cls.stored_parameters is Method.stored_parameters:
+        return cls
+    same = (c for c in cls.__mro__ if issubclass(c, Method) and c.stored_parameters is cls.stored_parameters)
+    return [cls, *(c for c in same if "name" in vars(c))][-1]
 
 
 #: a fresh run of the same configuration in a folder
@@ -333,7 +350,34 @@ def stored(work: Watched, make: Make) -> str:
     must(isinstance(said, int) and 0 <= said <= held, f"it says {said}, and its checkpoint holds {held} numbers")
     told = work.record["tasks"][-1]["parameters_stored"] - work.domain.stored_parameters()
     must(told == said, f"it says {said} now, and said {told} after its last task")
-    return f"{said:,} numbers; its checkpoint holds {held:,}"
+    return f"{said:,} numbers; its checkpoint holds {held:,}{_uncounted(work, make)}"
+
+
+def _uncounted(work: Watched, make: Make) -> str:
+    """A remark where a method keeps more floating-point numbers than its parent, and counts what that counts.
+
+    Not by what it keeps alone: a checkpoint may hold a sum where its factors are counted.
+    """
+    cls, parent = type(work.method), counted_by(type(work.method))
+    if parent is cls:
+        return ""
+    kept, said = [], []
+    with tempfile.TemporaryDirectory() as place, contextlib.suppress(Exception):  # the parent may refuse the settings
+        for kind in (Run, Inherited):
+            run = make(Path(place), kind)
+            for task in range(1 if run.joint else run.n_tasks):
+                run.begin(task)
+            state = {id(t): (n, t) for n, t in run.method.state_dict(keep_vars=True).items()}
+            kept.append({n: t.numel() for n, t in state.values() if t.is_floating_point()})
+            said.append(run.method.stored_parameters())
+    if len(said) < 2:
+        return ""
+    more = sum(kept[0].values()) - sum(kept[1].values()) - (said[0] - said[1])
+    first = next((name for name, size in kept[0].items() if size > kept[1].get(name, 0)), "")
+    if not first or more <= said[0] / 100:  # a number here and there is no matter
+        return ""
+    counts = f"{parent.__name__}.stored_parameters, which {cls.__name__} inherits, does not count"
+    return f"; remark: {counts} {more:,} numbers that it keeps besides ({first}, ...)"
 
 
 def restores(work: Watched, make: Make) -> None:

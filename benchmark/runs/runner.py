@@ -27,8 +27,24 @@ from dualcl.benchmark.core.registry import check_plugins
 from dualcl.benchmark.core.seeding import derive_seed
 from dualcl.benchmark.core.settings import Resolved
 from dualcl.benchmark.domains import domain_class
-from dualcl.benchmark.runs.content import OLDER, check_same, located, look, moved_keys, relative_places, unchecked
-from dualcl.benchmark.runs.folder import PARTIAL, DamagedCheckpoint, RunFolder, Spectator, new_record
+from dualcl.benchmark.runs.content import (
+    OLDER,
+    check_apart,
+    check_same,
+    located,
+    look,
+    moved_keys,
+    relative_places,
+    unchecked,
+)
+from dualcl.benchmark.runs.folder import (
+    PARTIAL,
+    DamagedCheckpoint,
+    MirroredFolder,
+    RunFolder,
+    Spectator,
+    new_record,
+)
 from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.step import Steps, load_optimizer, lr_factor, make_optimizer, optimizer_tensors
 from dualcl.benchmark.runs.stopping import Stop
@@ -79,7 +95,7 @@ class Run(Steps):
         self.device = processes.device or pick_device(general.device)
         if general.threads is not None:
             torch.set_num_threads(general.threads)
-        cls = method_class(resolved.method_reference)
+        cls = self.method_class()
         self.joint = cls.joint
         torch.manual_seed(derive_seed(general.seed, "build"))
         self.domain: Domain = domain or domain_class(resolved.domain)(resolved, self.device)  # type: ignore[call-arg]
@@ -92,6 +108,10 @@ class Run(Steps):
         self.precision = general.precision
         self.scaler = self.fresh_scaler()
         self.trackers = Trackers((), folder.path, reporter.note)
+
+    def method_class(self) -> type[Method]:
+        """The class of the run's method."""
+        return method_class(self.resolved.method_reference)
 
     # --- state -------------------------------------------------------------------------------------------------------
 
@@ -336,6 +356,8 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
     path = given.path
     resolved, trackers = without_trackers(resolved)
     check_capabilities(resolved)
+    if not isinstance(given, MirroredFolder):
+        check_apart(resolved, path)
     processes = join(resolved.general.device)
     if processes.count > 1 and resolved.train.on_oom == "split":
         raise UserError("train.on_oom=split is for one process; set train.micro_batch_size instead")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dualcl.benchmark.cli import main
-from dualcl.benchmark.runs.method_check import PROPERTIES
+from dualcl.benchmark.runs.method_check import PROPERTIES, check_method
 
 FILE = '''
 import torch
@@ -131,6 +131,40 @@ def test_a_broken_promise_is_told(text: str, tmp_path: Path, capsys: pytest.Capt
     assert re.search(reason, lines[names[0]])
     assert code == 1
     assert f"breaks {len(names)} of its promises" in err
+
+
+UNCOUNTED = """
+import torch
+from dualcl.methods.base import register_method
+from dualcl.methods.lora import LoRA
+
+
+@register_method("dense", domains=("classification",), summary="s", source="nowhere")
+class Dense(LoRA):
+    def __init__(self, *given):
+        super().__init__(*given)
+        for i, update in enumerate(self.updates.values()):
+            self.register_buffer(f"old_{i}", torch.zeros_like(update.summed), persistent=PERSISTENT)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+"""
+COUNTED = """
+    def stored_parameters(self):
+        return super().stored_parameters() + sum(u.summed.numel() for u in self.updates.values())
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "remark"),
+    [(UNCOUNTED, True), (UNCOUNTED + COUNTED, False), (UNCOUNTED.replace("PERSISTENT", "False"), False)],
+)
+def test_numbers_that_an_inherited_count_misses_are_remarked_on(
+    text: str, remark: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "dense.py").write_text(text.replace("PERSISTENT", "True"))
+    (said,) = (s for s in check_method(str(tmp_path / "dense.py"), ["method.rank=2"]) if s[1] == STORED)
+    assert said[2] == ""
+    found = re.findall(r"remark: LoRA.stored_parameters, which Dense inherits, .* ([\d,]+) numbers .*old_0", said[3])
+    assert found == ["294,912"] * remark  # of the sites of the bundled ViT
 
 
 def test_both_domains_and_settings(capsys: pytest.CaptureFixture[str]) -> None:

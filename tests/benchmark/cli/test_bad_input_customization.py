@@ -130,6 +130,8 @@ def test_wrong_values(
     [
         (["stream.tasks=3"], ["stream.tasks", "3", "2 concepts"]),
         (["train.epochs=2"], ["train.steps=2", "train.epochs=1", "got 2"]),
+        (["train.drop_last=true"], ["train.drop_last=true", "leave it out"]),
+        (["train.drop_last=true", "train.steps=null"], ["train.drop_last=true", "leave it out"]),
         (["concept.class_noun=true"], ["concept.class_noun=true", "class noun", "concept 'rex'", "data.noun"]),
         (["concept.init=word"], ["concept.init=word", "concept 'rex'", "data.noun"]),
         (["eval.prompt={token}, a {noun} on a table"], ["{token}, a {noun} on a table", "concept 'rex'", "data.noun"]),
@@ -229,6 +231,12 @@ def test_wrong_prompt_files(
     file = tmp_path / "words.yaml"
     file.write_text(text)
     fails(place.run(f'data.prompts="{file}"', out=tmp_path / "run"), str(file), *words)
+
+
+def test_an_out_among_the_photographs_is_refused(place: Place, fails: Callable[..., str]) -> None:
+    for out in (place.photos, place.photos / "mug"):
+        fails(place.run(out=out), f"{out} lies in data.root={place.photos}", "choose an --out outside of it")
+    assert sorted(p.name for p in place.photos.rglob("*")) == ["0.png", "0.png", "1.png", "1.png", "mug", "rex"]
 
 
 def test_a_single_tiny_or_oblong_photograph_will_do_and_is_noted(

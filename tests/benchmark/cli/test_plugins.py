@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -254,6 +254,127 @@ def test_a_report_imports_no_method(place: Path, said: Any) -> None:
     assert "mine" in out
 
 
+# --- modules beside a file --------------------------------------------------------------------------------------------
+
+HELPED = METHOD.replace("from dualcl", "from beside import SCALE\nfrom dualcl").replace(
+    "factor * ", "factor * SCALE * "
+)
+
+
+@pytest.fixture
+def beside(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """beside.py, which parts/mine.py imports, in a process that has not imported it."""
+    monkeypatch.syspath_prepend(place / "parts")
+    monkeypatch.delitem(sys.modules, "beside", raising=False)
+    (place / "parts" / "mine.py").write_text(HELPED)
+    (place / "parts" / "beside.py").write_text("SCALE = 1.0\n")
+    yield place / "parts" / "beside.py"
+    sys.modules.pop("beside", None)
+
+
+def hash_of(reference: str) -> str:
+    plugin = method_info(reference).plugin
+    assert plugin is not None
+    return plugin.sha256
+
+
+def test_a_run_goes_on_with_the_same_modules_beside_its_file_only(beside: Path, said: Any, refused: Any) -> None:
+    words = ("run", "own.yaml", "parts/mine.py", "--out", "run", "--quiet")
+    assert said(*words)[0] == 0
+    before = record_of(Path("run"))
+    assert said(*words)[0] == 0
+    assert record_of(Path("run")) == before
+    old = before["run"]["method_source"]["sha256"]
+    assert old == hash_of("parts/mine.py") != sha256(Path("parts/mine.py"))
+    beside.write_text("SCALE = 10.0\n")
+    assert "beside.py has changed since this process imported it; start a new one" in refused(*words)
+    del sys.modules["beside"]
+    new = hash_of("parts/mine.py")
+    assert f"has another method: sha256 there {old[:12]}, now {new[:12]}" in refused(*words)
+    shutil.copytree("run", "grid/mine-seed0")
+    assert "has another method" in refused("compare", "own.yaml", "--methods", "parts/mine.py", "--out", "grid")
+
+
+def test_which_modules_the_hash_covers(place: Path) -> None:
+    parts = place / "parts"
+    mine = parts / "mine.py"
+    plain = hash_of("parts/mine.py")
+    assert plain == sha256(mine)
+    (parts / "beside.py").write_text("")
+    (parts / "dualcl").mkdir()  # a checkout
+    (parts / "dualcl" / "methods.py").write_text("")
+    assert hash_of("parts/mine.py") == plain
+    imports = {
+        "import torch, beside\n": ("beside.py",),
+        "def f():\n    from beside import x\n": ("beside.py",),
+        "from beside import *\n": ("beside.py",),
+        "import pack.one\n": ("pack/__init__.py", "pack/one.py", "pack/two.py", "beside.py"),
+        "from pack import deep\n": ("pack/__init__.py", "pack/deep/__init__.py", "pack/two.py"),
+        "from loose.three import x\n": ("loose/three.py",),
+    }
+    for folder in ("pack/deep", "loose"):
+        (parts / folder).mkdir(parents=True)
+    texts = {
+        "pack/__init__.py": "",
+        "pack/one.py": "from . import two\nfrom beside import x\n",
+        "pack/two.py": "import pack.one\nimport mine\n",  # in a circle
+        "pack/deep/__init__.py": "from ..two import x\n",
+        "loose/three.py": "def f(:\n",
+        "other.py": "",
+    }
+    for line, covered in imports.items():
+        for name, text in texts.items():
+            (parts / name).write_text(text)
+        (parts / "beside.py").write_text("")
+        mine.write_text(line + METHOD)
+        first = hash_of("parts/mine.py")
+        changing = []
+        for name in (*texts, "beside.py"):
+            text = (parts / name).read_text()
+            (parts / name).write_text(text + "# changed\n")
+            changing += [name] * (hash_of("parts/mine.py") != first)
+            (parts / name).write_text(text)
+        if line.startswith("from pack"):  # by way of two
+            covered = (*covered, "pack/one.py", "beside.py")
+        assert sorted(changing) == sorted(covered), line
+        assert hash_of("parts/mine.py") == first
+
+
+def test_a_file_of_a_package_has_the_package_beside_it(place: Path) -> None:
+    package = place / "pack" / "inner"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").write_text("")
+    (package.parent / "help.py").write_text("SCALE = 1\n")
+    (package / "mine.py").write_text("from pack.help import SCALE\n" + METHOD)
+    before = hash_of("pack/inner/mine.py")
+    (package.parent / "help.py").write_text("SCALE = 10\n")
+    assert hash_of("pack/inner/mine.py") != before
+
+
+def test_another_module_than_the_one_beside_the_file_is_refused(beside: Path, place: Path, refused: Any) -> None:
+    (place / "others").mkdir()
+    (place / "others" / "mine.py").write_text(HELPED)
+    (place / "others" / "beside.py").write_text("SCALE = 10.0\n")
+    method_class("parts/mine.py")
+    told = refused("run", "glyphs", "others/mine.py")
+    own = place / "others" / "beside.py"
+    assert f"it imports beside from {beside}, but {own} lies beside it; rename one of the two" in told
+
+
+def test_ray_carries_the_modules_beside_a_file(beside: Path, place: Path) -> None:
+    here = "import sys\nfrom pathlib import Path\nsys.path.insert(0, str(Path(__file__).parent))\n"
+    (place / "parts" / "mine.py").write_text(here + HELPED)
+    (planned,) = plan_comparison("own.yaml", ["parts/mine.py"], None, [], place / "grid")
+    job = ray_engine._job(planned, Needs(1, 0.0, None))
+    shutil.rmtree(place / "parts")
+    (place / "own.yaml").write_text(PRESET.replace("parts/mine.py", "lora").replace("tuning: {mine: by hand}", ""))
+    code, last = ray_engine._run(*job.arguments)
+    assert code == 0, last
+    source = record_of(place / "grid" / "mine-seed0")["run"]["method_source"]
+    assert source["sha256"] == planned.resolved.plugins["method"].sha256
+
+
 # --- a record runs no code --------------------------------------------------------------------------------------------
 
 
@@ -494,6 +615,21 @@ def test_a_package_s_method_and_data_run_and_are_recorded(installed: Path, tmp_p
         assert "has another method" in outside(installed, *words).stderr
     finally:
         file.write_text(text)
+
+
+def test_the_hash_of_a_package_s_method_covers_what_it_imports_of_the_package(installed: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    shutil.copytree(installed, site)
+    package = site / "my_package"
+    (package / "__init__.py").write_text("")
+    (package / "beside.py").write_text("SCALE = 1.0\n")
+    (package / "mine.py").write_text(HELPED.replace("from beside", "from .beside"))
+    sets = ("data.name=my-glyphs", "data.classes=4", "data.train_per_class=6", "stream.tasks=2", "train.epochs=1")
+    words = ("run", "glyphs", "mine", "--out", str(tmp_path / "run"), "--quiet", "--set", *sets)
+    done = outside(site, *words)
+    assert done.returncode == 0, done.stderr
+    (package / "beside.py").write_text("SCALE = 10.0\n")
+    assert "has another method" in outside(site, *words).stderr
 
 
 def test_a_name_of_a_package_is_taken(installed: Path, tmp_path: Path) -> None:
