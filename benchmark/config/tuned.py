@@ -39,8 +39,8 @@ class Tuned:
         """Keys and parsed values."""
         return dict(parse_assignment(text) for text in self.settings)
 
-    def check(self, data: str, items: Iterable[str], pictures: Iterable[Sequence[str]] = ()) -> bool:
-        """Whether the stream shares pictures with the sweep's, or names where either's pictures are not known.
+    def check(self, data: str, items: Iterable[str], pictures: Iterable[Sequence[str]] = ()) -> str:
+        """What is to be said of a stream that shares pictures with the sweep's, or names where not both's are known.
 
         `pictures`: the part, class or concept, id and hash of each. UserError when it does, unless that is allowed.
         """
@@ -60,7 +60,9 @@ class Tuned:
                 f"the settings were chosen on {what}: such numbers overstate a method{doubt}; give --tuned-on a sweep "
                 "on another stream, or add --allow-same-stream"
             )
-        return bool(shared)
+        if bool(there) != bool(self.pictures):
+            return "its settings were chosen on classes or concepts of the same names" if shared else ""
+        return "its settings were chosen on this very stream" if shared else ""
 
 
 def read_tuned(place: Path, method: str, *, same_stream: bool = False) -> Tuned | None:

@@ -279,6 +279,10 @@ class Domain(ABC):
         """The digests of what this run read from files."""
         return {}
 
+    def pictures(self) -> Sequence[tuple[str, str, str, str]]:
+        """Of every picture that this run reads from files: its part, its class or concept, its id, its hash."""
+        return ()
+
     def repeated(self) -> list[str]:
         """Pictures of the data that are there more than once, a line for each kind."""
         return []

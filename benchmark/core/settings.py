@@ -14,7 +14,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, Union
 
@@ -279,9 +279,10 @@ class Resolved:
     table: str = ""
     #: who tuned the method's values, and on what
     tuning: str = ""
-    #: the preset on which a sweep chose them, and what says whether a stream (data set, names of its items) is another
+    #: the preset on which a sweep chose them, and what says so of a stream (data set, names of its items, pictures)
+    #: that is no other
     tuned_on: str = ""
-    check_stream: Callable[[str, Iterable[str]], bool] | None = None
+    check_stream: Callable[[str, Iterable[str], Iterable[Sequence[str]]], str] | None = None
     #: "method" and "data", where they are not built in
     plugins: Mapping[str, Plugin] = field(default_factory=dict)
     #: the record of the run that goes on

@@ -29,7 +29,7 @@ from dualcl.benchmark.models.vit import BackboneConfig, attention_sites, load_ba
 from dualcl.benchmark.models.vit_blocks import NO_SITES, Unserved, checkpoint_blocks, read_class_token_only
 from dualcl.datasets import dataset_class
 from dualcl.datasets.base import ClassData, ClassStream, ImageSet, given_order, make_class_stream, task_sizes
-from dualcl.datasets.reading.content import pictures, repeated
+from dualcl.datasets.reading.content import Picture, pictures, repeated
 from dualcl.datasets.reading.kept import KeptImages
 from dualcl.datasets.reading.loader import Batch, ImageLoader
 from dualcl.datasets.reading.views import View
@@ -634,10 +634,13 @@ class Classification(Domain):
         """See Domain."""
         return {name: found() for name, found in self.contents(self.resolved, self.stream.data).items()}
 
+    def pictures(self) -> list[Picture]:
+        """See Domain; none of what is drawn."""
+        return pictures(self.stream.data)[1] if "data" in self.contents(self.resolved) else []
+
     def repeated(self) -> list[str]:
-        """See Domain; nothing is said of what is drawn."""
-        known = "data" in self.contents(self.resolved)
-        return repeated(pictures(self.stream.data)[1]) if known else []
+        """See Domain."""
+        return repeated(self.pictures())
 
     def summary(self, row: Mapping[str, Any]) -> str:
         """Mean accuracy over the tasks seen so far."""

@@ -37,7 +37,7 @@ from dualcl.datasets import dataset_class
 from dualcl.datasets.base import given_order
 from dualcl.datasets.concepts import ConceptData, ConceptStream, Request, check_template, make_concept_stream
 from dualcl.datasets.reading.captions import as_template
-from dualcl.datasets.reading.content import pictures, repeated
+from dualcl.datasets.reading.content import Picture, pictures, repeated
 
 
 @dataclass(frozen=True)
@@ -877,10 +877,13 @@ class Customization(Domain):
         found = self.contents(self.resolved, self.stream.data, [f"prior.{noun}" for noun in sorted(used)])
         return {name: made() for name, made in found.items()}
 
+    def pictures(self) -> list[Picture]:
+        """See Domain; none of what is drawn."""
+        return pictures(self.stream.data)[1] if "data" in self.contents(self.resolved) else []
+
     def repeated(self) -> list[str]:
-        """See Domain; nothing is said of what is drawn."""
-        known = "data" in self.contents(self.resolved)
-        return repeated(pictures(self.stream.data)[1]) if known else []
+        """See Domain."""
+        return repeated(self.pictures())
 
     def summary(self, row: Mapping[str, Any]) -> str:
         """Mean distance to the photographs and drift of the concepts so far."""

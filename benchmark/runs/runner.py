@@ -339,10 +339,11 @@ def check_capabilities(resolved: Resolved) -> None:
 
 def _chosen_on_itself(resolved: Resolved, domain: Domain) -> list[str]:
     """The caveat of settings that a sweep chose on what the run reports; UserError unless that is allowed."""
-    check = resolved.check_stream
-    if check is None or not check(domain.identity()["data"], item_names(task.facts for task in domain.tasks)):
+    if resolved.check_stream is None:
         return []
-    return ["its settings were chosen on this very stream"]
+    names = item_names(task.facts for task in domain.tasks)
+    caveat = resolved.check_stream(domain.identity()["data"], names, domain.pictures())
+    return [caveat] if caveat else []
 
 
 def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -395,7 +396,7 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
                     work.domain.check_loss(key, work.method.output_scope)
                 work.domain.steps_per_epoch(key)
         general = resolved.general
-        caveats = [*work.method.caveats(), *_chosen_on_itself(resolved, work.domain)]
+        caveats = [*work.method.caveats(), *processes.from_main(lambda: _chosen_on_itself(resolved, work.domain))]
         lines = processes.from_main(work.domain.repeated)
         repeated = {"repeated_pictures": lines} if lines else {}
         record = new_record(

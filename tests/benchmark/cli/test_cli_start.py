@@ -76,7 +76,7 @@ def test_lists_are_complete_and_methods_show_domains_and_source(capsys: pytest.C
         (["run", "glyphs", "clora", "--set", "train.epoch=1"], "train.epochs"),
         (["run", "glyphs", "clora", "--set", "train.epochs"], "key=value"),
         (["run", "glyphs", "clora", "--set", "train.epochs=many"], "an integer"),
-        (["run", "glyphs", "clora", "--seed", "-1"], "from 0 on"),
+        (["run", "glyphs", "clora", "--seed", "-1"], "from 0 to"),
         (["run", "glyphs", "clora", "--seed", "1", "--set", "seed=2"], "--seed"),
         (["run", "nowhere.yaml", "clora"], "does not exist"),
         (["run", "glyphs"], "METHOD"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -131,11 +133,44 @@ def test_settings_of_the_reported_stream_are_refused_unless_allowed(
     assert main([*command, *tuned]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
-    assert "were chosen on blue of image-folder" in captured.err
+    assert re.search(
+        r"were chosen on train/\w+/\d.png, a picture of this stream too \(16 of 16 compared\)", captured.err
+    )
     assert not (tmp_path / "run" / "record.json").exists()
     assert main([*command, *tuned, "--allow-same-stream"]) == 0
     assert run_of(tmp_path / "run")["run"]["caveats"] == ["its settings were chosen on this very stream"]
     assert "chosen on this very stream" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_stream_is_another_by_its_pictures_not_by_the_names_of_its_folders(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    renamed, others = tmp_path / "renamed", tmp_path / "others"
+    for file in sorted((place / "noise").rglob("*.png")):
+        part, name, number = file.relative_to(place / "noise").parts
+        for copy in (renamed / part / f"the {name}" / number, others / part / name / number):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(file, copy)
+        with Image.open(file) as image:
+            image.rotate(90).save(others / part / name / number)
+    tuned = ["run", str(place / "tune.yaml"), "lora", "--quiet", "--tuned-on"]
+    command = [*tuned, str(place / "swept"), "--out", str(tmp_path / "run"), "--set"]
+    assert main([*command, f"data.root={renamed}"]) == 2
+    assert "were chosen on train/the " in capsys.readouterr().err
+    assert main([*command, f"data.root={others}"]) == 0
+    assert run_of(tmp_path / "run")["run"]["caveats"] == []
+
+    older = tmp_path / "older"
+    older.mkdir()
+    tree = json.loads((place / "swept" / "lora" / "sweep.json").read_text())
+    del tree["stream"]["pictures"]
+    (older / "sweep.json").write_text(json.dumps(tree))
+    command = [*tuned, str(older), "--out", str(tmp_path / "names"), "--set", f"data.root={others}"]
+    assert main(command) == 2
+    assert "by name too (4 shared)" in capsys.readouterr().err
+    assert main([*command, "--allow-same-stream"]) == 0
+    said = ["its settings were chosen on classes or concepts of the same names"]
+    assert run_of(tmp_path / "names")["run"]["caveats"] == said
 
 
 @pytest.mark.parametrize(
