@@ -55,8 +55,8 @@ def code(card: Mapping[str, Any], base: str, out: str, *imports: str) -> list[st
     lines += ["from safetensors.torch import load_file"] * (kind == "ip-adapter")
     lines += [
         f"out = Path({out!r})",
-        # without a type, parts are loaded as they are stored, and those of two types do not run
-        f"pipe = {made_on['pipeline']}.from_pretrained({whole}, torch_dtype=torch.float32)",
+        # parts are loaded in the types in which they are stored, and those of two types do not run
+        f"pipe = {made_on['pipeline']}.from_pretrained({whole}).to(torch.float32)",
         f"pipe.scheduler = {sampler}.from_config(pipe.scheduler.config, {settings})",
     ]
     given = []
@@ -74,10 +74,7 @@ def code(card: Mapping[str, Any], base: str, out: str, *imports: str) -> list[st
         both = "torch.cat([torch.zeros_like(seen), seen])" if sampling["guidance"] > 1 else "seen"
         given.append(f"ip_adapter_image_embeds=[{both}]")
     if kind != "merged" and words:
-        lines += [
-            f"for file in sorted(out.glob('{EMBEDDINGS}/*.safetensors')):",
-            "    pipe.load_textual_inversion(file)",
-        ]
+        lines.append(f"pipe.load_textual_inversion(sorted(out.glob('{EMBEDDINGS}/*.safetensors')))")
     prompt = f"a photo of {words[0]['placeholder']}" if words else "a photo"
     if sampling["negative_prompt"]:
         given.append(f"negative_prompt={sampling['negative_prompt']!r}")
