@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from dualcl.benchmark.cli import bench
 from dualcl.benchmark.core.errors import EXIT_USER
 from dualcl.benchmark.core.machine import package_version
-from dualcl.benchmark.core.reading import SEEDS, natural
+from dualcl.benchmark.core.reading import MOST_SEED, SEEDS, natural
 from dualcl.benchmark.core.text import printable
 
 RUNS = Path("runs")
@@ -55,18 +55,20 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _natural(text: str) -> int:
-    try:
-        return natural(text, 2**63 - 1)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wants a whole number from 0 to 2^63 - 1, got {text!r}") from None
+def _whole(most: int, span: str) -> Callable[[str], int]:
+    """Reads a whole number from 0 to `most`, which `span` says in words."""
+
+    def read(text: str) -> int:
+        try:
+            return natural(text, most)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"wants a whole number {span}, got {text!r}") from None
+
+    return read
 
 
-def _seed(text: str) -> int:
-    try:
-        return natural(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wants a whole number {SEEDS}, got {text!r}") from None
+_natural = _whole(2**63 - 1, "from 0 to 2^63 - 1")
+_seed = _whole(MOST_SEED, SEEDS)
 
 
 def _number(text: str) -> float:

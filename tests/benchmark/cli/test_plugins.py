@@ -194,14 +194,19 @@ def test_slurm_s_script_names_the_files(place: Path, said: Any) -> None:
     assert f"{place / 'parts' / 'mine.py'}:mine@{sha256(place / 'parts' / 'mine.py')}" in out
 
 
-def test_ray_carries_the_text(place: Path) -> None:
+def run_on_a_node(place: Path) -> tuple[Any, dict[str, Any]]:
+    """The plan, and the recorded source, of a run whose files are gone when the node gets it."""
     (planned,) = plan_comparison("own.yaml", ["parts/mine.py"], None, [], place / "grid")
     job = ray_engine._job(planned, Needs(1, 0.0, None))
     shutil.rmtree(place / "parts")
     (place / "own.yaml").write_text(PRESET.replace("parts/mine.py", "lora").replace("tuning: {mine: by hand}", ""))
     code, last = ray_engine._run(*job.arguments)
     assert code == 0, last
-    source = record_of(place / "grid" / "mine-seed0")["run"]["method_source"]
+    return planned, record_of(place / "grid" / "mine-seed0")["run"]["method_source"]
+
+
+def test_ray_carries_the_text(place: Path) -> None:
+    _, source = run_on_a_node(place)
     assert source == {"kind": "file", "file": "mine.py", "sha256": hashlib.sha256(METHOD.encode()).hexdigest()}
 
 
@@ -365,13 +370,7 @@ def test_another_module_than_the_one_beside_the_file_is_refused(beside: Path, pl
 def test_ray_carries_the_modules_beside_a_file(beside: Path, place: Path) -> None:
     here = "import sys\nfrom pathlib import Path\nsys.path.insert(0, str(Path(__file__).parent))\n"
     (place / "parts" / "mine.py").write_text(here + HELPED)
-    (planned,) = plan_comparison("own.yaml", ["parts/mine.py"], None, [], place / "grid")
-    job = ray_engine._job(planned, Needs(1, 0.0, None))
-    shutil.rmtree(place / "parts")
-    (place / "own.yaml").write_text(PRESET.replace("parts/mine.py", "lora").replace("tuning: {mine: by hand}", ""))
-    code, last = ray_engine._run(*job.arguments)
-    assert code == 0, last
-    source = record_of(place / "grid" / "mine-seed0")["run"]["method_source"]
+    planned, source = run_on_a_node(place)
     assert source["sha256"] == planned.resolved.plugins["method"].sha256
 
 
