@@ -7,7 +7,6 @@ imported when it is asked for; one of them is called `list`, so no built-in `lis
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 import signal
 import sys
@@ -25,6 +24,7 @@ from dualcl.benchmark.core.errors import (
     describe_os_error,
     nearest,
 )
+from dualcl.benchmark.core.imports import import_large
 from dualcl.benchmark.core.machine import follower, launched
 from dualcl.benchmark.core.text import printable, say
 
@@ -61,7 +61,7 @@ def _dispatch(argv: Sequence[str]) -> int:
     if args.command != "run" and launched() > 1:
         raise UserError(f"a launcher started {launched()} processes; they share one `dualcl run`, not {args.command}")
     try:
-        code: int = importlib.import_module(f"{__name__}.{args.command}").main(args)
+        code: int = import_large(f"{__name__}.{args.command}").main(args)
         sys.stdout.flush()
         return code
     except OSError as error:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 from typing import TYPE_CHECKING
 
 from dualcl.benchmark.core.errors import UserError, nearest
+from dualcl.benchmark.core.imports import import_large
 from dualcl.datasets import dataset_class, dataset_info
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def domain_class(name: str) -> type[Domain]:
     """The domain called `name`; UserError when unknown."""
     if name not in DOMAINS:
         raise UserError(f"unknown domain {name!r}; {nearest(name, DOMAINS, 'domains')}")
-    cls: type[Domain] = importlib.import_module(DOMAINS[name]).DOMAIN
+    cls: type[Domain] = import_large(DOMAINS[name]).DOMAIN
     return cls
 
 
