@@ -41,8 +41,7 @@ class MoALConfig(AdapterConfig):
     """Options of MoAL."""
 
     width: int = field(
-        default=10_000,
-        metadata={"help": "H, random features (in its public code 20000 on ImageNet-R, 5000 on CIFAR-100)"},
+        default=10_000, metadata={"help": "H, random features (public code: 20000 on ImageNet-R, 5000 on CIFAR-100)"}
     )
     lambda_: float | None = field(
         default=None, metadata={"help": "lambda, the ridge; null: chosen in the first task on a fifth of its images"}
@@ -102,9 +101,8 @@ class MoAL(AdapterMethod):
         super().grow(task)
         new = cast(CosineRows, self.rows[-1])
         if task:
-            self.average, self.adapters = cast(nn.ModuleList, self.adapters[0]), adapters
+            self.average, self.adapters = cast(nn.ModuleList, self.adapters[0]), adapters.requires_grad_(True)
             self.average.requires_grad_(False).load_state_dict(adapters[0].state_dict())
-            self.adapters.requires_grad_(True)
             old = cast(CosineRows, earlier[-1])
             new.rows, new.scale = nn.Parameter(torch.cat([old.rows.detach(), new.rows.detach()])), old.scale
             new.scale.requires_grad_(True)
