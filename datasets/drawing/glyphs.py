@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
 
@@ -123,7 +123,7 @@ def _contrast(a: Colour, b: Colour) -> float:
 
 
 def _jitter(colour: Colour, rng: np.random.Generator, by: int = 26) -> Colour:
-    shifted = [int(np.clip(v + rng.integers(-by, by + 1), 0, 255)) for v in colour]
+    shifted = [min(max(v + int(rng.integers(-by, by + 1)), 0), 255) for v in colour]
     return (shifted[0], shifted[1], shifted[2])
 
 
@@ -295,7 +295,20 @@ def _draw_clutter(page: Image.Image, look: Look, pieces: int, rng: np.random.Gen
 
 
 def _outline(mask: Image.Image) -> Image.Image:
-    return ImageChops.subtract(mask.filter(ImageFilter.MaxFilter(3)), mask.filter(ImageFilter.MinFilter(3)))
+    """Where the mask changes: the brightest of a pixel and its eight neighbours, less the darkest."""
+    high = low = np.asarray(mask)
+    for axis in (0, 1):
+        high, low = _of_three(np.maximum, high, axis), _of_three(np.minimum, low, axis)
+    return Image.fromarray(high - low)
+
+
+def _of_three(function: np.ufunc, values: NDArray[np.uint8], axis: int) -> NDArray[np.uint8]:
+    """`function` of every value and the two beside it along an axis."""
+    out = values.copy()
+    for inner, shifted in ((slice(1, None), slice(None, -1)), (slice(None, -1), slice(1, None))):
+        to, beside = (inner, shifted) if axis == 0 else ((slice(None), inner), (slice(None), shifted))
+        function(out[to], values[beside], out=out[to])
+    return out
 
 
 def _draw_ink(page: Image.Image, mask: Image.Image, look: Look, rng: np.random.Generator) -> None:
