@@ -296,19 +296,16 @@ def _draw_clutter(page: Image.Image, look: Look, pieces: int, rng: np.random.Gen
 
 def _outline(mask: Image.Image) -> Image.Image:
     """Where the mask changes: the brightest of a pixel and its eight neighbours, less the darkest."""
-    high = low = np.asarray(mask)
-    for axis in (0, 1):
-        high, low = _of_three(np.maximum, high, axis), _of_three(np.minimum, low, axis)
-    return Image.fromarray(high - low)
+    values = np.asarray(mask)
+    return Image.fromarray(_of_nine(np.maximum, values) - _of_nine(np.minimum, values))
 
 
-def _of_three(function: np.ufunc, values: NDArray[np.uint8], axis: int) -> NDArray[np.uint8]:
-    """`function` of every value and the two beside it along an axis."""
-    out = values.copy()
-    for inner, shifted in ((slice(1, None), slice(None, -1)), (slice(None, -1), slice(1, None))):
-        to, beside = (inner, shifted) if axis == 0 else ((slice(None), inner), (slice(None), shifted))
-        function(out[to], values[beside], out=out[to])
-    return out
+def _of_nine(function: np.ufunc, values: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """`function` of every value and its eight neighbours, shape as `values`; beyond an edge the edge goes on."""
+    wide = np.pad(values, 1, mode="edge")
+    rows = function(function(wide[:-2], wide[1:-1]), wide[2:])
+    found: NDArray[np.uint8] = function(function(rows[:, :-2], rows[:, 1:-1]), rows[:, 2:])
+    return found
 
 
 def _draw_ink(page: Image.Image, mask: Image.Image, look: Look, rng: np.random.Generator) -> None:
