@@ -107,6 +107,22 @@ class Record:
         return tuple(map(str, found)) if isinstance(found, list) else ()
 
     @property
+    def environments(self) -> list[Mapping[str, Any]]:
+        """What the run was made in, in order: one, or more where it went on at another commit or elsewhere."""
+        last = self.data.get("environment") or {}
+        return [*_mappings(last.get("earlier") or ()), last]
+
+    @property
+    def dirty(self) -> bool | None:
+        """Whether any part of it came from a working tree with uncommitted changes; None where that is not known."""
+        known = [bool(part["dirty"]) for part in self.environments if part.get("dirty") is not None]
+        return any(known) if known else None
+
+    def made_in(self, key: str) -> list[str]:
+        """What its environments say under a key, each value once, in order."""
+        return list(dict.fromkeys(str(part[key]) for part in self.environments if part.get(key) is not None))
+
+    @property
     def kind(self) -> MatrixKind:
         """The kind of the recorded matrix."""
         return KINDS[self.data["matrix"]["kind"]]
@@ -315,7 +331,7 @@ def comparable(record: Record | Mapping[str, Any]) -> dict[str, Any]:
 def run_row(record: Record) -> dict[str, Any]:
     """One run as flat values: what it was, how it ended, every metric, and where it comes from."""
     data, run, identity = record.data, record.data["run"], record.data["identity"]
-    environment, measuring = data.get("environment") or {}, identity.get("eval")
+    measuring = identity.get("eval")
     return {
         "preset": record.preset,
         "table": record.table,
@@ -331,7 +347,10 @@ def run_row(record: Record) -> dict[str, Any]:
         **{key: identity[key] for key in _MEASURING if key in identity},
         **({f"eval_{key}": value for key, value in measuring.items()} if isinstance(measuring, Mapping) else {}),
         "config_hash": data.get("config_hash"),
-        **{key: environment.get(key) for key in ("dualcl", "commit", "dirty", "torch", "device")},
+        **{
+            key: record.dirty if key == "dirty" else ", ".join(record.made_in(key)) or None
+            for key in ("dualcl", "commit", "dirty", "torch", "device")
+        },
         "finished": data.get("finished"),
         "path": str(record.directory),
     }

@@ -396,7 +396,7 @@ def _best(rows: Sequence[Row], metric: Measure) -> frozenset[str]:
 
 
 def _values(records: Sequence[Record], key: str) -> list[str]:
-    return sorted({str(v) for r in records if (v := (r.data.get("environment") or {}).get(key)) is not None})
+    return sorted({value for r in records for value in r.made_in(key)})
 
 
 def _warnings(records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
@@ -425,7 +425,9 @@ def _warnings(records: Sequence[Record], rows: Sequence[Row]) -> list[str]:
         lines.append("the backbone is not pretrained: its weights are random")
     if len(devices := _values(records, "device")) > 1:
         lines.append(f"mixed devices, time and memory do not compare: {', '.join(devices)}")
-    if dirty := sum(bool((r.data.get("environment") or {}).get("dirty")) for r in records):
+    if moved := [f"{r.label}, seed {r.seed}" for r in records if len(r.environments) > 1]:
+        lines.append(f"began in another environment than they ended in: {'; '.join(moved)}")
+    if dirty := sum(bool(r.dirty) for r in records):
         lines.append(f"{dirty} of {len(records)} runs came from a working tree with uncommitted changes")
     return lines
 

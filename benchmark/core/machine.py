@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +82,27 @@ def environment() -> dict[str, Any]:
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpus": os.cpu_count(),
     }
+
+
+def continued(now: Mapping[str, Any], before: Mapping[str, Any], tasks: int, step: int) -> dict[str, Any]:
+    """The environment `now` of a run that goes on after `tasks` finished tasks and `step` steps of the next.
+
+    It lists as `earlier`, each with the tasks and the step at which it ended, the environments that what is kept was
+    made in, where they differ. `before` is the environment in the run's record so far.
+    """
+    apart = ("places", "earlier")
+    was, here = ({k: v for k, v in found.items() if k not in apart} for found in (before, now))
+    kept: list[dict[str, Any]] = []
+    begun = (0, 0)
+    for part in (*(before.get("earlier") or ()), was):
+        if begun >= (tasks, step):
+            break  # what it did is done again
+        ended = min((part.get("tasks", tasks), part.get("step", step)), (tasks, step))
+        kept.append({**part, "tasks": ended[0], "step": ended[1]})
+        begun = ended
+    if kept and {k: v for k, v in kept[-1].items() if k not in ("tasks", "step")} == here:
+        kept.pop()  # it goes on
+    return {**now, **({"earlier": kept} if kept else {})}
 
 
 def resident_peak_mib(pid: int | Literal["self"] = "self") -> float | None:

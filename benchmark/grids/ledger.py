@@ -173,12 +173,12 @@ def _portable(value: Any) -> Any:
 
 
 def _commit(run: _Run) -> str:
-    commits = dict.fromkeys(str((r.data.get("environment") or {}).get("commit") or "unknown")[:8] for r in run.records)
+    commits = dict.fromkeys(commit[:8] for r in run.records for commit in r.made_in("commit") or ["unknown"])
     return ", ".join(commits) + (" with changes" if _dirty(run) else "")
 
 
 def _dirty(run: _Run) -> bool:
-    return any(bool((r.data.get("environment") or {}).get("dirty")) for r in run.records)
+    return any(bool(r.dirty) for r in run.records)
 
 
 def judge(group: Group, numbers: Sequence[Number], run_records: Sequence[Record]) -> tuple[bool, str]:

@@ -21,7 +21,7 @@ from dualcl.benchmark.core.devices import is_out_of_memory, peak_mib, pick_devic
 from dualcl.benchmark.core.domain import Domain
 from dualcl.benchmark.core.errors import RunFailed, UserError
 from dualcl.benchmark.core.files import Growing, as_json, now
-from dualcl.benchmark.core.machine import Stopwatch, environment
+from dualcl.benchmark.core.machine import Stopwatch, continued, environment
 from dualcl.benchmark.core.processes import ALONE, Processes, join
 from dualcl.benchmark.core.registry import check_plugins
 from dualcl.benchmark.core.seeding import derive_seed
@@ -144,6 +144,11 @@ class Run(Steps):
         stages = 1 if self.joint else self.n_tasks
         self.domain.before_tasks()
         first, partial = self._resume(record)
+        if self.resolved.earlier is not None:
+            before, step = self.resolved.earlier.get("environment") or {}, partial[1]["step"] if partial else 0
+            record["environment"] = continued(record["environment"], before, first, step)
+            if record["environment"] != before:
+                self.folder.write_record(record)  # a kill inside a task leaves what it was made in
         self.trackers.start(record, partial[1]["step"] if partial else 0)
         for task in range(first, stages):
             self._stage(record, task, stages, partial if task == first else None)

@@ -29,8 +29,10 @@ def _facts(record: Record) -> list[tuple[str, Any]]:
         ("error", data.get("error")),
         ("directory", record.directory),
         *((key.replace("_", " "), data.get(key)) for key in ("config_hash", "created", "finished")),
-        *(data.get("environment") or {}).items(),
-        *((k, json.dumps(v, ensure_ascii=False) if isinstance(v, (dict, list)) else v) for k, v in shown.items()),
+        *(
+            (key, json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value)
+            for key, value in ((data.get("environment") or {}) | shown).items()
+        ),
         (f"{order} order", " ".join(map(str, data["identity"].get("class_order") or []))),
     ]
 

@@ -189,6 +189,7 @@ FOUND: list[tuple[str, tuple[Any, ...], Any]] = [
     ("record", ("measured", "tasks"), ["a"]),  # AttributeError in metrics
     ("record", ("network", "parameters"), [[]]),  # TypeError in metrics
     ("record", ("environment",), 7),  # AttributeError in run_row
+    ("record", ("environment",), {"earlier": 7}),  # TypeError in run_row
     ("record", ("identity", "class_order"), 3),  # TypeError in the page
     ("record", ("matrix", "rows", 0, "mmd", 0), 1e308),  # the sum is infinite
     ("card", ("concepts",), True),  # TypeError where the card is checked

@@ -15,6 +15,7 @@ from torch import nn
 
 from dualcl.benchmark.cli import main
 from dualcl.benchmark.config.resolve import resolve
+from dualcl.benchmark.core import machine
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.machine import environment
 from dualcl.benchmark.core.settings import TrainConfig
@@ -27,7 +28,7 @@ from dualcl.benchmark.runs.step import load_optimizer, lr_factor, make_optimizer
 from dualcl.methods import available_methods, method_class
 from dualcl.methods.base import ParamGroup
 from dualcl.results.metrics import run_metrics
-from dualcl.results.records import comparable, load_record
+from dualcl.results.records import comparable, load_record, run_row
 from dualcl.results.tables import summarise
 
 CPU = torch.device("cpu")
@@ -265,6 +266,46 @@ def test_measured_and_environment(made: Callable[..., Any]) -> None:
     assert {"python", "timm", "pillow", "platform", "cpus", "commit"} <= found.keys()
     # neither the machine nor the user nor a place is in the record
     assert str(folder) not in (folder / "record.json").read_text()
+
+
+class Stopping(Reporter):
+    """Interrupts the run at its `left`-th step."""
+
+    def __init__(self, left: int) -> None:
+        super().__init__(quiet=True)
+        self.left = left
+
+    def step(self, step: int, loss: float) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_a_record_names_every_commit_that_its_run_went_on_at(
+    preset: str, tmp_path: Path, made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def go(commit: str, left: int | None = None) -> None:
+        monkeypatch.setattr(machine, "source_state", lambda: (commit, commit == "b"))
+        run(resolve(preset, "clora", ["train.checkpoint_seconds=0"]), tmp_path / "run", left and Stopping(left))
+
+    def told() -> list[tuple[Any, ...]]:
+        parts = load_record(tmp_path / "run").environments
+        return [tuple(part.get(key) for key in ("commit", "dirty", "tasks", "step")) for part in parts]
+
+    for commit, left in (("lost", 1), ("a", 8), ("a", 1), ("b", 3), ("c", 1)):  # six steps a task
+        with pytest.raises(KeyboardInterrupt):
+            go(commit, left)
+    go("c")
+    # nothing that the first did is kept; each step is saved after the reporter heard of it
+    assert told() == [("a", False, 1, 1), ("b", True, 1, 3), ("c", False, None, None)]
+    record = load_record(tmp_path / "run")
+    assert comparable(record)["matrix"] == comparable(made("clora")[0])["matrix"]
+    assert (record.made_in("commit"), record.dirty) == (["a", "b", "c"], True)
+    assert run_row(record)["commit"] == "a, b, c"
+    warnings = "\n".join(summarise([tmp_path]).warnings)
+    assert "mixed commits: a, b, c" in warnings
+    assert "began in another environment than they ended in: clora, seed 0" in warnings
+    assert "1 of 1 runs came from a working tree with uncommitted changes" in warnings
 
 
 def test_record_on_disk_and_its_metrics(made: Callable[..., Any]) -> None:
