@@ -414,32 +414,32 @@ _LEADING = {
 def bounds(records: Sequence[Record]) -> Figure | None:
     """Every method between the stream's bounds: chance, what is frozen, plain fine-tuning in sequence, joint training.
 
-    Accuracy after the last task; in customization the share of pictures that are nearest to their own concept's, and,
-    where a judge sees attributes, the share of those. None without joint training.
+    Accuracy after the last task, the mean and a stroke for every seed; in customization the share of pictures that are
+    nearest to their own concept's, and, where a judge sees attributes, the share of those. None without joint training.
     """
     domain = records[0].data["run"]["domain"]
     groups, told = _by_label(records), _BOUNDS.get(domain, {})
     panels = [
-        (metric, means)
+        (metric, {label: statistics.fmean(v) for label, v in values.items()}, values)
         for metric in _LEADING["classification" if domain == "classification" else "customization"]
-        if (means := {label: _moments(v) for label, group in groups.items() if (v := _known(group, metric))})
-        and any(groups[label][0].joint for label in means)
+        if (values := {label: v for label, group in groups.items() if (v := _known(group, metric))})
+        and any(groups[label][0].joint for label in values)
     ]
     #: label -> what it is
     bound = {label: "all tasks at once" if group[0].joint else told[label]
              for label, group in groups.items() if group[0].joint or label in told}  # fmt: skip
     if not panels or not (order := [label for label in panels[0][1] if label not in bound]):
         return None
-    order.sort(key=lambda label: panels[0][1][label][0])
+    order.sort(key=lambda label: panels[0][1][label])
     look, top = styles(records), len(order) - 0.5
     with matplotlib.rc_context(_RC):
         figure = Figure(figsize=(2.4 + 5.2 * len(panels) ** 0.6, 1.8 + 0.24 * len(order)), layout="constrained")
-        for place, (metric, means) in enumerate(panels):
+        for place, (metric, means, values) in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), place + 1)
             lines = [
                 # what a bound is, once
                 (
-                    means[label][0],
+                    means[label],
                     label if place else f"{label}: {what}",
                     _JOINT if groups[label][0].joint else "#777777",
                 )
@@ -452,9 +452,10 @@ def bounds(records: Sequence[Record]) -> Figure | None:
             for height, label in enumerate(order):
                 if label not in means:
                     continue
-                (mean, std), style = means[label], look[label]
-                axes.errorbar(mean, height, xerr=std or None, color=style.colour, marker=style.marker, ms=7, capsize=2)
-                axes.text(101.5, height, f"{mean:.1f}", va="center", fontsize=8)
+                seeds, style = values[label], look[label]
+                axes.plot(seeds, [height] * len(seeds), color=style.colour, marker="|", ms=7)
+                axes.plot(means[label], height, color=style.colour, marker=style.marker, ms=7)
+                axes.text(101.5, height, f"{means[label]:.1f}", va="center", fontsize=8)
             axes.set_yticks(range(len(order)), ["" if place else _shown(label) for label in order])
             # a line at 100 is seen whole
             axes.set(xlim=(0, 101), ylim=(-0.7, top + 0.5 + 0.8 * (len(bound) + 1)))
@@ -710,8 +711,8 @@ PLOTS: dict[str, Plot] = {
     "bounds": Plot(
         bounds,
         "Between the bounds",
-        "A line per method, a point at its accuracy after the last task; dashed lines: chance, what is frozen, plain "
-        "fine-tuning in sequence, joint training.",
+        "A line per method, a point at its accuracy after the last task, a stroke at that of every seed; dashed lines: "
+        "chance, what is frozen, plain fine-tuning in sequence, joint training.",
     ),
     "curve": Plot(
         quality_curves,

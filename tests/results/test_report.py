@@ -206,6 +206,10 @@ def test_methods_stand_between_the_bounds_of_the_stream(runs: Path, write_run: W
     assert said[:3] == ["chance  25.0", "ncm: class means, frozen  52.0", "joint: all tasks at once  95.0"]
     assert said[3:] == ["40.0", "70.0"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["lora", "clora"]
+    strokes = [sorted(map(float, line.get_xdata())) for line in axes.lines if line.get_marker() == "|"]
+    assert strokes == [
+        sorted(r.metrics["A_last"] or 0.0 for r in records if r.label == label) for label in ("lora", "clora")
+    ]
     assert bounds([r for r in records if not r.joint]) is None
 
 
