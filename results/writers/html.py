@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from dualcl.results.writers.pictures import Pictures
 def _facts(record: Record) -> list[tuple[str, Any]]:
     """What a reader needs to know of a run, or to repeat it."""
     data = record.data
+    *earlier, environment = record.environments
     shown = {key: value for key, value in data["identity"].items() if key != "class_order"}
     order = "class" if record.kind.item == "task" else record.kind.item
     return [
@@ -31,10 +32,19 @@ def _facts(record: Record) -> list[tuple[str, Any]]:
         *((key.replace("_", " "), data.get(key)) for key in ("config_hash", "created", "finished")),
         *(
             (key, json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value)
-            for key, value in ((data.get("environment") or {}) | shown).items()
+            for key, value in (dict(environment) | shown).items()
+            if key != "earlier"
         ),
+        *(("before that", _before(part, environment)) for part in earlier),
         (f"{order} order", " ".join(map(str, data["identity"].get("class_order") or []))),
     ]
+
+
+def _before(part: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differed in an environment that a run began in, and until where."""
+    until = ("tasks", "step")
+    other = ", ".join(f"{key} {value}" for key, value in part.items() if key not in until and value != now.get(key))
+    return f"{other}, until step {part.get('step')} after {part.get('tasks')} finished tasks"
 
 
 def _configuration(record: Record) -> str:

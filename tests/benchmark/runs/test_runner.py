@@ -29,6 +29,7 @@ from dualcl.methods import available_methods, method_class
 from dualcl.methods.base import ParamGroup
 from dualcl.results.metrics import run_metrics
 from dualcl.results.records import comparable, load_record, run_row
+from dualcl.results.report import build_report
 from dualcl.results.tables import summarise
 
 CPU = torch.device("cpu")
@@ -302,6 +303,10 @@ def test_a_record_names_every_commit_that_its_run_went_on_at(
     assert comparable(record)["matrix"] == comparable(made("clora")[0])["matrix"]
     assert (record.made_in("commit"), record.dirty) == (["a", "b", "c"], True)
     assert run_row(record)["commit"] == "a, b, c"
+    build_report([tmp_path / "run"], tmp_path / "report", ("html",))
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "commit a, until step 1 after 1 finished tasks" in page
+    assert "commit b, dirty True, until step 3 after 1 finished tasks" in page
     warnings = "\n".join(summarise([tmp_path]).warnings)
     assert "mixed commits: a, b, c" in warnings
     assert "began in another environment than they ended in: clora, seed 0" in warnings
