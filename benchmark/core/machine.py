@@ -105,6 +105,12 @@ def continued(now: Mapping[str, Any], before: Mapping[str, Any], tasks: int, ste
     return {**now, **({"earlier": kept} if kept else {})}
 
 
+def moved(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+    """In words how an environment differs from the one before; empty where it does not."""
+    keys = [key for key in {**before, **now} if key not in ("places", "earlier") and before.get(key) != now.get(key)]
+    return ", ".join(f"{key} {str(now.get(key))[:12]} (was {str(before.get(key))[:12]})" for key in keys)
+
+
 def resident_peak_mib(pid: int | Literal["self"] = "self") -> float | None:
     """Largest resident set of a process so far, MiB; None when it has ended, and of another process off Linux."""
     with contextlib.suppress(OSError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -274,7 +275,10 @@ class Stopping(Reporter):
 
     def __init__(self, left: int) -> None:
         super().__init__(quiet=True)
-        self.left = left
+        self.left, self.notes = left, list[str]()
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def step(self, step: int, loss: float) -> None:
         self.left -= 1
@@ -285,19 +289,22 @@ class Stopping(Reporter):
 def test_a_record_names_every_commit_that_its_run_went_on_at(
     preset: str, tmp_path: Path, made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def go(commit: str, left: int | None = None) -> None:
+    def go(commit: str, left: int) -> list[str]:
         monkeypatch.setattr(machine, "source_state", lambda: (commit, commit == "b"))
-        run(resolve(preset, "clora", ["train.checkpoint_seconds=0"]), tmp_path / "run", left and Stopping(left))
+        reporter = Stopping(left)
+        with contextlib.suppress(KeyboardInterrupt):
+            run(resolve(preset, "clora", ["train.checkpoint_seconds=0"]), tmp_path / "run", reporter)
+        return [note for note in reporter.notes if "environment" in note]
 
     def told() -> list[tuple[Any, ...]]:
         parts = load_record(tmp_path / "run").environments
         return [tuple(part.get(key) for key in ("commit", "dirty", "tasks", "step")) for part in parts]
 
-    for commit, left in (("lost", 1), ("a", 8), ("a", 1), ("b", 3), ("c", 1)):  # six steps a task
-        with pytest.raises(KeyboardInterrupt):
-            go(commit, left)
-    go("c")
-    # nothing that the first did is kept; each step is saved after the reporter heard of it
+    said = [go(commit, left) for commit, left in (("lost", 1), ("a", 8), ("a", 1), ("b", 3), ("c", 1), ("c", 99))]
+    other = "it goes on in another environment, which its record will say: "
+    assert said == [[], [], [], [f"{other}commit b (was a), dirty True (was False)"],
+                    [f"{other}commit c (was b), dirty False (was True)"], []]  # fmt: skip
+    # six steps a task; nothing that the first did is kept; each step is saved after the reporter heard of it
     assert told() == [("a", False, 1, 1), ("b", True, 1, 3), ("c", False, None, None)]
     record = load_record(tmp_path / "run")
     assert comparable(record)["matrix"] == comparable(made("clora")[0])["matrix"]
