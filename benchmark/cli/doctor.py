@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import importlib
 import importlib.metadata
-import json
 import os
 import platform
 import shutil
@@ -18,7 +17,10 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from dualcl.benchmark.core.machine import package_version, source_state, usable_cpus
-from dualcl.benchmark.models.bundled import bundled_backbones
+from dualcl.benchmark.models.bundled import BUNDLED, bundled_weights
+
+#: bundled models of the default presets
+NEEDED = ("renditions-vit", "portraits-diffusion")
 
 
 @dataclass(frozen=True)
@@ -122,23 +124,26 @@ def _places() -> Iterator[Finding]:
         )
 
 
-def _backbones() -> Iterator[Finding]:
-    """Bundled weights against the checksums in their descriptions."""
+def _models() -> Iterator[Finding]:
+    """Bundled weights against the checksums in their cards."""
     mend = "reinstall dualcl"
-    if not (cards := bundled_backbones()):
-        yield Finding("backbone", "no bundled backbone: the preset renditions-10 cannot run", mend, True)
-    for name, card in cards.items():
-        weights = card.with_suffix(".safetensors")
-        if not weights.is_file():
-            yield Finding("backbone", f"{name}: {weights.name} is missing", mend, True)
+    try:
+        models = bundled_weights()
+    except (OSError, ValueError, KeyError) as error:
+        yield Finding("model", f"the card of a bundled model cannot be read ({error!r})", mend, True)
+        return
+    for name in [name for name in NEEDED if name not in models]:
+        yield Finding("model", f"{name} is missing: the default presets cannot run", mend, True)
+    for name, files in models.items():
+        if gone := [file for file in files if not file.is_file()]:
+            yield Finding("model", f"{name}: {gone[0].relative_to(BUNDLED)} is missing", mend, True)
             continue
-        same = (
-            hashlib.sha256(weights.read_bytes()).hexdigest() == json.loads(card.read_text(encoding="utf-8"))["sha256"]
-        )
-        if same:
-            yield Finding("backbone", f"{name}: checksum agrees")
+        damaged = [file for file, sha256 in files.items() if hashlib.sha256(file.read_bytes()).hexdigest() != sha256]
+        if damaged:
+            text = f"{name}: {damaged[0].relative_to(BUNDLED)} is damaged (its checksum differs)"
+            yield Finding("model", text, mend, True)
         else:
-            yield Finding("backbone", f"{name}: {weights.name} is damaged (its checksum differs)", mend, True)
+            yield Finding("model", f"{name}: checksum agrees")
 
 
 def examine() -> Iterator[Finding]:
@@ -152,7 +157,7 @@ def examine() -> Iterator[Finding]:
         yield from _torch()
     except (ImportError, OSError, RuntimeError) as error:
         yield Finding("torch", f"cannot be imported: {error}", "reinstall torch and torchvision from one index", True)
-    yield from _backbones()
+    yield from _models()
     yield from _places()
 
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 from dualcl.benchmark.core.errors import UserError
 
+#: where the bundled models lie
+BUNDLED = Path(__file__).parent
 #: kept for tests: `dualcl list --all` alone shows them
 UNLISTED = ("glyph-vit", "glyph-diffusion")
 
@@ -19,21 +23,36 @@ def check_bundled(file: Path, sha256: str) -> None:
 
 def bundled_backbones() -> dict[str, Path]:
     """Bundled backbones: name -> json description beside the weights. Needs neither torch nor timm."""
-    return {p.stem.replace("_", "-"): p for p in sorted(Path(__file__).parent.glob("*.json"))}
+    return {p.stem.replace("_", "-"): p for p in sorted(BUNDLED.glob("*.json"))}
 
 
 def bundled_diffusion() -> dict[str, Path]:
     """Bundled text-to-image models: name -> directory in diffusers layout."""
-    return {p.parent.name.replace("_", "-"): p.parent for p in sorted(Path(__file__).parent.glob("*/model_index.json"))}
+    return {p.parent.name.replace("_", "-"): p.parent for p in sorted(BUNDLED.glob("*/model_index.json"))}
 
 
 def bundled_encoders() -> dict[str, Path]:
     """Bundled encoders of pictures: name -> folder of model.safetensors, card.json, README.md."""
-    return {
-        p.parent.name.replace("_", "-"): p.parent for p in sorted(Path(__file__).parent.glob("*_encoder/card.json"))
-    }
+    return {p.parent.name.replace("_", "-"): p.parent for p in sorted(BUNDLED.glob("*_encoder/card.json"))}
 
 
 def bundled_judge() -> Path:
     """The folder of the portraits' judge: model.safetensors, card.json, README.md."""
-    return Path(__file__).parent / "portraits_judge"
+    return BUNDLED / "portraits_judge"
+
+
+def bundled_weights() -> dict[str, dict[Path, str]]:
+    """Every bundled model: name -> its files of weights, each with the sha256 in the model's card."""
+    found = {
+        name: {card.with_suffix(".safetensors"): _card(card)["sha256"]} for name, card in bundled_backbones().items()
+    }
+    for name, folder in bundled_diffusion().items():
+        found[name] = {folder / file: sha256 for file, sha256 in _card(folder / "card.json")["weights_sha256"].items()}
+    for name, folder in {**bundled_encoders(), "portraits-judge": bundled_judge()}.items():
+        found[name] = {folder / "model.safetensors": _card(folder / "card.json")["sha256"]}
+    return found
+
+
+def _card(file: Path) -> dict[str, Any]:
+    card: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return card

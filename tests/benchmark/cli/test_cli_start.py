@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from dualcl.benchmark.cli import main
+from dualcl.benchmark.cli import doctor, main
 from dualcl.benchmark.cli.options import LISTS
 from dualcl.benchmark.config.presets import load_preset
+from dualcl.benchmark.models import bundled
 from dualcl.datasets import available_datasets
 from dualcl.methods import available_methods
 
@@ -253,6 +255,34 @@ def test_doctor_names_versions_device_and_places(capsys: pytest.CaptureFixture[s
     assert code == ("BROKEN" in out)
     for word in ("torch 2", "cpu:", "dualcl:", "working directory", "torchvision"):
         assert word in out
+
+
+def test_doctor_finds_what_is_damaged_or_missing_of_the_bundled_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "bundled"
+    shutil.copytree(bundled.BUNDLED, copy)
+    for place in (bundled, doctor):
+        monkeypatch.setattr(place, "BUNDLED", copy)
+
+    def broken() -> list[str]:
+        return [finding.text for finding in doctor.examine() if finding.topic == "model" and finding.broken]
+
+    assert broken() == []
+    unet = copy / "portraits_diffusion" / "unet" / "diffusion_pytorch_model.safetensors"
+    blob = bytearray(unet.read_bytes())
+    blob[-1] ^= 1
+    unet.write_bytes(blob)
+    (copy / "portraits_judge" / "model.safetensors").unlink()
+    (copy / "renditions_vit.json").unlink()
+    assert broken() == [
+        "renditions-vit is missing: the default presets cannot run",
+        "portraits-diffusion: portraits_diffusion/unet/diffusion_pytorch_model.safetensors is damaged "
+        "(its checksum differs)",
+        "portraits-judge: portraits_judge/model.safetensors is missing",
+    ]
+    (copy / "portraits_judge" / "card.json").write_text("{")
+    assert ["cannot be read" in text for text in broken()] == [True]
 
 
 @pytest.mark.parametrize(
