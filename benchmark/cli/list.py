@@ -12,7 +12,7 @@ from dualcl.benchmark.config.presets import bundled_presets, load_preset
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.registry import Plugin
 from dualcl.benchmark.core.text import align
-from dualcl.benchmark.models.bundled import UNLISTED, bundled_backbones
+from dualcl.benchmark.models.bundled import UNLISTED, bundled_backbones, bundled_diffusion
 from dualcl.datasets import available_datasets
 from dualcl.methods import available_methods
 
@@ -29,6 +29,15 @@ def _bundled_backbones(every: bool) -> dict[str, str]:
     known = {name: path for name, path in bundled_backbones().items() if every or name not in UNLISTED}
     cards = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in known.items()}
     return {n: f"{c['timm_name']} at {c['input_size']} px, trained on {c['trained_on']}" for n, c in cards.items()}
+
+
+def _bundled_models(every: bool) -> dict[str, str]:
+    """Bundled text-to-image models and what each was trained on, read without diffusers."""
+    cards = {
+        name: folder / "card.json" for name, folder in bundled_diffusion().items() if every or name not in UNLISTED
+    }
+    trained = {name: json.loads(card.read_text(encoding="utf-8"))["trained_on"] for name, card in cards.items()}
+    return {name: f"a small Stable Diffusion, trained on {text}" for name, text in trained.items()}
 
 
 def _origin(plugin: Plugin | None) -> str:
@@ -55,6 +64,12 @@ def _list_rows(what: str, every: bool) -> list[list[str]]:
     if what == "published":
         rows: list[list[str]] = _published("published.render").overview()
         return rows
+    if what == "models":
+        return [
+            *([name, "bundled", text] for name, text in _bundled_models(every).items()),
+            ["HUB_ID", "hub", "any Stable Diffusion 1.x or 2.x in diffusers layout: --set base.model=HUB_ID"],
+            ["DIR", "local", "the same in a directory: --set base.model=DIR"],
+        ]
     rows = [[name, "bundled", text] for name, text in _bundled_backbones(every).items()]
     return [
         *rows,

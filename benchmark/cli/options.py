@@ -17,7 +17,7 @@ RUNS = Path("runs")
 REPORT_FORMATS = ("md", "csv", "tex", "html", "png")
 #: what a report can consist of besides, where the extra is installed
 MORE_FORMATS = ("parquet",)
-LISTS = ("methods", "presets", "backbones", "datasets", "published")
+LISTS = ("methods", "presets", "backbones", "models", "datasets", "published")
 EXPORT_FORMATS = ("diffusers-lora", "kohya", "peft", "textual-inversion", "ip-adapter", "merged")
 SCHEDULERS = ("ddim", "dpm")
 

@@ -293,6 +293,7 @@ def test_doctor_finds_what_is_damaged_or_missing_of_the_bundled_models(
         ("datasets", "renditions", {"glyphs"}),
         ("datasets", "portraits", {"glyph-concepts"}),
         ("backbones", "renditions-vit", {"glyph-vit"}),
+        ("models", "portraits-diffusion", {"glyph-diffusion"}),
     ],
 )
 def test_what_is_kept_for_tests_is_listed_when_asked_for(
