@@ -459,7 +459,8 @@ def bounds(records: Sequence[Record]) -> Figure | None:
             axes.set_yticks(range(len(order)), ["" if place else _shown(label) for label in order])
             # a line at 100 is seen whole
             axes.set(xlim=(0, 101), ylim=(-0.7, top + 0.5 + 0.8 * (len(bound) + 1)))
-            axes.set_xlabel(f"{METRICS[metric].title} [{METRICS[metric].unit}]")
+            several = any(len(values[label]) > 1 for label in order if label in values)
+            axes.set_xlabel(f"{METRICS[metric].title} [{METRICS[metric].unit}]" + "; strokes: single seeds" * several)
             axes.spines["left"].set_visible(False)
         figure.axes[0].set_title(_title(records, "between its bounds"), loc="left")
     return figure
