@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 #: distributions whose version can change a result (Pillow: the bundled glyphs are drawn with it)
-PACKAGES = ("torch", "torchvision", "timm", "numpy", "Pillow")
+PACKAGES = ("torch", "torchvision", "timm", "diffusers", "transformers", "numpy", "Pillow")
 #: beside this file in a package that was built from a checkout (setup.py): what `source_state` said there
 BUILT_FROM = "built_from.json"
 _SOURCES = ("benchmark", "datasets", "methods", "results", "setup.cfg")

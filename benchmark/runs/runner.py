@@ -108,6 +108,8 @@ class Run(Steps):
         self.precision = general.precision
         self.scaler = self.fresh_scaler()
         self.trackers = Trackers((), folder.path, reporter.note)
+        #: the record holds what the newest checkpoint does
+        self.resumed = False
 
     def method_class(self) -> type[Method]:
         """The class of the run's method."""
@@ -146,11 +148,13 @@ class Run(Steps):
         first, partial = self._resume(record)
         if self.resolved.earlier is not None:
             before, step = self.resolved.earlier.get("environment") or {}, partial[1]["step"] if partial else 0
-            record["environment"] = continued(record["environment"], before, first, step)
+            left = first < stages  # else all was made before
+            record["environment"] = continued(record["environment"], before, first, step) if left else before
             if (first or step) and (other := moved(record["environment"], before)):
                 self.reporter.note(f"it goes on in another environment, which its record will say: {other}")
             if record["environment"] != before:
                 self.folder.write_record(record)  # a kill inside a task leaves what it was made in
+        self.resumed = True
         self.trackers.start(record, partial[1]["step"] if partial else 0)
         for task in range(first, stages):
             self._stage(record, task, stages, partial if task == first else None)
@@ -467,13 +471,20 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
             folder.write_record(record)
         if processes.main:
             work.trackers = held.enter_context(tracking(trackers, path, record, reporter.note))
+
+        def told(status: str, error: str | None = None) -> dict[str, Any]:
+            """The record of a run that stopped: what the old one says, as long as no checkpoint was taken up."""
+            kept = ("tasks", "matrix", "measured", "environment")
+            parts = {} if old is None or work.resumed else {key: old[key] for key in kept if key in old}
+            return {**record, **parts, "status": status, "error": error}
+
         try:
             return work.execute(record)
         except KeyboardInterrupt:
-            folder.write_record({**record, "status": "interrupted"})
+            folder.write_record(told("interrupted"))
             raise
         except UserError as error:
-            folder.write_record({**record, "status": "failed", "error": str(error)})
+            folder.write_record(told("failed", str(error)))
             raise
         except OSError:
             raise  # a full or vanished disk: nothing more can be written, what is there is complete
@@ -484,15 +495,15 @@ def run(resolved: Resolved, out: str | Path | RunFolder, reporter: Reporter | No
                     f"train.micro_batch_size below {work.domain.micro_batch_size or resolved.train.batch_size} "
                     "(the same steps, with one more forward pass) or train.on_oom=split"
                 )
-                folder.write_record({**record, "status": "failed", "error": text})
+                folder.write_record(told("failed", text))
                 raise UserError(text) from error
             # torch notices a killed loader process by a signal, which may come while a step is computed
             lost = lost_process(error)
             if lost is not None:
-                folder.write_record({**record, "status": "failed", "error": lost})
+                folder.write_record(told("failed", lost))
                 raise UserError(lost) from error
             line = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            folder.write_record({**record, "status": "failed", "error": line})
+            folder.write_record(told("failed", line))
             if processes.main:
                 (path / "traceback.txt").write_text(traceback.format_exc(), encoding="utf-8")
             raise RunFailed(

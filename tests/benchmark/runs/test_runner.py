@@ -17,10 +17,10 @@ from torch import nn
 from dualcl.benchmark.cli import main
 from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core import machine
-from dualcl.benchmark.core.errors import UserError
+from dualcl.benchmark.core.errors import RunFailed, UserError
 from dualcl.benchmark.core.machine import environment
 from dualcl.benchmark.core.settings import TrainConfig
-from dualcl.benchmark.domains.classification import StreamConfig
+from dualcl.benchmark.domains.classification import Classification, StreamConfig
 from dualcl.benchmark.runs.folder import RunFolder
 from dualcl.benchmark.runs.progress import Reporter
 from dualcl.benchmark.runs.restore import recorded_config
@@ -318,6 +318,58 @@ def test_a_record_names_every_commit_that_its_run_went_on_at(
     assert "mixed commits: a, b, c" in warnings
     assert "began in another environment than they ended in: clora, seed 0" in warnings
     assert "1 of 1 runs came from a working tree with uncommitted changes" in warnings
+
+
+@pytest.mark.parametrize("place", ["before_tasks", "_newest", "restore"])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), UserError("a damaged checkpoint"), RuntimeError("a new buffer")]
+)
+def test_a_resume_that_stops_early_leaves_what_was_recorded(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException
+) -> None:
+    def go(commit: str, left: int = 99) -> None:
+        monkeypatch.setattr(machine, "source_state", lambda: (commit, False))
+        run(resolve(preset, "lora", ["train.checkpoint_seconds=0"]), tmp_path / "run", Stopping(left))
+
+    def stop(*_: Any) -> None:
+        raise error
+
+    with pytest.raises(KeyboardInterrupt):
+        go("a", 8)
+    before = load_record(tmp_path / "run").data
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification if place == "before_tasks" else Run, place, stop)
+        with pytest.raises((KeyboardInterrupt, UserError, RunFailed)):
+            go("b")
+    after = load_record(tmp_path / "run").data
+    assert after["status"] == ("interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
+    assert {k: v for k, v in after.items() if k not in ("status", "error", "sha256")} == {
+        k: v for k, v in before.items() if k not in ("status", "error", "sha256")
+    }
+    go("c")
+    assert load_record(tmp_path / "run").made_in("commit") == ["a", "c"]
+
+
+def test_a_run_that_lacks_its_last_line_alone_was_made_where_it_was_made(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def go(commit: str) -> None:
+        monkeypatch.setattr(machine, "source_state", lambda: (commit, False))
+        run(resolve(preset, "lora", []), tmp_path / "run")
+
+    def full(self: RunFolder, record: dict[str, Any]) -> None:
+        if record["status"] == "finished":
+            raise OSError("no space left")
+        write(self, record)
+
+    write = RunFolder.write_record
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "write_record", full)
+        with pytest.raises(OSError, match="no space left"):
+            go("a")
+    go("b")
+    record = load_record(tmp_path / "run")
+    assert (record.status, record.made_in("commit")) == ("finished", ["a"])
 
 
 def test_record_on_disk_and_its_metrics(made: Callable[..., Any]) -> None:
