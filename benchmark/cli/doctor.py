@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import importlib
 import importlib.metadata
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 from dualcl.benchmark.core.machine import package_version, source_state, usable_cpus
-from dualcl.benchmark.models.bundled import BUNDLED, bundled_weights
+from dualcl.benchmark.models.bundled import BUNDLED, bundled_weights, intact
 
 #: bundled models of the default presets
 NEEDED = ("renditions-vit", "portraits-diffusion")
@@ -138,8 +137,7 @@ def _models() -> Iterator[Finding]:
         if gone := [file for file in files if not file.is_file()]:
             yield Finding("model", f"{name}: {gone[0].relative_to(BUNDLED)} is missing", mend, True)
             continue
-        damaged = [file for file, sha256 in files.items() if hashlib.sha256(file.read_bytes()).hexdigest() != sha256]
-        if damaged:
+        if damaged := [file for file, sha256 in files.items() if not intact(file, sha256)]:
             text = f"{name}: {damaged[0].relative_to(BUNDLED)} is damaged (its checksum differs)"
             yield Finding("model", text, mend, True)
         else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 from typing import Any
 
 from dualcl.benchmark.cli.options import LISTS
@@ -12,7 +11,7 @@ from dualcl.benchmark.config.presets import bundled_presets, load_preset
 from dualcl.benchmark.core.errors import UserError, nearest
 from dualcl.benchmark.core.registry import Plugin
 from dualcl.benchmark.core.text import align
-from dualcl.benchmark.models.bundled import UNLISTED, bundled_backbones, bundled_diffusion
+from dualcl.benchmark.models.bundled import UNLISTED, bundled_backbones, bundled_diffusion, read_card
 from dualcl.datasets import available_datasets
 from dualcl.methods import available_methods
 
@@ -27,7 +26,7 @@ def _published(module: str) -> Any:
 def _bundled_backbones(every: bool) -> dict[str, str]:
     """Bundled backbones and what each was trained on, read without timm."""
     known = {name: path for name, path in bundled_backbones().items() if every or name not in UNLISTED}
-    cards = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in known.items()}
+    cards = {name: read_card(path) for name, path in known.items()}
     return {n: f"{c['timm_name']} at {c['input_size']} px, trained on {c['trained_on']}" for n, c in cards.items()}
 
 
@@ -36,7 +35,7 @@ def _bundled_models(every: bool) -> dict[str, str]:
     cards = {
         name: folder / "card.json" for name, folder in bundled_diffusion().items() if every or name not in UNLISTED
     }
-    trained = {name: json.loads(card.read_text(encoding="utf-8"))["trained_on"] for name, card in cards.items()}
+    trained = {name: read_card(card)["trained_on"] for name, card in cards.items()}
     return {name: f"a small Stable Diffusion, trained on {text}" for name, text in trained.items()}
 
 

@@ -20,6 +20,8 @@ from typing import Any, Literal
 PACKAGES = ("torch", "torchvision", "timm", "diffusers", "transformers", "numpy", "Pillow")
 #: beside this file in a package that was built from a checkout (setup.py): what `source_state` said there
 BUILT_FROM = "built_from.json"
+#: of an environment, what tells nothing of where this part of the run was made
+_APART = ("places", "earlier")
 _SOURCES = ("benchmark", "datasets", "methods", "results", "setup.cfg")
 
 
@@ -90,8 +92,7 @@ def continued(now: Mapping[str, Any], before: Mapping[str, Any], tasks: int, ste
     It lists as `earlier`, each with the tasks and the step at which it ended, the environments that what is kept was
     made in, where they differ. `before` is the environment in the run's record so far.
     """
-    apart = ("places", "earlier")
-    was, here = ({k: v for k, v in found.items() if k not in apart} for found in (before, now))
+    was, here = ({k: v for k, v in found.items() if k not in _APART} for found in (before, now))
     kept: list[dict[str, Any]] = []
     begun = (0, 0)
     for part in (*(before.get("earlier") or ()), was):
@@ -105,9 +106,9 @@ def continued(now: Mapping[str, Any], before: Mapping[str, Any], tasks: int, ste
     return {**now, **({"earlier": kept} if kept else {})}
 
 
-def moved(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
+def changes(now: Mapping[str, Any], before: Mapping[str, Any]) -> str:
     """In words how an environment differs from the one before; empty where it does not."""
-    keys = [key for key in {**before, **now} if key not in ("places", "earlier") and before.get(key) != now.get(key)]
+    keys = [key for key in {**before, **now} if key not in _APART and before.get(key) != now.get(key)]
     return ", ".join(f"{key} {str(now.get(key))[:12]} (was {str(before.get(key))[:12]})" for key in keys)
 
 

@@ -21,7 +21,7 @@ from dualcl.benchmark.core.devices import is_out_of_memory, peak_mib, pick_devic
 from dualcl.benchmark.core.domain import Domain
 from dualcl.benchmark.core.errors import RunFailed, UserError
 from dualcl.benchmark.core.files import Growing, as_json, now
-from dualcl.benchmark.core.machine import Stopwatch, continued, environment, moved
+from dualcl.benchmark.core.machine import Stopwatch, changes, continued, environment
 from dualcl.benchmark.core.processes import ALONE, Processes, join
 from dualcl.benchmark.core.registry import check_plugins
 from dualcl.benchmark.core.seeding import derive_seed
@@ -150,7 +150,7 @@ class Run(Steps):
             before, step = self.resolved.earlier.get("environment") or {}, partial[1]["step"] if partial else 0
             left = first < stages  # else all was made before
             record["environment"] = continued(record["environment"], before, first, step) if left else before
-            if (first or step) and (other := moved(record["environment"], before)):
+            if (first or step) and (other := changes(record["environment"], before)):
                 self.reporter.note(f"it goes on in another environment, which its record will say: {other}")
             if record["environment"] != before:
                 self.folder.write_record(record)  # a kill inside a task leaves what it was made in

@@ -15,9 +15,14 @@ BUNDLED = Path(__file__).parent
 UNLISTED = ("glyph-vit", "glyph-diffusion")
 
 
+def intact(file: Path, sha256: str) -> bool:
+    """Whether a bundled file is the one that its card describes."""
+    return hashlib.sha256(file.read_bytes()).hexdigest() == sha256
+
+
 def check_bundled(file: Path, sha256: str) -> None:
     """UserError when a bundled file is not the one that its card describes."""
-    if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+    if not intact(file, sha256):
         raise UserError(f"the bundled weights {file} are damaged (sha256 differs); put them back: install dualcl again")
 
 
@@ -44,15 +49,19 @@ def bundled_judge() -> Path:
 def bundled_weights() -> dict[str, dict[Path, str]]:
     """Every bundled model: name -> its files of weights, each with the sha256 in the model's card."""
     found = {
-        name: {card.with_suffix(".safetensors"): _card(card)["sha256"]} for name, card in bundled_backbones().items()
+        name: {card.with_suffix(".safetensors"): read_card(card)["sha256"]}
+        for name, card in bundled_backbones().items()
     }
     for name, folder in bundled_diffusion().items():
-        found[name] = {folder / file: sha256 for file, sha256 in _card(folder / "card.json")["weights_sha256"].items()}
+        found[name] = {
+            folder / file: sha256 for file, sha256 in read_card(folder / "card.json")["weights_sha256"].items()
+        }
     for name, folder in {**bundled_encoders(), "portraits-judge": bundled_judge()}.items():
-        found[name] = {folder / "model.safetensors": _card(folder / "card.json")["sha256"]}
+        found[name] = {folder / "model.safetensors": read_card(folder / "card.json")["sha256"]}
     return found
 
 
-def _card(file: Path) -> dict[str, Any]:
+def read_card(file: Path) -> dict[str, Any]:
+    """What a bundled model's card says; read without torch."""
     card: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return card

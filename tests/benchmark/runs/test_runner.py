@@ -270,28 +270,16 @@ def test_measured_and_environment(made: Callable[..., Any]) -> None:
     assert str(folder) not in (folder / "record.json").read_text()
 
 
-class Stopping(Reporter):
-    """Interrupts the run at its `left`-th step."""
-
-    def __init__(self, left: int) -> None:
-        super().__init__(quiet=True)
-        self.left, self.notes = left, list[str]()
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-    def step(self, step: int, loss: float) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
-
-
 def test_a_record_names_every_commit_that_its_run_went_on_at(
-    preset: str, tmp_path: Path, made: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    preset: str,
+    tmp_path: Path,
+    made: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    stopping: Callable[..., Any],
 ) -> None:
     def go(commit: str, left: int) -> list[str]:
         monkeypatch.setattr(machine, "source_state", lambda: (commit, commit == "b"))
-        reporter = Stopping(left)
+        reporter = stopping(left)
         with contextlib.suppress(KeyboardInterrupt):
             run(resolve(preset, "clora", ["train.checkpoint_seconds=0"]), tmp_path / "run", reporter)
         return [note for note in reporter.notes if "environment" in note]
@@ -325,11 +313,16 @@ def test_a_record_names_every_commit_that_its_run_went_on_at(
     "error", [KeyboardInterrupt(), UserError("a damaged checkpoint"), RuntimeError("a new buffer")]
 )
 def test_a_resume_that_stops_early_leaves_what_was_recorded(
-    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: BaseException
+    preset: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopping: Callable[..., Any],
+    place: str,
+    error: BaseException,
 ) -> None:
     def go(commit: str, left: int = 99) -> None:
         monkeypatch.setattr(machine, "source_state", lambda: (commit, False))
-        run(resolve(preset, "lora", ["train.checkpoint_seconds=0"]), tmp_path / "run", Stopping(left))
+        run(resolve(preset, "lora", ["train.checkpoint_seconds=0"]), tmp_path / "run", stopping(left))
 
     def stop(*_: Any) -> None:
         raise error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,6 @@ SETS = (
 )
 #: steps of a task
 STEPS = 8
-
-
-class Stopping(Reporter):
-    """Interrupts the run after its `at`-th step, and keeps what it is told."""
-
-    def __init__(self, at: int | None = None) -> None:
-        super().__init__(quiet=True)
-        self.left, self.notes = at, list[str]()
-
-    def step(self, step: int, loss: float) -> None:
-        if self.left is not None:
-            self.left -= 1
-            if self.left == 0:
-                raise KeyboardInterrupt
-        super().step(step, loss)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
 
 
 def tracked(out: Path, *names: str, reporter: Reporter | None = None, method: str = "lora") -> dict[str, Any]:
@@ -62,13 +45,13 @@ def events(out: Path) -> Any:
 
 @pytest.mark.parametrize("at", [None, 3, STEPS + 1, STEPS + 4])
 def test_tensorboard_holds_every_step_once_and_the_record_is_the_same(
-    plain: Path, tmp_path: Path, at: int | None
+    plain: Path, tmp_path: Path, at: int | None, stopping: Callable[..., Any]
 ) -> None:
     pytest.importorskip("tensorboard")
     out = tmp_path / "run"
     if at is not None:
         with pytest.raises(KeyboardInterrupt):
-            tracked(out, "tensorboard", reporter=Stopping(at))
+            tracked(out, "tensorboard", reporter=stopping(at))
     tracked(out, "tensorboard")
     record = load_record(out)
     assert comparable(record) == comparable(load_record(plain))
@@ -86,13 +69,13 @@ def test_tensorboard_holds_every_step_once_and_the_record_is_the_same(
 
 
 def test_weights_and_biases_stays_offline_and_keeps_its_id(
-    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopping: Callable[..., Any]
 ) -> None:
     pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     out = tmp_path / "run"
     with pytest.raises(KeyboardInterrupt):
-        tracked(out, "wandb", reporter=Stopping(STEPS + 2))
+        tracked(out, "wandb", reporter=stopping(STEPS + 2))
     tracked(out, "wandb")
     assert comparable(load_record(out)) == comparable(load_record(plain))
     files = sorted(out.glob("wandb/offline-run-*/run-*.wandb"))
@@ -123,11 +106,11 @@ class Broken(trackers.TensorBoard):
 
 
 def test_a_tracker_that_fails_is_dropped_with_one_note(
-    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopping: Callable[..., Any]
 ) -> None:
     pytest.importorskip("tensorboard")
     monkeypatch.setitem(trackers.BACKENDS, "tensorboard", Broken)
-    reporter = Stopping()
+    reporter = stopping()
     tracked(tmp_path / "run", "tensorboard", reporter=reporter)
     assert comparable(load_record(tmp_path / "run")) == comparable(load_record(plain))
     (note,) = [note for note in reporter.notes if "tracker" in note]
