@@ -23,7 +23,8 @@ class BuildWithCommit(build_py):
         spec.loader.exec_module(machine)
         commit, dirty = machine.source_state()
         note = Path(self.build_lib, "dualcl/benchmark/core", machine.BUILT_FROM)
-        note.write_text(json.dumps({"commit": commit, "dirty": dirty}) + "\n", encoding="utf-8")
+        found = {"commit": commit, "dirty": dirty, "diff": machine.source_diff()}
+        note.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 setup(cmdclass={"build_py": BuildWithCommit})

@@ -27,6 +27,11 @@ def check_quirks(quirks: tuple[str, ...], known: Mapping[str, str]) -> None:
     check(len(set(quirks)) == len(quirks), f"method.reference_quirks must not name a quirk twice, got {list(quirks)}")
 
 
+def unless(works: object, mend: str, *options: str) -> dict[str, str]:
+    """What `idle` says of `options` that do something only where `works`; `mend`: the setting that makes it so."""
+    return {} if works else dict.fromkeys(options, mend)
+
+
 @dataclass(frozen=True)
 class MethodConfig:
     """Hyper-parameters every trained method has. Data, order, epochs, batch size and backbone are never a method's."""
@@ -41,6 +46,13 @@ class MethodConfig:
         check(self.lr >= 0, f"method.lr must not be negative, got {self.lr}")
         check(self.head_lr >= 0, f"method.head_lr must not be negative, got {self.head_lr}")
         check(self.weight_decay >= 0, f"method.weight_decay must not be negative, got {self.weight_decay}")
+
+    def idle(self) -> dict[str, str]:
+        """Options that do nothing at these values, each with what would give it something to do.
+
+        They are refused where a user sets them. A subclass adds its own to `super().idle()`, by `unless`.
+        """
+        return {}
 
 
 @dataclass

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualcl.benchmark.core.domain import ConceptInputsDomain, Domain, TokenRowsDomain
-from dualcl.methods.base import Routed, check, check_quirks, register_method
+from dualcl.methods.base import Routed, check, check_quirks, register_method, unless
 from dualcl.methods.lora import LoRAConfig, SeparateLoRA, refuse_options
 from dualcl.methods.shared.low_rank import SidedLinear, replace_module
 
@@ -69,6 +69,10 @@ class CIDMConfig(LoRAConfig):
         check_quirks(self.reference_quirks, self.QUIRKS)
         for quirk in {"means", "pull_to_one"} & {*self.reference_quirks}:
             check(self.gamma_1 > 0, f"the quirk {quirk} is for a method.gamma_1 above 0")
+
+    def idle(self) -> dict[str, str]:
+        """Adds its own."""
+        return super().idle() | unless(self.gamma_1, "method.gamma_1 above 0", "subspace")
 
     @property
     def code(self) -> bool:

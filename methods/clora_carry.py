@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from dualcl.benchmark.core.domain import Domain, FeatureDomain
-from dualcl.methods.base import check, register_method
+from dualcl.methods.base import check, register_method, unless
 from dualcl.methods.clora import CLoRA, CLoRAConfig
 from dualcl.methods.shared.class_statistics import Moments, carrying_map, class_moments
 from dualcl.methods.shared.low_rank import without_updates
@@ -55,6 +55,10 @@ class CLoRACarryConfig(CLoRAConfig):
         check(self.shrinkage > 0, f"method.shrinkage must be positive, got {self.shrinkage}")
         check(not self.align, "method.align trains rows, which are not read here; leave it out")
         check(not self.one_adapter, "method.one_adapter is an ablation of C-LoRA alone; leave it out")
+
+    def idle(self) -> dict[str, str]:
+        """Adds its own."""
+        return {**super().idle(), **unless(self.carry == "map", "method.carry=map", "ridge")}
 
 
 def lda(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:

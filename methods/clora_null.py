@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from dualcl.benchmark.core.domain import ConceptInputsDomain, Domain
-from dualcl.methods.base import check, register_method
+from dualcl.methods.base import check, register_method, unless
 from dualcl.methods.clora import CLoRA, CLoRAConfig
 from dualcl.methods.shared.symmetric import pack, packed_size, unpack
 
@@ -56,6 +56,10 @@ class CLoRANullConfig(CLoRAConfig):
         check(0 <= self.epsilon <= 1, f"method.epsilon must be from 0 to 1, got {self.epsilon}")
         check(self.common >= 0, f"method.common must not be negative, got {self.common}")
         check(self.captions >= 1, f"method.captions must be at least 1, got {self.captions}")
+
+    def idle(self) -> dict[str, str]:
+        """Adds its own."""
+        return {**super().idle(), **unless(self.common, "method.common above 0", "captions")}
 
 
 def leading(gram: Tensor, share: float) -> Tensor:
@@ -106,7 +110,7 @@ class CLoRANull(CLoRA):
     @torch.no_grad()
     def prepare(self, task: int) -> None:
         """Takes V out of the fresh B, and scales it by what that takes from the task's own prompts."""
-        own, v = self.offered.prompt_inputs(self.offered.prompts(task)), self.directions()
+        own, v = self.offered.prompt_inputs(self.offered.texts(task)), self.directions()
         outside = (own - own @ v @ v.T).norm()
         check(
             bool(outside > 1e-6 * own.norm()),
@@ -159,7 +163,7 @@ class CLoRANull(CLoRA):
     def end_task(self, task: int) -> None:
         """Folds the update, and adds the task's prompts to what is held."""
         super().end_task(task)
-        x = self.offered.prompt_inputs(self.offered.prompts(task)).cpu().double()
+        x = self.offered.prompt_inputs(self.offered.texts(task)).cpu().double()
         self.gram += pack(x.T @ x).to(self.gram)
         self.held, self.moved = None, []
 

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dualcl.methods.base import check, register_method
+from dualcl.methods.base import check, register_method, unless
 from dualcl.methods.ewc_dc import EWCDC, EWCDCConfig
 
 #: losses are scaled by it, for small gradients vanish in float16; a power of two changes nothing else
@@ -54,6 +54,16 @@ class DSCConfig(EWCDCConfig):
             not idle,
             "method.score_weight and method.distill_weight are both 0, which leaves nothing to take steps for; "
             "raise one, or set method.consolidation_steps=0",
+        )
+
+    def idle(self) -> dict[str, str]:
+        """Adds its own."""
+        return super().idle() | unless(
+            self.consolidation_steps,
+            "method.consolidation_steps above 0",
+            "consolidation_lr",
+            "score_weight",
+            "distill_weight",
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dualcl.benchmark.core.domain import Domain
 from dualcl.benchmark.core.seeding import derive_seed
-from dualcl.methods.base import MethodConfig, check, register_method
+from dualcl.methods.base import MethodConfig, check, register_method, unless
 from dualcl.methods.shared.site_weights import SiteWeights
 
 #: the loss is scaled by it, for small gradients vanish in float16; a power of two changes nothing else
@@ -38,6 +38,10 @@ class EWCConfig(MethodConfig):
         check(self.lambda_ >= 0, f"method.lambda_ must not be negative, got {self.lambda_}")
         check(self.fisher_batches >= 1, f"method.fisher_batches must be at least 1, got {self.fisher_batches}")
         check(0 <= self.decay <= 1, f"method.decay must be between 0 and 1, got {self.decay}")
+
+    def idle(self) -> dict[str, str]:
+        """Adds its own."""
+        return super().idle() | unless(self.lambda_, "method.lambda_ above 0", "fisher_batches", "decay")
 
 
 @register_method(

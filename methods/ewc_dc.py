@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dualcl.benchmark.core.domain import Domain, ErrorsDomain
-from dualcl.methods.base import check, register_method
+from dualcl.methods.base import check, register_method, unless
 from dualcl.methods.lora import LoRA, LoRAConfig
 
 
@@ -58,6 +58,12 @@ class EWCDCConfig(LoRAConfig):
         check(known, f"method.fisher must be contrast or likelihood, got {self.fisher!r}")
         check(self.fisher_batches >= 1, f"method.fisher_batches must be at least 1, got {self.fisher_batches}")
         check(self.candidates >= 0, f"method.candidates must not be negative, got {self.candidates}")
+
+    def idle(self) -> dict[str, str]:
+        """Adds its own."""
+        return super().idle() | unless(
+            self.lambda_, "method.lambda_ above 0", "decay", "fisher", "fisher_batches", "candidates"
+        )
 
 
 def summed_errors(predictions: Tensor, batch: Any, weights: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dualcl.benchmark.core.domain import Domain
-from dualcl.methods.base import MethodConfig, check, register_method
+from dualcl.methods.base import MethodConfig, check, register_method, unless
 from dualcl.methods.shared.site_weights import SiteWeights
 
 
@@ -32,6 +32,10 @@ class L2Config(MethodConfig):
             self.reference in ("previous", "pretrained"),
             f"method.reference must be previous or pretrained, got {self.reference!r}",
         )
+
+    def idle(self) -> dict[str, str]:
+        """Adds its own."""
+        return super().idle() | unless(self.lambda_, "method.lambda_ above 0", "reference")
 
 
 @register_method(

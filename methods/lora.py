@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dualcl.benchmark.core.domain import Domain, Site
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.generators import torch_generator
-from dualcl.methods.base import Method, ParamGroup, check, register_method
+from dualcl.methods.base import Method, ParamGroup, check, register_method, unless
 from dualcl.methods.shared.alignment import AlignConfig, Aligner, caveat
 from dualcl.methods.shared.low_rank import inject
 
@@ -32,6 +32,10 @@ class LoRAConfig(AlignConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.rank >= 1, f"method.rank must be at least 1, got {self.rank}")
+
+    def idle(self) -> dict[str, str]:
+        """Adds its own."""
+        return {**super().idle(), **unless(self.align, "method.align=true", "align_lr", "align_epochs")}
 
 
 @register_method(

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from dualcl.benchmark.core.domain import Domain
-from dualcl.methods.base import check, check_quirks, register_method
+from dualcl.methods.base import check, check_quirks, register_method, unless
 from dualcl.methods.lora import LoRAConfig, SeparateLoRA, refuse_options
 from dualcl.methods.shared.ties import ties
 
@@ -68,6 +68,10 @@ class LoRAMergeConfig(LoRAConfig):
             ("ties_zero", self.rule == "ties", "method.rule=ties"),
         ):
             check(there or quirk not in self.reference_quirks, f"the quirk {quirk} is for {what}")
+
+    def idle(self) -> dict[str, str]:
+        """Adds its own."""
+        return super().idle() | unless(self.rule == "ties", "method.rule=ties", "density")
 
 
 def orthogonal_rows(earlier: Tensor, rank: int, generator: torch.Generator) -> Tensor:

@@ -7,16 +7,14 @@ RanPAC's rule in the first task, over all tasks' images:
 
     G = sum h h',  Q = sum h y',  W = (G + lambda I)^-1 Q,  scores = W' h
 
-The h of old images stay as they were when seen. In later tasks ("rumination") means mu_o of old classes move by a
-linear map of features before the task to those after it, fitted on the task's images. To an old class o the new class k
-with the nearest mean (cosine) gives features x - mu_k + mu_o. Of those, and of the new images, what W gets wrong is
-added to G and Q; new images then count twice.
+The h of old images stay as they were. In later tasks ("rumination") means mu_o of old classes move by a linear map of
+features before the task to those after it, fitted on its images. To an old class o the new class k with the nearest
+mean (cosine) gives features x - mu_k + mu_o. Of those, and of new images, what W gets wrong is added to G and Q.
 
 Differs from the public code: G and Q are kept and solved, where it updates (G + lambda I)^-1 batch by batch: the same
-but for rounding. The average is taken after each step, as momentum is (`epoch_average`), which in 160 steps at a rate
-that falls to zero keeps a tenth of what a later task moves (two thirds at momentum 0.99); the first W whole
-(`shrunk_start`). The map is a ridge regression (there 1000 epochs of SGD), features are of the evaluation view, new
-rows start at random. Optimiser and epochs (there 80) are the preset's; no dropout.
+but for rounding. The average is taken after each step (`epoch_average`), which in 160 steps at a rate that falls to 0
+keeps a tenth of a task's movement (at momentum 0.99 two thirds); the first W whole (`shrunk_start`). The map is a ridge
+regression (there SGD), features are of the evaluation view; new rows are random; nothing drops out; epochs: there 80.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from dualcl.benchmark.core.domain import Domain, Images, Network
-from dualcl.methods.base import check, check_quirks, register_method
+from dualcl.methods.base import check, check_quirks, register_method, unless
 from dualcl.methods.shared.adapters import AdapterConfig, AdapterMethod, CosineRows
 from dualcl.methods.shared.class_statistics import carried, cosine
 from dualcl.methods.shared.ridge import Ridge, choose_strength, held_out
@@ -66,6 +64,10 @@ class MoALConfig(AdapterConfig):
         check(self.map_ridge > 0, f"method.map_ridge must be positive, got {self.map_ridge}")
         check_quirks(self.reference_quirks, self.QUIRKS)
 
+    def idle(self) -> dict[str, str]:
+        """Adds its own."""
+        return super().idle() | unless(self.ruminate, "method.ruminate=true", "map_ridge")
+
 
 @register_method(
     "moal",
@@ -77,6 +79,7 @@ class MoAL(AdapterMethod):
     """Keeps one set of bottlenecks, rows, means, and the sums; W follows from them."""
 
     Config = MoALConfig
+    output_scope = "seen"
     layer: Tensor
     means: Tensor
     solved: Tensor
@@ -96,8 +99,7 @@ class MoAL(AdapterMethod):
 
     def grow(self, task: int) -> None:
         """The bottlenecks go on, with rows of more classes."""
-        adapters, earlier = self.adapters, self.rows
-        self.adapters = nn.ModuleList()
+        adapters, earlier, self.adapters = self.adapters, self.rows, nn.ModuleList()
         super().grow(task)
         new = cast(CosineRows, self.rows[-1])
         if task:
@@ -168,8 +170,7 @@ class MoAL(AdapterMethod):
         """Moves old means, and adds what W gets wrong of new features and of old classes made up from them."""
         old = self.means[: outputs.start]
         old.copy_(carried(old, before, features, self.config.map_ridge))
-        new = self.means[outputs.start : outputs.stop]
-        nearest = cosine(old, new).argmax(1) + outputs.start
+        nearest = cosine(old, self.means[outputs.start : outputs.stop]).argmax(1) + outputs.start
         for output in range(outputs.stop):
             source = output if output >= outputs.start else int(nearest[output])
             h = self.random(features[labels == source] - self.means[source] + self.means[output])
@@ -177,7 +178,7 @@ class MoAL(AdapterMethod):
             self.ridge.add(h, torch.full((len(h),), output, device=h.device))
 
     def scores(self, features: Tensor) -> Tensor:
-        """(B, outputs begun), those of tasks that did not end lowest."""
+        """(B, outputs begun), those of unfinished tasks lowest."""
         return self.with_lowest(self.random(features) @ self.solved[:, : self.known])
 
     @classmethod
@@ -187,8 +188,7 @@ class MoAL(AdapterMethod):
 
     def stored_parameters(self) -> int:
         """The bottlenecks, rows and means, G as a triangle, and Q of the outputs known."""
-        of_class = 2 * self.width + self.config.width
-        return super().stored_parameters() + self.known * of_class + self.ridge.gram.numel()
+        return super().stored_parameters() + self.known * (2 * self.width + self.config.width) + self.ridge.gram.numel()
 
     def caveats(self) -> list[str]:
         """What is stored and done beside the steps."""

@@ -159,7 +159,8 @@ class MOS(AdapterMethod):
 
     def stored_parameters(self) -> int:
         """The bottlenecks, the means and the Gaussians."""
-        gaussians = self.aligner.numbers() if self.config.align_epochs else 0
+        own_means = self.known * self.width if "feature_loss" in self.config.reference_quirks else 0
+        gaussians = self.aligner.numbers() if self.config.align_epochs else own_means
         return super().stored_parameters() + self.known * self.width + gaussians
 
     def caveats(self) -> list[str]:

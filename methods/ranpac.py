@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualcl.benchmark.core.domain import Domain, FeatureDomain, Images, Network
-from dualcl.methods.base import Method, MethodConfig, ParamGroup, check, check_quirks, register_method
+from dualcl.methods.base import Method, MethodConfig, ParamGroup, check, check_quirks, register_method, unless
 from dualcl.methods.shared.adapters import CosineRows, adapter_groups, bottlenecks, stream_width
 from dualcl.methods.shared.ridge import Ridge, choose_strength, held_out
 from dualcl.methods.shared.symmetric import packed_size
@@ -64,6 +64,10 @@ class RanPACConfig(MethodConfig):
         check(self.bottleneck >= 1, f"method.bottleneck must be at least 1, got {self.bottleneck}")
         check(self.lambda_ is None or self.lambda_ > 0, f"method.lambda_ must be positive, got {self.lambda_}")
         check_quirks(self.reference_quirks, self.QUIRKS)
+
+    def idle(self) -> dict[str, str]:
+        """Adds its own."""
+        return super().idle() | unless(self.adapt == "adapter", "method.adapt=adapter", "bottleneck")
 
 
 @register_method(

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualcl.benchmark.core.domain import Domain, Images, Network
-from dualcl.methods.base import check, check_quirks, register_method
+from dualcl.methods.base import check, check_quirks, register_method, unless
 from dualcl.methods.shared.adapters import AdapterConfig, AdapterMethod, Bottleneck, CosineRows
 from dualcl.methods.shared.alignment import AlignConfig, aligned, caveat, scales, shrunk_factors
 from dualcl.methods.shared.class_statistics import ClassGaussians, cosine
@@ -63,6 +63,10 @@ class TUNAConfig(AdapterConfig, AlignConfig):
         super().__post_init__()
         check(self.orthogonality >= 0, f"method.orthogonality must not be negative, got {self.orthogonality}")
         check_quirks(self.reference_quirks, self.QUIRKS)
+
+    def idle(self) -> dict[str, str]:
+        """Adds its own."""
+        return super().idle() | unless(self.align_epochs, "method.align_epochs above 0", "mean_decay")
 
 
 def merged(values: Tensor) -> Tensor:

@@ -188,6 +188,7 @@ FIELDS = (
     *_optional("environment", "scalar", dualcl="version", torch="version", device="cpu, or the GPU"),
     *_optional("environment", "scalar", commit="of the checkout that it ran from, or that its package was built from"),
     *_optional("environment", "flag", dirty="uncommitted changes in it"),
+    *_optional("environment", "scalar", diff="hash of the files that these touch"),
     Field("environment.earlier", "list", "what the run was made in before it went on in this one", required=False),
     Field("environment.earlier[]", "mapping", "the same facts", required=False),
     *_optional("environment.earlier[]", "scalar", tasks="finished when it ended", step="of the next task, then"),

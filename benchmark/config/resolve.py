@@ -143,6 +143,7 @@ def resolve(
             errors.append(str(error))
     if errors:
         raise UserError("; ".join(dict.fromkeys(errors)))
+    _refuse_idle(sections["method"], sources)
     resolved = Resolved(
         preset=loaded.name,
         domain=loaded.domain,
@@ -161,6 +162,19 @@ def resolve(
         resolved.sources[key] = "command line"
     resolved.sources["data.name"] = data_source
     return resolved
+
+
+def _refuse_idle(method: Any, sources: Mapping[str, str]) -> None:
+    """UserError for options of the method that were given, but do nothing beside the others.
+
+    What a preset gives stays where `--set` or a sweep chose what makes it idle.
+    """
+    chosen = {key: source for key, source in sources.items() if key.startswith("method.")}
+    told = any(source.startswith(("--set", "sweep on")) for source in chosen.values())
+    for name, mend in method.idle().items():
+        source = chosen.get(f"method.{name}")
+        if source is not None and (source.startswith("--set") or not told):
+            raise UserError(f"method.{name} does nothing without {mend}; leave it out ({source})")
 
 
 def resolve_shared(preset: str, sets: Iterable[str]) -> Resolved:

@@ -396,8 +396,8 @@ class ConceptInputsDomain(Protocol):
         `own`: from the placeholder to the end token only. What comes before is the same in all prompts, bit for bit.
         """
 
-    def prompts(self, task: int) -> tuple[str, ...]:
-        """Training prompts of a task, tokens expanded."""
+    def texts(self, task: int) -> tuple[str, ...]:
+        """All that a task's images are paired with, tokens expanded: its prompts, and captions of its photographs."""
 
     def prompt_inputs(self, prompts: Sequence[str]) -> Tensor:
         """Inputs (n, d_in) of the sites' Linears for all that any of the prompts gives them, float32, no gradient.

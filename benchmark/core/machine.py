@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -47,24 +48,54 @@ def _git(root: Path, *args: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
+def _checkout() -> Path | None:
+    """The root of the checkout that this file lies in; None in an installed package."""
+    root = Path(__file__).resolve().parents[2]
+    return root if (root / ".git").exists() and (root / "setup.cfg").is_file() else None
+
+
+def _built_from() -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(Path(__file__).resolve().with_name(BUILT_FROM).read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 @functools.lru_cache(maxsize=1)
 def source_state() -> tuple[str | None, bool | None]:
     """(commit, whether the suite's files differ from it) of the checkout this runs from, or was built from.
 
     (None, None) where neither is known, as of an archive without git's folder.
     """
-    here = Path(__file__).resolve()
-    root = here.parents[2]
-    if not (root / ".git").exists() or not (root / "setup.cfg").is_file():
-        with contextlib.suppress(OSError, ValueError):
-            built = json.loads(here.with_name(BUILT_FROM).read_text(encoding="utf-8"))
-            return built["commit"], built["dirty"]
-        return None, None
+    root = _checkout()
+    if root is None:
+        built = _built_from()
+        return built.get("commit"), built.get("dirty")
     commit = _git(root, "rev-parse", "--verify", "--quiet", "HEAD")
     if commit is None:
         return None, None
     changes = _git(root, "status", "--porcelain", "--", *_SOURCES)
     return commit, None if changes is None else bool(changes)
+
+
+def source_diff() -> str | None:
+    """A hash of the files that uncommitted changes touch, which tells one state of them from another; None without."""
+    commit, dirty = source_state()
+    root = _checkout()
+    if not dirty or root is None:
+        return _built_from().get("diff") if dirty else None
+    changed = _git(root, "diff", "--name-only", "-z", "--no-renames", str(commit), "--", *_SOURCES)
+    new = _git(root, "ls-files", "--others", "--exclude-standard", "-z", "--", *_SOURCES)
+    if changed is None or new is None:
+        return None
+    digest = hashlib.sha256()
+    for name in sorted({*changed.split("\0"), *new.split("\0")} - {""}):
+        file = root / name
+        try:
+            digest.update(f"{name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+        except OSError:  # it was removed
+            digest.update(f"{name}\0\n".encode())
+    return digest.hexdigest()[:12]
 
 
 def checkout_commit(root: Path) -> str | None:
@@ -75,10 +106,12 @@ def checkout_commit(root: Path) -> str | None:
 def environment() -> dict[str, Any]:
     """Versions, commit and platform for a record; no host name, no user name, no path."""
     commit, dirty = source_state()
+    diff = source_diff()
     return {
         "dualcl": package_version("dualcl"),
         "commit": commit,
         "dirty": dirty,
+        **({"diff": diff} if diff else {}),
         "python": platform.python_version(),
         **{name.lower(): package_version(name) for name in PACKAGES},
         "platform": f"{platform.system()} {platform.release()} {platform.machine()}",

@@ -320,6 +320,10 @@ class Customization(Domain):
         request = self.stream.concepts[task].request
         return self._filled(task, None if request is None else request.anchor)
 
+    def texts(self, task: int) -> tuple[str, ...]:
+        """The task's prompts and the captions of its photographs, tokens expanded, each once."""
+        return tuple(dict.fromkeys([*self.prompts(task), *(t for texts in self._texts(task) for t in texts)]))
+
     def _filled(self, task: int, word: str | None = None) -> tuple[str, ...]:
         templates = self.stream.concepts[task].prompts or (self.concept_config.prompt,)
         return tuple(self.tokens.expand(self.fill(t, task, word)) for t in templates)

@@ -248,7 +248,8 @@ def losses(work: Watched, make: Make) -> None:
 def old_rows(work: Watched, make: Make) -> str:
     """rows of finished tasks keep their bits"""
     cls = type(work.method)
-    if work.domain.name == "classification" and (cls.rewrites_rows or cls.output_scope == "seen"):
+    all_rows = cls.output_scope == "seen" and cls.trains_rows
+    if work.domain.name == "classification" and (cls.rewrites_rows or all_rows):
         return "not promised: " + ("rewrites_rows" if cls.rewrites_rows else 'output_scope "seen"')
     none_of(work.noted["old_rows"], "say `rewrites_rows` if they may change, as these do")
     return ""

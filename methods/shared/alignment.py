@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dualcl.benchmark.core.domain import Domain, FeatureDomain
-from dualcl.methods.base import MethodConfig, check
+from dualcl.methods.base import MethodConfig, check, unless
 from dualcl.methods.shared.class_statistics import ClassGaussians, draws
 from dualcl.methods.shared.symmetric import cholesky
 
@@ -45,6 +45,10 @@ class AlignConfig(MethodConfig):
         super().__post_init__()
         check(self.align_epochs >= 0, f"method.align_epochs must not be negative, got {self.align_epochs}")
         check(self.align_lr >= 0, f"method.align_lr must not be negative, got {self.align_lr}")
+
+    def idle(self) -> dict[str, str]:
+        """Adds its own."""
+        return {**super().idle(), **unless(self.align_epochs, "method.align_epochs above 0", "align_lr")}
 
 
 def scales(sizes: Sequence[int]) -> Tensor:

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dualcl.benchmark.core.domain import Domain
-from dualcl.methods.base import Method, MethodConfig, ParamGroup, check, check_quirks
+from dualcl.methods.base import Method, MethodConfig, ParamGroup, check, check_quirks, unless
 from dualcl.methods.shared.low_rank import replace_module
 from dualcl.methods.shared.site_delta import SiteDelta, directions, most_important
 from dualcl.methods.shared.site_weights import whole_weights
@@ -84,6 +84,16 @@ class HeldConfig(MethodConfig):
             ("one_more", self.select < 1, "a method.select below 1"),
         ):
             check(there or quirk not in self.reference_quirks, f"the quirk {quirk} is for {what}")
+
+    def idle(self) -> dict[str, str]:
+        """Adds its own."""
+        return {
+            **super().idle(),
+            **unless(self.l1 or self.l2, "method.l1 or method.l2 above 0", "reference"),
+            **unless(self.select < 1, "method.select below 1", "select_batches"),
+            **unless(self.project, "method.project above 0", "keep_start"),
+            **unless(self.merge, "method.merge=true", "density", "merge_weight"),
+        }
 
 
 class HeldUpdates(Method):

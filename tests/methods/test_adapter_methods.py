@@ -335,6 +335,15 @@ def test_mos_mixes_after_each_step_of_a_run(
     assert len(runs[0.0].method.caveats()) == 3
 
 
+def test_mos_without_alignment_counts_the_means_that_its_loss_reads(
+    tiny: Callable[..., Any], executed: Callable[..., Any], tmp_path: Path
+) -> None:
+    for quirks, more in (("[]", 0), ("[feature_loss]", 32)):
+        sets = (*SMALL, "method.align_epochs=0", f"method.reference_quirks={quirks}")
+        work = executed(tiny("mos", *sets), tmp_path / str(more), Kept)
+        assert work.stored == [(t + 1) * SIDES + n * (33 + 32 + more) for t, n in enumerate((3, 5, 7))]
+
+
 # --- moal -------------------------------------------------------------------------------------------------------------
 
 

@@ -26,12 +26,12 @@ INPUTS = {
 
 
 def toy(prompts: Sequence[str], **settings: Any) -> CLoRANull:
-    """The method on one Linear (3, 4) whose weight is drawn; its tasks are the given prompts."""
+    """The method on one Linear (3, 4) whose weight is drawn; its tasks are the prompts, a|b: a with caption b."""
     torch.manual_seed(0)
     model = nn.Sequential(OrderedDict(k=nn.Linear(4, 3, bias=False))).requires_grad_(False)
     site = Site("k", "k", model.k, 0, 3)  # type: ignore[arg-type]
     domain: Any = SimpleNamespace(attach=lambda method: None, sites=lambda: {"k": site}, model=model)
-    domain.prompts = lambda task: (prompts[task],)
+    domain.texts = lambda task: tuple(prompts[task].split("|"))
     domain.prompt_inputs = lambda given: torch.cat([torch.tensor(INPUTS[p]) for p in given])
     domain.common_inputs = lambda n, whole: torch.randn(n, 4, generator=torch.Generator().manual_seed(1))
     return CLoRANull(CLoRANullConfig(rank=2, **settings), domain, len(prompts), 0)
@@ -107,6 +107,19 @@ def test_a_prompt_that_gives_nothing_new_is_refused() -> None:
     method.end_task(0)
     assert start(method, 1) is not None
     assert method.diagnostics()["gain"] == 1.0
+
+
+def test_captions_of_earlier_photographs_are_held_too() -> None:
+    method = toy(("c", "b"))
+    start(method, 0)
+    method.end_task(0)
+    start(method, 1)  # the prompt c leaves something of b free, c with the caption b nothing
+    method = toy(("c|b", "b"))
+    start(method, 0)
+    method.end_task(0)
+    method.begin_task(1)
+    with pytest.raises(UserError, match="task 1: earlier prompts use all"):
+        method.prepare(1)
 
 
 def test_drift_under_captions_is_that_of_all_updates_so_far() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -151,12 +152,45 @@ def test_a_package_that_was_built_names_the_commit_that_it_was_built_from(tmp_pa
         pytest.skip("not a checkout")
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
     subprocess.run(command, cwd=root, check=True, capture_output=True)
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import machine; print(machine.source_state())"
+    told = "print(machine.source_state(), machine.source_diff())"
+    code = f"import sys; sys.path.insert(0, sys.argv[1]); import machine; {told}"
     built = tmp_path / "dualcl" / "benchmark" / "core"
     ask = [sys.executable, "-c", code, str(built)]
-    assert subprocess.check_output(ask, text=True).strip() == str(machine.source_state())
+    assert subprocess.check_output(ask, text=True).strip() == f"{machine.source_state()} {machine.source_diff()}"
     (built / machine.BUILT_FROM).write_text("{", encoding="utf-8")
-    assert subprocess.check_output(ask, text=True).strip() == "(None, None)"
+    assert subprocess.check_output(ask, text=True).strip() == "(None, None) None"
+
+
+def test_two_states_of_uncommitted_changes_at_one_commit_are_told_apart(tmp_path: Path) -> None:
+    core = tmp_path / "benchmark" / "core"
+    core.mkdir(parents=True)
+    shutil.copy(machine.__file__, core / "machine.py")
+    (tmp_path / "setup.cfg").touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import machine; print(machine.source_diff())"
+
+    def found() -> str:
+        return subprocess.check_output([sys.executable, "-B", "-c", code, str(core)], text=True).strip()
+
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *words], check=True)
+    states = [found()]
+    (tmp_path / "notes").write_text("not of the suite")
+    states.append(found())
+    for text in ("one", "two"):
+        (tmp_path / "methods").mkdir(exist_ok=True)
+        (tmp_path / "methods" / "new.py").write_text(text)
+        states.append(found())
+    (tmp_path / "setup.cfg").unlink()
+    subprocess.run([*git, "add", "-A", "methods"], check=True)
+    states.append(found())  # without setup.cfg it is no checkout
+    (tmp_path / "setup.cfg").write_text("changed")
+    states.append(found())
+    assert states[:2] == ["None", "None"]
+    assert states[4] == "None"
+    told = [states[2], states[3], states[5]]
+    assert len(set(told)) == 3
+    assert all(len(state) == 12 for state in told)
 
 
 def test_pick_device() -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import pytest
 
 from dualcl.benchmark.config.presets import bundled_presets, load_preset
 from dualcl.benchmark.config.resolve import resolve
+from dualcl.benchmark.config.tuned import Tuned
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.settings import coerce, flatten, parse_assignment, read_yaml
 from dualcl.benchmark.domains import DOMAINS
+from dualcl.methods import available_methods, method_class
 from dualcl.methods.base import MethodConfig
 
 
@@ -271,6 +274,55 @@ def test_a_section_is_checked(write):
     resolved = resolve(write("p", ""), "lora")
     with pytest.raises(TypeError, match="section train is a TrainConfig, not a Odd"):
         resolved.section("train", Odd)
+
+
+@pytest.mark.parametrize("text", ["method.map_ridge=2", "methods.moal.map_ridge=2", "method.map_ridge=1"])
+def test_an_option_that_does_nothing_is_refused_where_it_is_set(write, text):
+    preset = write("p", "methods: {moal: {}}\n")
+    assert resolve(preset, "moal", [text]).sections["method"].ruminate
+    words = "method.map_ridge does nothing without method.ruminate=true; leave it out (--set"
+    one_line(lambda: resolve(preset, "moal", [text, "method.ruminate=false"]), words)
+    assert not resolve(preset, "moal", ["method.ruminate=false"]).sections["method"].ruminate
+
+
+def test_what_a_preset_sets_may_become_idle_by_what_is_set_on_top(write):
+    preset = write("p", "methods: {moal: {map_ridge: 2}}\n")
+    assert resolve(preset, "moal", ["method.ruminate=false"]).sections["method"].map_ridge == 2
+    tuned = Tuned("other", ("method.ruminate=false",), "tuned on other", "photos", frozenset())
+    assert resolve(preset, "moal", tuned=tuned).sections["method"].map_ridge == 2
+    words = "method.map_ridge does nothing without method.ruminate=true; leave it out (preset q"
+    own = write("q", "methods: {moal: {map_ridge: 2, ruminate: false}}\n")
+    one_line(lambda: resolve(own, "moal"), words)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        *((name, {}) for name in sorted(available_methods())),
+        ("clora_carry", {"carry": "none"}),
+        ("clora_null", {"common": 0.0}),
+        ("dsc", {"consolidation_steps": 0}),
+        ("ewc", {"lambda_": 0.0}),
+        ("ewc_dc", {"lambda_": 0.0}),
+        ("l2", {"lambda_": 0.0}),
+        ("moal", {"ruminate": False}),
+        ("mos", {"align_epochs": 0}),
+        ("slca", {"align_epochs": 0}),
+        ("tuna", {"align_epochs": 0}),
+    ],
+)
+def test_what_would_give_an_idle_option_something_to_do_does(name, values):
+    config = method_class(name).Config
+    found = config(**values).idle()
+    assert found or not values
+    for option, mend in found.items():
+        assert option in {f.name for f in fields(config)}
+        key, value = re.fullmatch(r"method\.(\w+)(?: or method\.\w+)?(=\w+| above 0| below 1)", mend).groups()
+        value = {" above 0": 1, " below 1": 0.5, "=true": True}.get(value, value[1:])
+        try:
+            assert option not in config(**{**values, key: value}).idle()
+        except UserError:
+            assert key == "align"  # an option of LoRA's that the method inherits and refuses
 
 
 @pytest.mark.parametrize("name", sorted(bundled_presets()))

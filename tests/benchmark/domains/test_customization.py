@@ -388,6 +388,7 @@ def test_captions_are_what_images_are_taught_with(sd_run: Callable[..., Any]) ->
     domain.stream = replace(domain.stream, concepts=(replace(first, captions=texts), second))
     domain.begin_task(0)
     assert domain._training_entries(0).prompts == [("a <c1> symbol at sea",), ("a photo of <c1>",), ("<c1> alone",)]
+    assert domain.texts(0) == ("a photo of <c1>", "a <c1> symbol at sea", "<c1> alone")
     assert list(domain.facts()["captions"].values()) == ["a {token} {noun} at sea", "{token} alone"]
     for text, why in (
         ("at sea", "does not say where it stands"),
