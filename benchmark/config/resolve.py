@@ -174,7 +174,7 @@ def _refuse_idle(method: Any, sources: Mapping[str, str]) -> None:
     for name, mend in method.idle().items():
         source = chosen.get(f"method.{name}")
         if source is not None and (source.startswith("--set") or not told):
-            raise UserError(f"method.{name} does nothing without {mend}; leave it out ({source})")
+            raise UserError(f"method.{name} does nothing without {mend}: set that too, or leave it out ({source})")
 
 
 def resolve_shared(preset: str, sets: Iterable[str]) -> Resolved:

@@ -280,7 +280,7 @@ def test_a_section_is_checked(write):
 def test_an_option_that_does_nothing_is_refused_where_it_is_set(write, text):
     preset = write("p", "methods: {moal: {}}\n")
     assert resolve(preset, "moal", [text]).sections["method"].ruminate
-    words = "method.map_ridge does nothing without method.ruminate=true; leave it out (--set"
+    words = "method.map_ridge does nothing without method.ruminate=true: set that too, or leave it out (--set"
     one_line(lambda: resolve(preset, "moal", [text, "method.ruminate=false"]), words)
     assert not resolve(preset, "moal", ["method.ruminate=false"]).sections["method"].ruminate
 
@@ -290,7 +290,7 @@ def test_what_a_preset_sets_may_become_idle_by_what_is_set_on_top(write):
     assert resolve(preset, "moal", ["method.ruminate=false"]).sections["method"].map_ridge == 2
     tuned = Tuned("other", ("method.ruminate=false",), "tuned on other", "photos", frozenset())
     assert resolve(preset, "moal", tuned=tuned).sections["method"].map_ridge == 2
-    words = "method.map_ridge does nothing without method.ruminate=true; leave it out (preset q"
+    words = "method.map_ridge does nothing without method.ruminate=true: set that too, or leave it out (preset q"
     own = write("q", "methods: {moal: {map_ridge: 2, ruminate: false}}\n")
     one_line(lambda: resolve(own, "moal"), words)
 
