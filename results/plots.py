@@ -448,7 +448,7 @@ def bounds(records: Sequence[Record]) -> Figure | None:
             ]
             if chance := _chance(records[0], metric):
                 lines.append((chance, "chance", "#BBBBBB"))
-            _draw_bounds(axes, lines, top + 0.5)
+            _draw_bounds(axes, lines, top + 0.5, inches=5.2 * len(panels) ** -0.4)
             for height, label in enumerate(order):
                 if label not in means:
                     continue
@@ -466,13 +466,18 @@ def bounds(records: Sequence[Record]) -> Figure | None:
     return figure
 
 
-def _draw_bounds(axes: Any, lines: Sequence[tuple[float, str, str]], above: float) -> None:
-    """Broken lines at (place, text, colour), their texts above one another from the height `above` on."""
+def _draw_bounds(axes: Any, lines: Sequence[tuple[float, str, str]], above: float, inches: float) -> None:
+    """Broken lines at (place, text, colour), their texts above one another from the height `above` on.
+
+    `inches`: about what the axes are wide. A text on the left of its line crosses none, as those end below; it may
+    begin a little before the axes do, where no label is.
+    """
     for i, (at, text, colour) in enumerate(sorted(lines, key=lambda line: line[0])):
-        height, left = above + 0.8 * i, at > 55
+        said = f"{_shown(text, 60)}  {at:.1f}"
+        height, left = above + 0.8 * i, i > 0 and at > 5 * len(said) / inches - 9
         axes.plot((at, at), (-0.7, height), color=colour, lw=1.4, ls=(0, (4, 2)), zorder=1)
         axes.text(
-            at + (-0.8 if left else 0.8), height, f"{_shown(text, 60)}  {at:.1f}", va="center",
+            at + (-0.8 if left else 0.8), height, said, va="center",
             ha="right" if left else "left", fontsize=8, color="#333333", zorder=3,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
         )  # fmt: skip
