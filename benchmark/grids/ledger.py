@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dualcl.benchmark.config.presets import Preset, bundled_presets, load_preset
+from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.core.settings import flatten
 from dualcl.benchmark.models.bundled import bundled_backbones, bundled_diffusion
@@ -163,7 +164,22 @@ def _command(run: _Run) -> str:
     seeds = ",".join(str(r.seed) for r in sorted([*run.records, *run.unfinished], key=lambda r: r.seed))
     words = ["dualcl", "compare", record.preset, "--methods", run.method, "--seeds", seeds]
     given = {key: value for key, value in assignments(record).items() if key.split(".")[-1] not in _IDLE}
+    given |= _given_before(record, run.method, given)
     return shlex.join([*words, *set_words({key: _portable(value) for key, value in given.items()})])
+
+
+def _given_before(record: Record, method: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of the run that its preset gave then and does not give now, beside those `told` with `--set`."""
+    try:
+        now = resolve(record.preset, method, set_words(told)[1::2])
+    except UserError:  # a preset, or a method, of the user's own; or settings that are refused now
+        return {}
+    was, given = (now.telling(values) for values in (flatten(record.data["config"]), now.flat()))
+    keys = [
+        k for k in was if k in given and k not in told and k.split(".")[-1] not in _IDLE and k.startswith("method.")
+    ]
+    # of another type is what was called or counted otherwise then, and cannot be given any more
+    return {key: was[key] for key in keys if was[key] != given[key] and type(was[key]) is type(given[key])}
 
 
 def _portable(value: Any) -> Any:

@@ -12,6 +12,7 @@ import pytest
 
 from dualcl.benchmark.cli import main
 from dualcl.benchmark.config.presets import bundled_presets, load_preset
+from dualcl.benchmark.config.resolve import resolve
 from dualcl.benchmark.core.errors import UserError
 from dualcl.benchmark.grids.ledger import judge, ledger, sections
 from dualcl.results.published import Group, Number, groups, numbers_for
@@ -217,6 +218,15 @@ def test_settings_are_in_the_command_without_folders_of_the_machine(runs: Runs, 
     assert "--set method.lr=0.001`" in text
     assert "somebody" not in text
     assert "threads" not in text
+
+
+def test_the_command_sets_what_the_preset_has_given_otherwise_since(runs: Runs, tmp_path: Path) -> None:
+    now = resolve("imagenet-r-10-coda", "coda_prompt").flat()["method.lr"]
+    for then, wanted in ((now, ""), (now / 8, f" --set method.lr={now / 8}")):
+        runs([70.0], edit=lambda data, then=then: data["config"].update(method={"lr": then, "reference_quirks": False}))
+        text = ledger([tmp_path], tmp_path / "LEDGER.md")
+        assert f"`dualcl compare imagenet-r-10-coda --methods coda_prompt --seeds 0{wanted}`" in text
+        shutil.rmtree(tmp_path / "runs")
 
 
 def test_the_folder_of_the_records_does_not_matter(runs: Runs, tmp_path: Path) -> None:
