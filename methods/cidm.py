@@ -194,6 +194,7 @@ class CIDM(SeparateLoRA):
     def caveats(self) -> list[str]:
         """What is kept of each concept, and what is not the paper's."""
         left_out = "R_2 of its loss is" if self.config.gamma_1 else "R_1 and R_2 of its loss are"
-        kept = "keeps the updates of all concepts, each learnt on the pretrained weights; a prompt weighs them"
+        kept = "keeps the updates of all concepts, each learnt on the pretrained weights; a prompt weighs them: the "
+        kept += "cost of a picture grows with their number"
         own = f"reconstructed: {left_out} left out, no layer-wise tokens, K and V alone"
         return [kept, own, *super().caveats()]

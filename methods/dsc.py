@@ -111,7 +111,7 @@ class DSC(EWCDC):
 
     def consolidate(self, task: int) -> dict[str, Any]:
         """Teaches the model on the task's pictures; facts of it."""
-        config, first, losses = self.config, self.flat().detach(), []
+        config, first, losses, entropies = self.config, self.flat().detach(), [], []
         adam = torch.optim.Adam(self.factors, lr=config.consolidation_lr)
         for step, batch in enumerate(itertools.islice(self.domain.batches(task, 0), config.consolidation_steps)):
             k = int(torch.randint(task, (1,), generator=self.generator("teacher", task, step)))
@@ -121,16 +121,21 @@ class DSC(EWCDC):
                 with self.holding(flat):
                     taught.append(self.scored.predictions(batch, prompts))
             with torch.enable_grad():
-                loss = self.distance(self.scored.predictions(batch, prompts), taught[0], taught[1], batch)
+                student = self.scored.predictions(batch, prompts)
+                loss = self.distance(student, taught[0], taught[1], batch)
                 grads = torch.autograd.grad(loss * SCALE, self.factors)
             for p, grad in zip(self.factors, grads, strict=True):
                 p.grad = grad / SCALE
             self.domain.processes.average(self.factors)
             adam.step()
             losses.append(loss.detach())
+            logs = self.logits(student.detach(), batch).log_softmax(1)
+            entropies.append(-(logs.exp() * logs).sum(1).mean())
         adam.zero_grad(set_to_none=True)
         moved = float((self.flat().detach() - first).double().norm())
-        return {"consolidations": len(losses), "consolidation_loss": float(torch.stack(losses).mean()), "moved": moved}
+        loss, entropy = (float(torch.stack(each).mean()) for each in (losses, entropies))
+        facts = {"consolidations": len(losses), "consolidation_loss": loss, "moved": moved}
+        return {**facts, "score_entropy_consolidating": entropy}
 
     def distance(self, student: Tensor, one: Tensor, two: Tensor, batch: Any) -> Tensor:
         """What the student pays; predictions (B, 3, C, h, w) under the pretrained, the earlier and the own concept."""
@@ -147,7 +152,8 @@ class DSC(EWCDC):
         return super().stored_parameters() + (pool - 1) * one
 
     def caveats(self) -> list[str]:
-        """EWC-DC's, and what it costs beside the steps."""
+        """EWC-DC's, what it costs beside the steps, and what draws."""
         n = self.config.consolidation_steps
         further = f"takes up to {n} further steps after each task but the first, of 9 passes each; keeps all adapters"
-        return [*super().caveats(), *([further] if n else [])]
+        draws = "the last adapter draws all concepts, earlier ones only teach"
+        return [*super().caveats(), *([further, draws] if n else [])]

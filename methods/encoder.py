@@ -11,8 +11,10 @@ Prompts that name no concept, and the unconditional half of guidance, have the c
 
 Differs from the papers: h is of a small convolutional network trained along, not CLIP's: an encoder must not be built
 on the network that measures. There is no term on faces, one MLP for all rows, and branches are dropped at random in
-training as IP-Adapter's picture and text, not fused as PhotoVerse's. A prompt that names several concepts has the mean
-of their c. `dualcl pretrain portraits-encoder` makes the weights.
+training as IP-Adapter's picture and text, not fused as PhotoVerse's. PhotoVerse has five pseudo-words and a penalty on
+the norm of the image branch's values; here there are as many rows as the preset gives a concept (one), and no such
+term. A prompt that names several concepts has the mean of their c. `dualcl pretrain portraits-encoder` makes the
+weights.
 """
 
 from __future__ import annotations

@@ -41,3 +41,8 @@ class GenerativeReplay(WholeWeights):
         """Makes images of every earlier task."""
         if task > 0:
             cast(ReplayDomain, self.domain).replay(range(task), self.config.per_concept)
+
+    def caveats(self) -> list[str]:
+        """What is done beside the steps."""
+        own = "makes images of every earlier concept before each task: its cost grows with them"
+        return [own, *super().caveats()]

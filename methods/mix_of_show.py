@@ -10,9 +10,10 @@ concept i, learnt on the pretrained weights, and the text features X_i (n_i, d_i
 Only the two sums are kept, so storage does not grow. After the first concept there is nothing to merge.
 
 Differs from the paper: it is solved in closed form; the code takes L-BFGS steps from W_init, which stay in the span of
-the inputs and so tend to the same W. Words are those of the concept's first training prompt, from the placeholder to
-the end token; the code takes concept tokens and end token of two prompts. K and V alone are adapted, with the domain's
-token rows: no layer-wise tokens, no update of the text encoder or of other layers.
+the inputs and so tend to the same W. Directions whose singular value is below 1e-4 of the largest are left as they
+were, which few such steps do not reach either. Words are those of the concept's first training prompt, from the
+placeholder to the end token; the code takes concept tokens and end token of two prompts. K and V alone are adapted,
+with the domain's token rows: no layer-wise tokens, no update of the text encoder or of other layers.
 """
 
 from __future__ import annotations

@@ -38,9 +38,7 @@ from dualcl.methods.shared.symmetric import packed_size
 class MoALConfig(AdapterConfig):
     """Options of MoAL."""
 
-    width: int = field(
-        default=10_000, metadata={"help": "H, random features (public code: 20000 on ImageNet-R, 5000 on CIFAR-100)"}
-    )
+    width: int = field(default=10_000, metadata={"help": "H, features (code: 20000 on ImageNet-R, 5000 on CIFAR-100)"})
     lambda_: float | None = field(
         default=None, metadata={"help": "lambda, the ridge; null: chosen in the first task on a fifth of its images"}
     )
@@ -193,7 +191,8 @@ class MoAL(AdapterMethod):
     def caveats(self) -> list[str]:
         """What is stored and done beside the steps."""
         own = "stores sums of products of random features, and a mean of every class"
-        return [f"{own}; two more passes over each task's images", *super().caveats()]
+        made = "two more passes over each task's images, of which features of every class so far are made up"
+        return [f"{own}; {made if self.config.ruminate else 'another pass over each image'}", *super().caveats()]
 
     def diagnostics(self) -> dict[str, Any]:
         """The ridge, and the largest entry of the solution."""

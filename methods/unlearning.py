@@ -11,12 +11,13 @@ eps is what the network predicts, a velocity too: the goals are affine in it. K 
 of `shared/held_updates.py` are options of both: l1, l2, select, project, merge.
 
 Differs from the paper: the update is projected, not gradients (`project_gradients`), so that it stays in its subspace
-whatever the optimiser; the start token is held too (`keep_start`), which every prompt attends to; at most half of the
-input's directions are held, the nearest things first. The gradient behind `select` is of batches of the task, not of
-one trajectory. ESD's pictures are made once before a request, not partly sampled anew in each step. `weight_decay` is
-of the update: the weights do not shrink. There is no simultaneous upper bound. A network that predicts velocity pays
-for distances of velocities, as in its own training, which weigh high noise more than the papers' do; `distance: noise`
-has theirs.
+whatever the optimiser, and that is exactly the null space of what is held, where the paper's projection has a ridge
+that lets a ten-thousandth through; the start token is held too (`keep_start`), which every prompt attends to; at most
+half of the input's directions are held, the nearest things first. The gradient behind `select` is of batches of the
+task, not of one trajectory. ESD's pictures are made once before a request, not partly sampled anew in each step.
+`weight_decay` is of the update: the weights do not shrink. There is no simultaneous upper bound. A network that
+predicts velocity pays for distances of velocities, as in its own training, which weigh high noise more than the
+papers' do; `distance: noise` has theirs.
 """
 
 from __future__ import annotations

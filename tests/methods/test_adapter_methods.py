@@ -412,9 +412,10 @@ def test_moal_without_movement_and_rumination_is_ranpac(build: Callable[..., Any
     ours, theirs = ended(domain, method, range(3), learn), ended(other, ranpac, range(3), copied)
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
     assert (ours.amax(1) - ours.amin(1)).min() > 0.01
-    assert method.caveats() == [
-        "stores sums of products of random features, and a mean of every class; two more passes over each task's images"
-    ]
+    kept = "stores sums of products of random features, and a mean of every class"
+    assert method.caveats() == [f"{kept}; another pass over each image"]
+    made = "two more passes over each task's images, of which features of every class so far are made up"
+    assert build("moal", *sets)[1].caveats() == [f"{kept}; {made}"]
 
 
 def test_moal_adds_what_it_gets_wrong_of_new_and_of_made_up_features(build: Callable[..., Any]) -> None:

@@ -157,9 +157,15 @@ def test_consolidation_brings_the_model_nearer_to_its_teachers_which_stay(
 ) -> None:
     sets = ("train.steps=12", "method.consolidation_steps=10", "method.consolidation_lr=2e-2", "method.temperature=100")
     work = concepts("dsc", tmp_path, *sets)
-    method, domain, loss = work.method, work.domain, []
+    method, domain, loss, said = work.method, work.domain, [], []
     plain = method.distance
-    method.distance = lambda *given: (loss.append(plain(*given)), loss[-1])[1]
+
+    def heard(student: torch.Tensor, *given: Any) -> torch.Tensor:
+        said.append(torch.distributions.Categorical(logits=method.logits(student.detach(), given[-1])).entropy().mean())
+        loss.append(plain(student, *given))
+        return loss[-1]
+
+    method.distance = heard
     drawn(work, 0)
     first = method.flat().detach().clone()
     method.end_task(0)
@@ -186,6 +192,9 @@ def test_consolidation_brings_the_model_nearer_to_its_teachers_which_stay(
     assert after < before
     assert facts["consolidations"] == len(loss) == 10
     assert facts["consolidation_loss"] == pytest.approx(sum(x.item() for x in loss) / 10)
+    assert facts["score_entropy_consolidating"] == pytest.approx(sum(x.item() for x in said) / 10)
+    assert 0.01 < facts["score_entropy_consolidating"] < math.log(3)
+    assert any("the last adapter draws all concepts" in caveat for caveat in method.caveats())
     assert facts["moved"] == pytest.approx(float((method.flat() - start).detach().norm()), rel=1e-5)
     assert torch.equal(method.teacher_0, first)
     assert torch.equal(domain.tokens.rows[1], rows_)
