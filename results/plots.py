@@ -401,7 +401,11 @@ def quality_storage(records: Sequence[Record]) -> Figure | None:
 
 #: what bounds a stream's methods, by the method's name; `joint` is told from its record
 _BOUNDS = {
-    "classification": {"ncm": "class means, frozen", "finetune_pp": "all weights in sequence"},
+    "classification": {
+        "ncm": "class means, frozen",
+        "fecam": "covariances too, frozen",
+        "finetune_pp": "all weights in sequence",
+    },
     "customization": {"custom_diffusion": "K and V in sequence"},
 }
 #: what they are compared by; the first orders them

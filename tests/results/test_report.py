@@ -197,14 +197,16 @@ def test_plots_show_the_recorded_numbers(runs: Path) -> None:
 
 def test_methods_stand_between_the_bounds_of_the_stream(runs: Path, write_run: WriteRun) -> None:
     write_run([[80], [60, 62], [50, 52, 54]], label="ncm", method="ncm")
+    write_run([[80], [70, 72], [60, 62, 64]], label="fecam", method="fecam")
     records = find_records([runs])
     figure = bounds(records)
     assert figure is not None
     axes = figure.axes[0]
     said = [text.get_text() for text in axes.texts]
     # four classes in the order: chance is a quarter
-    assert said[:3] == ["chance  25.0", "ncm: class means, frozen  52.0", "joint: all tasks at once  95.0"]
-    assert said[3:] == ["40.0", "70.0"]
+    frozen = ["ncm: class means, frozen  52.0", "fecam: covariances too, frozen  62.0"]
+    assert said[:4] == ["chance  25.0", *frozen, "joint: all tasks at once  95.0"]
+    assert said[4:] == ["40.0", "70.0"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["lora", "clora"]
     strokes = [sorted(map(float, line.get_xdata())) for line in axes.lines if line.get_marker() == "|"]
     assert strokes == [
