@@ -269,6 +269,29 @@ def test_a_changed_network_is_no_lora_but_merges(concept_run: Callable[..., Path
     assert not torch.equal(now["conv_in.weight"], base["conv_in.weight"])
 
 
+@pytest.mark.parametrize(
+    "method", ["mix_of_show", "stamina", "lora_merge", "orthogonal_adaptation", "loraclr", "clora_null"]
+)
+def test_what_a_rival_ends_with_is_what_both_exports_hold(
+    method: str, concept_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = concept_run(method, "method.rank=2", "stream.tasks=2")
+    domain: Any = restore(folder).domain
+    base, now = stock().unet.state_dict(), {name: site.module.weight for name, site in domain.sites().items()}
+    export(folder, "diffusers-lora", tmp_path / "lora")
+    tensors = load_file(tmp_path / "lora" / LORA_FILES["diffusers-lora"])
+    for name, weight in now.items():
+        change = weight.double() - base[f"{name}.weight"].double()
+        up, down = (tensors[f"unet.{name}.lora_{part}.weight"].double() for part in "BA")
+        assert change.norm() > 1e-4
+        torch.testing.assert_close(up @ down, change, rtol=0, atol=1e-5 * float(change.norm()))
+    export(folder, "merged", tmp_path / "merged")
+    pipe: Any = StableDiffusionPipeline.from_pretrained(tmp_path / "merged")
+    merged = pipe.unet.state_dict()
+    assert all(torch.equal(merged.pop(f"{name}.weight"), weight) for name, weight in now.items())
+    assert all(torch.equal(base[name], tensor) for name, tensor in merged.items())
+
+
 def test_updates_that_prompts_weigh_are_a_lora_for_each_concept(
     concept_run: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
