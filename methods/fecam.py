@@ -96,8 +96,8 @@ class FeCAM(Method):
         kept = packed_size(d) if config.covariance == "common" else 0
         self.register_buffer("common", torch.zeros(kept))
         self.begun, self.known = 0, 0
-        #: Cholesky factors of R, float32; none before the first task's end
-        self.factors: list[Tensor] = []
+        #: Cholesky factors (n, d, d) of R, float32; none before the first task's end
+        self.factors = torch.zeros(0, d, d).to(self.gaussians.means)
 
     def takes_steps(self, task: int) -> bool:
         """No task does."""
@@ -122,16 +122,18 @@ class FeCAM(Method):
                 whole.merge(part)
             self.common.mul_(outputs.start / outputs.stop)
             self.common.add_(pack(whole.covariance()).to(self.common), alpha=len(outputs) / outputs.stop)
-            self.factors = []
+            self.factors = self.factors[:0]
         self.known = outputs.stop
         self._factorise()
 
     def restored(self, finished: int) -> None:
         """Computes the factors again."""
-        self.known, self.factors = self.classifier.outputs(finished - 1).stop if finished else 0, []
+        self.known = self.classifier.outputs(finished - 1).stop if finished else 0
+        self.factors = self.factors[:0]
         self._factorise()
 
     def _factorise(self) -> None:
+        new = []
         for output in range(len(self.factors), self.known if self.config.covariance == "class" else min(self.known, 1)):
             common = self.config.covariance == "common"
             covariance = (
@@ -141,14 +143,16 @@ class FeCAM(Method):
             why = f"{whose} is not positive definite; raise method.gamma1 above method.gamma2"
             check(bool(covariance.diagonal().sum() > 0), f"{whose} is 0: it takes different images")
             r = correlations(covariance, self.config.gamma1, self.config.gamma2)
-            self.factors.append(cholesky(r, why).to(self.gaussians.means))
+            new.append(cholesky(r, why).to(self.gaussians.means))
+        if new:
+            self.factors = torch.cat([self.factors.to(new[0]), torch.stack(new)])
 
     def scores(self, features: Tensor) -> Tensor:
         """(B, outputs begun), those of tasks that did not end lowest."""
         lowest = features.new_full((len(features), self.begun - self.known), torch.finfo(features.dtype).min)
         if not self.known:
             return lowest
-        found = distances(features, self.gaussians.means[: self.known], torch.stack(self.factors))
+        found = distances(features, self.gaussians.means[: self.known], self.factors)
         return torch.cat([-found, lowest], 1)
 
     def stored_parameters(self) -> int:

@@ -11,6 +11,8 @@ those tasks need.
 
 Kept is M, or the basis of what it leaves out, whichever has fewer columns. Loss: cross entropy of the task's classes.
 
+1 / sqrt(3) is the public code's, not the paper's.
+
 Differs from the public code: in the first task M reaches e_0 as in every other (`first_below`: it stays below). S is of
 the evaluation view, not of augmented images. Singular vectors come from `eigh` in float64 within the complement of M,
 so that B_t M = 0 to rounding. As in that code the criterion is on S, whose singular values are squares of those of x.

@@ -39,9 +39,7 @@ class MoALConfig(AdapterConfig):
     """Options of MoAL."""
 
     width: int = field(default=10_000, metadata={"help": "H, features (code: 20000 on ImageNet-R, 5000 on CIFAR-100)"})
-    lambda_: float | None = field(
-        default=None, metadata={"help": "lambda, the ridge; null: chosen in the first task on a fifth of its images"}
-    )
+    lambda_: float | None = field(default=None, metadata={"help": "ridge; null: chosen on a fifth of the first task"})
     momentum: float = field(default=0.999, metadata={"help": "of the adapter's moving average; 1: it stays"})
     ruminate: bool = field(default=True, metadata={"help": "old classes are made up from new images' features"})
     map_ridge: float = field(default=1.0, metadata={"help": "ridge of the means' map, in mean squares of a feature"})
@@ -169,11 +167,13 @@ class MoAL(AdapterMethod):
         old = self.means[: outputs.start]
         old.copy_(carried(old, before, features, self.config.map_ridge))
         nearest = cosine(old, self.means[outputs.start : outputs.stop]).argmax(1) + outputs.start
-        for output in range(outputs.stop):
-            source = output if output >= outputs.start else int(nearest[output])
-            h = self.random(features[labels == source] - self.means[source] + self.means[output])
-            h = h[(h @ self.solved[:, : outputs.stop]).argmax(1) != output]
-            self.ridge.add(h, torch.full((len(h),), output, device=h.device))
+        wrong, said = [features[:0]], [labels[:0]]
+        for output, source in enumerate([*nearest.tolist(), *outputs]):
+            x = features[labels == source] - self.means[source] + self.means[output]
+            wrong.append(x[(self.random(x) @ self.solved[:, : outputs.stop]).argmax(1) != output])
+            said.append(labels.new_full((len(wrong[-1]),), output))
+        for x, y in zip(torch.cat(wrong).split(1024), torch.cat(said).split(1024), strict=True):
+            self.ridge.add(self.random(x), y)
 
     def scores(self, features: Tensor) -> Tensor:
         """(B, outputs begun), those of unfinished tasks lowest."""

@@ -182,5 +182,5 @@ def caveat(config: AlignConfig) -> str:
     """What a reader must know of a run with alignment."""
     return (
         f"stores a mean and a covariance of every class; rows are trained on draws from them after the steps (SGD "
-        f"{config.align_lr:g}, {config.align_epochs} epochs)"
+        f"{config.align_lr:g}, {config.align_epochs} epochs), which takes longer with every class"
     )

@@ -17,7 +17,7 @@ from dualcl.benchmark.runs.runner import Run, run
 from dualcl.methods.ease import EASEConfig, completed, weighed
 from dualcl.methods.moal import MoALConfig
 from dualcl.methods.mos import MOSConfig, found, told_apart
-from dualcl.methods.shared.adapters import AdapterConfig, Bottleneck, CosineRows
+from dualcl.methods.shared.adapters import AdapterConfig, Bottleneck
 from dualcl.methods.shared.alignment import aligned, scales
 from dualcl.methods.shared.class_statistics import carried
 from dualcl.methods.shared.ridge import Ridge
@@ -257,8 +257,12 @@ def test_tuna_aligns_all_rows_and_no_order_of_adapters_matters(build: Callable[.
     assert not torch.allclose(found[0], found[2])
     domain, method = build("tuna", *TUNA)
     torch.testing.assert_close(ended(domain, method, range(3), moved(method)), found[0])
-    fresh = CosineRows(3, 32, method.generator("adapters", 0), torch.device("cpu"))  # drawn after the bottlenecks
-    assert not torch.equal(method.rows[0].rows, fresh.rows)
+    for more, same in (((), False), (("method.align_epochs=0",), True)):  # rows of the first task after a later one
+        other, again = build("tuna", *TUNA, *more)
+        ended(other, again, range(1), moved(again))
+        first = again.rows[0].rows.clone()
+        ended(other, again, range(1, 3), moved(again))
+        assert torch.equal(again.rows[0].rows, first) == same
     rows = [r.rows.clone() for r in method.rows]
     method.adapters = torch.nn.ModuleList([method.adapters[i] for i in (2, 0, 1)])
     method.restored(3)

@@ -193,14 +193,17 @@ def test_a_method_that_aligns_keeps_every_promise(name: str) -> None:
 @pytest.mark.parametrize("name", ["lora", "clora", "inflora"])
 def test_alignment_can_be_searched(name: str, tiny_preset: str, tmp_path: Path) -> None:
     own = tmp_path / "own.yaml"
-    axes = "align: [false, true], align_lr: [1e-2, 3e-2]"
-    own.write_text(f"extends: {tiny_preset}\nsearch: {{points: 4, methods: {{{name}: {{{axes}}}}}}}\n")
-    over = ["method.align=false,true", "method.align_lr=1e-2,3e-2"]
+    axes = "align: [true], align_lr: [1e-2, 3e-2]"
+    own.write_text(f"extends: {tiny_preset}\nsearch: {{points: 2, methods: {{{name}: {{{axes}}}}}}}\n")
+    over = ["method.align=true", "method.align_lr=1e-2,3e-2"]
     for preset, given in ((str(own), None), (tiny_preset, over)):
         points = plan_sweep(preset, name, given, None, [], tmp_path / "out").points
         configs = [point.runs[0].resolved.sections["method"] for point in points]
-        assert [(c.align, c.align_lr) for c in configs] == [(False, 1e-2), (False, 3e-2), (True, 1e-2), (True, 3e-2)]
-        assert len({point.runs[0].resolved.hash() for point in points}) == 4
+        assert [(c.align, c.align_lr) for c in configs] == [(True, 1e-2), (True, 3e-2)]
+        assert len({point.runs[0].resolved.hash() for point in points}) == 2
+    # a grid whose points would be one run under two names
+    with pytest.raises(UserError, match=r"method.align_lr does nothing without method.align=true"):
+        plan_sweep(tiny_preset, name, ["method.align=false,true", over[1]], None, [], tmp_path / "out")
 
 
 def test_plain_runs_keep_the_hash_that_they_had_before_alignment(tiny: Callable[..., Any]) -> None:
