@@ -133,8 +133,8 @@ class DSC(EWCDC):
             entropies.append(-(logs.exp() * logs).sum(1).mean())
         adam.zero_grad(set_to_none=True)
         moved = float((self.flat().detach() - first).double().norm())
-        loss, entropy = (float(torch.stack(each).mean()) for each in (losses, entropies))
-        facts = {"consolidations": len(losses), "consolidation_loss": loss, "moved": moved}
+        mean, entropy = (float(torch.stack(each).mean()) for each in (losses, entropies))
+        facts = {"consolidations": len(losses), "consolidation_loss": mean, "moved": moved}
         return {**facts, "score_entropy_consolidating": entropy}
 
     def distance(self, student: Tensor, one: Tensor, two: Tensor, batch: Any) -> Tensor:
