@@ -77,8 +77,8 @@ def test_without_carrying_it_is_the_statistics_at_each_task_s_end(build: Callabl
 
 def test_carried_means_are_nearer_to_where_old_images_lie_now(build: Callable[..., Any]) -> None:
     away = {}
-    for carry in ("none", "map"):
-        domain, method = build("clora_carry", "method.rank=2", f"method.carry={carry}", "method.ridge=1e-2")
+    for carry, ridge in (("none", []), ("map", ["method.ridge=1e-2"])):
+        domain, method = build("clora_carry", "method.rank=2", f"method.carry={carry}", *ridge)
         learnt(domain, method, 3)
         x, y = (torch.cat(part) for part in zip(*domain.training_features(0), strict=True))
         true = torch.stack([x[y == c].mean(0) for c in y.unique()])
