@@ -58,7 +58,7 @@ class CLoRACarryConfig(CLoRAConfig):
 
     def idle(self) -> dict[str, str]:
         """Adds its own."""
-        return {**super().idle(), **unless(self.carry == "map", "method.carry=map", "ridge")}
+        return super().idle() | unless(self.carry == "map", "method.carry=map", "ridge")
 
 
 def lda(means: Tensor, covariance: Tensor, shrinkage: float) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ class CLoRANullConfig(CLoRAConfig):
 
     def idle(self) -> dict[str, str]:
         """Adds its own."""
-        return {**super().idle(), **unless(self.common, "method.common above 0", "captions")}
+        return super().idle() | unless(self.common, "method.common above 0", "captions")
 
 
 def leading(gram: Tensor, share: float) -> Tensor:

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualcl.methods.base import check, register_method, unless
-from dualcl.methods.ewc_dc import EWCDC, EWCDCConfig
+from dualcl.methods.ewc_dc import EWCDC, EWCDCConfig, entropy
 
 #: losses are scaled by it, for small gradients vanish in float16; a power of two changes nothing else
 SCALE = 2.0**6
@@ -129,13 +129,12 @@ class DSC(EWCDC):
             self.domain.processes.average(self.factors)
             adam.step()
             losses.append(loss.detach())
-            logs = self.logits(student.detach(), batch).log_softmax(1)
-            entropies.append(-(logs.exp() * logs).sum(1).mean())
+            entropies.append(entropy(self.logits(student.detach(), batch)).mean())
         adam.zero_grad(set_to_none=True)
         moved = float((self.flat().detach() - first).double().norm())
-        mean, entropy = (float(torch.stack(each).mean()) for each in (losses, entropies))
+        mean, unsure = (float(torch.stack(each).mean()) for each in (losses, entropies))
         facts = {"consolidations": len(losses), "consolidation_loss": mean, "moved": moved}
-        return {**facts, "score_entropy_consolidating": entropy}
+        return {**facts, "score_entropy_consolidating": unsure}
 
     def distance(self, student: Tensor, one: Tensor, two: Tensor, batch: Any) -> Tensor:
         """What the student pays; predictions (B, 3, C, h, w) under the pretrained, the earlier and the own concept."""

@@ -81,6 +81,12 @@ def evidence(scores: Tensor, kind: str) -> Tensor:
     return (own + logs[:, 1:].mean(1) if kind == "contrast" else own).mean()
 
 
+def entropy(scores: Tensor) -> Tensor:
+    """Entropies (B,) of the candidates' distributions, of scores (B, P)."""
+    logs = scores.log_softmax(1)
+    return -(logs.exp() * logs).sum(1)
+
+
 @register_method(
     "ewc_dc",
     domains=("customization",),
@@ -132,7 +138,7 @@ class EWCDC(LoRA):
     def add_fisher(self, task: int) -> dict[str, Any]:
         """F <- gamma F + the mean over the task's pictures of squared gradients; facts of it."""
         config, share = self.config, self.domain.processes
-        total, count, entropy = torch.zeros_like(self.fisher), 0, 0.0
+        total, count, unsure = torch.zeros_like(self.fisher), 0, 0.0
         for step, batch in enumerate(itertools.islice(self.domain.batches(task, 0), config.fisher_batches)):
             drawn = torch.randperm(task, generator=self.generator("candidates", task, step))[: config.candidates]
             prompts = [self.scored.prompts(task)[0], config.pretrained_prompt]
@@ -142,9 +148,8 @@ class EWCDC(LoRA):
                     logits = self.logits(self.scored.predictions(sample, prompts), sample)
                     grads = torch.autograd.grad(evidence(logits, config.fisher), self.factors)
                 total += torch.cat([g.reshape(-1) for g in grads]).square()
-                logs = logits.detach().log_softmax(1)
-                count, entropy = count + 1, entropy - float((logs.exp() * logs).sum())
-        sums = share.total(torch.tensor([count, entropy], dtype=torch.float64, device=total.device)).tolist()
+                count, unsure = count + 1, unsure + float(entropy(logits.detach()).sum())
+        sums = share.total(torch.tensor([count, unsure], dtype=torch.float64, device=total.device)).tolist()
         fisher = share.total(total) / sums[0]
         self.fisher.mul_(config.decay).add_(fisher)
         trace = float(fisher.double().sum())

@@ -35,7 +35,7 @@ class LoRAConfig(AlignConfig):
 
     def idle(self) -> dict[str, str]:
         """Adds its own."""
-        return {**super().idle(), **unless(self.align, "method.align=true", "align_lr", "align_epochs")}
+        return super().idle() | unless(self.align, "method.align=true", "align_lr", "align_epochs")
 
 
 @register_method(

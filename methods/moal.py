@@ -38,7 +38,7 @@ from dualcl.methods.shared.symmetric import packed_size
 class MoALConfig(AdapterConfig):
     """Options of MoAL."""
 
-    width: int = field(default=10_000, metadata={"help": "H, features (code: 20000 on ImageNet-R, 5000 on CIFAR-100)"})
+    width: int = field(default=10_000, metadata={"help": "H random features (code: ImageNet-R 20000, CIFAR-100 5000)"})
     lambda_: float | None = field(default=None, metadata={"help": "ridge; null: chosen on a fifth of the first task"})
     momentum: float = field(default=0.999, metadata={"help": "of the adapter's moving average; 1: it stays"})
     ruminate: bool = field(default=True, metadata={"help": "old classes are made up from new images' features"})

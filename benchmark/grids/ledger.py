@@ -175,9 +175,7 @@ def _given_before(record: Record, method: str, told: Mapping[str, Any]) -> dict[
     except UserError:  # a preset, or a method, of the user's own; or settings that are refused now
         return {}
     was, given = (now.telling(values) for values in (flatten(record.data["config"]), now.flat()))
-    keys = [
-        k for k in was if k in given and k not in told and k.split(".")[-1] not in _IDLE and k.startswith("method.")
-    ]
+    keys = [key for key in was if key.startswith("method.") and key in given and key not in told]
     # of another type is what was called or counted otherwise then, and cannot be given any more
     return {key: was[key] for key in keys if was[key] != given[key] and type(was[key]) is type(given[key])}
 

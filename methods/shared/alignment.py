@@ -48,7 +48,7 @@ class AlignConfig(MethodConfig):
 
     def idle(self) -> dict[str, str]:
         """Adds its own."""
-        return {**super().idle(), **unless(self.align_epochs, "method.align_epochs above 0", "align_lr")}
+        return super().idle() | unless(self.align_epochs, "method.align_epochs above 0", "align_lr")
 
 
 def scales(sizes: Sequence[int]) -> Tensor:

@@ -95,13 +95,18 @@ def test_b_starts_as_large_on_the_own_prompt_as_without_the_projection() -> None
     torch.testing.assert_close(scaled[:, :2], torch.zeros(2, 2), rtol=0, atol=1e-6)
 
 
-def test_a_prompt_that_gives_nothing_new_is_refused() -> None:
-    method = toy(("a", "c"))
+def refused(*texts: str) -> None:
+    """The second task is, as the first one's texts use all that its own do."""
+    method = toy(texts)
     start(method, 0)
     method.end_task(0)
     method.begin_task(1)
     with pytest.raises(UserError, match="task 1: earlier prompts use all"):
         method.prepare(1)
+
+
+def test_a_prompt_that_gives_nothing_new_is_refused() -> None:
+    refused("a", "c")
     method = toy(("a", "c"), epsilon=0.0)  # nothing is held: plain LoRA
     start(method, 0)
     method.end_task(0)
@@ -114,12 +119,7 @@ def test_captions_of_earlier_photographs_are_held_too() -> None:
     start(method, 0)
     method.end_task(0)
     start(method, 1)  # the prompt c leaves something of b free, c with the caption b nothing
-    method = toy(("c|b", "b"))
-    start(method, 0)
-    method.end_task(0)
-    method.begin_task(1)
-    with pytest.raises(UserError, match="task 1: earlier prompts use all"):
-        method.prepare(1)
+    refused("c|b", "b")
 
 
 def test_drift_under_captions_is_that_of_all_updates_so_far() -> None:
