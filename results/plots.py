@@ -10,10 +10,10 @@ import io
 import itertools
 import statistics
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from math import ceil, inf, isfinite, nan
+from math import ceil, inf, isfinite, lcm, nan
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ _RC: Any = {
 }
 _JOINT = "#000000"
 #: more methods than this do not fit a plot: it shows the best, and says so
-MAX_METHODS = 24
+MAX_METHODS = 40
 #: seeds per panel of training losses: more lines hide each other
 MAX_LINES = 20
 #: losses drawn per line: more do not fit a panel's pixels
@@ -73,12 +73,22 @@ class Style:
 
 
 def styles(records: Sequence[Record]) -> dict[str, Style]:
-    """A style per label: colour, marker and dashes all differ, so that one of them is enough to tell two apart."""
-    labels = sorted({r.label for r in records if not r.joint})
+    """A style per label that is drawn: no two of MAX_METHODS have both colour and marker in common."""
+    drawn = sorted(label for label, group in _by_label(records).items() if not group[0].joint)
+    period = lcm(len(COLOURS), len(MARKERS))  # then the pairs of colour and marker would begin again
     return {
-        label: Style(COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)], LINES[(i + i // len(COLOURS)) % len(LINES)])
-        for i, label in enumerate(labels)
+        label: Style(
+            COLOURS[i % len(COLOURS)],
+            MARKERS[(i + i // period) % len(MARKERS)],
+            LINES[(i + i // len(COLOURS)) % len(LINES)],
+        )
+        for i, label in enumerate(drawn)
     }
+
+
+def _height(labels: Iterable[str], least: float = 4.4) -> float:
+    """Inches of a figure whose legend holds these labels and joint training, below one another."""
+    return max(least, 0.3 + 0.205 * (1 + sum(1 + _shown(label).count("\n") for label in labels)))
 
 
 def _shown(name: str, width: int = 26) -> str:
@@ -199,7 +209,7 @@ def _curves(records: Sequence[Record], curve: Curve) -> Figure | None:
         return None
     kind = records[0].kind
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+        figure = Figure(figsize=(7.6, _height(series)), layout="constrained")
         axes = figure.subplots()
         handles = _joint_lines(axes, records, curve.metric)
         handles += _draw_lines(axes, series, styles(records))
@@ -242,7 +252,7 @@ def unlearning_curves(records: Sequence[Record]) -> Figure | None:
         return None
     shown = [(curve, one) for curve, one, there in zip(UNLEARNING, found, known, strict=True) if there]
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(3.4 * len(shown) + 1.6, 3.6), layout="constrained")
+        figure = Figure(figsize=(3.4 * len(shown) + 1.6, _height(groups, 3.6)), layout="constrained")
         panels = figure.subplots(1, len(shown), squeeze=False)[0]
         for axes, (curve, series) in zip(panels, shown, strict=True):
             handles = _draw_lines(axes, series, styles(records))
@@ -351,7 +361,7 @@ def _scatter(records: Sequence[Record], across: str, *, log: bool) -> Figure | N
         return None
     one, two = METRICS[across], METRICS[up]
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(7.6, 4.4), layout="constrained")
+        figure = Figure(figsize=(7.6, _height(points)), layout="constrained")
         axes = figure.subplots()
         handles = _joint_lines(axes, records, up)
         for label in sorted(points, key=lambda name: -points[name][2]):
@@ -593,13 +603,12 @@ def update_norms(records: Sequence[Record]) -> Figure | None:
     panels = {"update_norm": "of the {}'s update", "summed_norm": "of the sum of all updates"}
     groups = _by_label([r for r in records if not r.joint])
     series = {key: {label: [_norms(r, key) for r in group] for label, group in groups.items()} for key in panels}
-    if not any(
-        norm for by_label in series.values() for seeds in by_label.values() for norms in seeds for norm in norms
-    ):
+    known = {label for one in series.values() for label, seeds in one.items() if any(any(norms) for norms in seeds)}
+    if not known:
         return None
     look, item = styles(records), records[0].kind.item
     with matplotlib.rc_context(_RC):
-        figure = Figure(figsize=(7.6, 3.2), layout="constrained")
+        figure = Figure(figsize=(7.6, _height(known, 3.2)), layout="constrained")
         handles: list[Any] = []
         for axes, (key, title) in zip(figure.subplots(1, 2), panels.items(), strict=True):
             drawn = _draw_lines(axes, series[key], look)

@@ -270,6 +270,10 @@ def test_a_crowded_plot_shows_the_best_and_says_so(write_run: WriteRun, tmp_path
     assert {line.get_label() for line in curve.axes[0].lines} == {*best, "joint (upper bound)"}
     for title in (maps.get_suptitle(), curve.axes[0].get_title(loc="left")):
         assert title.endswith(f"(1 seed, best {MAX_METHODS} of {MAX_METHODS + 6} methods)")
+    assert curve.legends[0].get_window_extent().y0 >= 0  # none of its entries is cut off
+    look = styles(records)
+    assert [*look] == best
+    assert len({(s.colour, s.marker) for s in look.values()}) == MAX_METHODS  # a scatter has no dashes
 
 
 def test_a_panel_of_losses_shows_the_first_seeds(write_run: WriteRun, tmp_path: Path) -> None:
