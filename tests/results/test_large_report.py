@@ -100,7 +100,8 @@ def test_an_overview_has_limits_and_says_so() -> None:
     kind = KINDS["accuracy"]
     means = {f"s{i}": {f"m{j}": float(i + j) for j in range(MAX_METHODS + 1) if i != j} for i in range(MAX_STREAMS + 1)}
     figure = overview(means, kind, "Classification")
-    assert "150 of 151 streams, 24 of 25 methods" in figure.axes[0].get_title(loc="left")
+    expected = f"{MAX_STREAMS} of {MAX_STREAMS + 1} streams, {MAX_METHODS} of {MAX_METHODS + 1} methods"
+    assert expected in figure.axes[0].get_title(loc="left")
     (mesh,) = figure.axes[0].collections
     assert mesh.get_array().shape == (MAX_STREAMS, MAX_METHODS)
     small = overview({"a": {"x": 1.0, "y": 2.0}, "b": {"x": 3.0}}, kind, "Classification", {"x": "x (mine)"})
