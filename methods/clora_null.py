@@ -4,14 +4,15 @@ C-LoRA's promise is kept: no image is stored, updates are folded after each task
 penalty guards, entries of a weight, is not what a picture depends on: that is what the weight makes of a prompt's
 features x, and these are known without any image, since the text encoder and the finished tokens do not change. So
 
-    G = sum x x' over all positions of the training prompts of all finished tasks, and of the empty prompt,
+    G = sum x x' over all positions of the training prompts of all finished tasks, and of the empty and negative prompt,
     V: the eigenvectors of G, the largest first, until they hold the share e of its trace,
     B_t V = 0 from the task's start to its end, so that A_t B_t x is next to nothing for an earlier x.
 
 After each optimiser step B_t <- B_t (I - V V'). At a task's start B_t is made larger, so that what it reads of the
-task's own prompts is as large as without V. The empty prompt is one half of guidance: held too, or all pictures would
-drift. What no task's prompts use is free to move, and ordinary captions with it; so what the weights make of these,
-n captions of a common word each, is held by a penalty in their features, over all sites with pretrained weights W:
+task's own prompts is as large as without V. The empty prompt, or a negative one (`eval.negative_prompt`), is one half
+of guidance: both are held too, or all pictures would drift. What no task's prompts use is free to move, and ordinary
+captions with it; so what the weights make of these, n captions of a common word each, is held by a penalty in their
+features, over all sites with pretrained weights W:
 
     L_common = gamma * mean over sites of  tr (S + A_t B_t) C (S + A_t B_t)' / tr W C W',   C = sum x x' of the captions
 
@@ -47,7 +48,7 @@ class CLoRANullConfig(CLoRAConfig):
     common: float = field(
         default=10.0, metadata={"help": "gamma, weight of the drift under ordinary captions; 0: none"}
     )
-    captions: int = field(default=400, metadata={"help": "n, ordinary captions"})
+    captions: int = field(default=400, metadata={"help": "n, ordinary captions, or as many as there are words for"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,9 +101,9 @@ class CLoRANull(CLoRA):
 
     @torch.no_grad()
     def directions(self) -> Tensor:
-        """V (d_in, k) of the finished tasks and the empty prompt."""
+        """V (d_in, k) of the finished tasks and of what guidance sets against a prompt."""
         if self.held is None:
-            empty = self.offered.prompt_inputs([""]).cpu().double()
+            empty = self.offered.prompt_inputs([*dict.fromkeys(("", self.offered.unconditional))]).cpu().double()
             gram = unpack(self.gram.cpu(), self.width) + empty.T @ empty
             self.held = leading(gram, self.config.epsilon).to(next(iter(self.updates.values())).B)
         return self.held
@@ -114,7 +115,7 @@ class CLoRANull(CLoRA):
         outside = (own - own @ v @ v.T).norm()
         check(
             bool(outside > 1e-6 * own.norm()),
-            f"task {task}: earlier prompts use all that this one feeds to K and V; lower method.epsilon",
+            f"task {task + 1}: earlier prompts use all that this one feeds to K and V; lower method.epsilon",
         )
         gain = own.norm() / outside
         self._project()

@@ -69,7 +69,8 @@ class CustomDiffusion(WholeWeights):
     the concept's images is summed over the latent channels and leaves out a border of one latent, that of the prior
     images is averaged, so its prior weight of 1 is 1/4 here. It holds the start token (`reference_quirks`), clips
     gradients (`train.grad_clip`) and resizes images at random. Prior images are made by the pretrained model or the
-    user's own, not retrieved.
+    user's own, not retrieved. Prompts leave the class noun out unless `concept.class_noun`, as C-LoRA's do for all
+    methods; by the noun, prior images would hold the concept's own prompt too.
     """
 
     Config = CustomDiffusionConfig

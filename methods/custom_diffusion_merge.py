@@ -11,6 +11,7 @@ from torch import Tensor
 from dualcl.benchmark.core.domain import ConceptInputsDomain, Domain
 from dualcl.methods.base import check, register_method
 from dualcl.methods.custom_diffusion import CustomDiffusionConfig, set_up
+from dualcl.methods.lora import FIRST_UNMERGED
 from dualcl.methods.shared.site_weights import SiteWeights
 
 #: least eigenvalue of the common inputs' Gram matrix, relative to its largest one
@@ -39,7 +40,8 @@ class CustomDiffusionMergeConfig(CustomDiffusionConfig):
     """Hyper-parameters of merged Custom Diffusion."""
 
     captions: int = field(
-        default=1000, metadata={"help": "ordinary captions whose keys and values the merging should leave alone"}
+        default=1000,
+        metadata={"help": "ordinary captions that the merging should leave alone, or as many as there are words for"},
     )
     ridge: float = field(
         default=1e-3,
@@ -62,6 +64,7 @@ class CustomDiffusionMerge(SiteWeights):
     """Trains all sites' weights from the pretrained ones for every concept; between tasks the model holds the merge.
 
     After the first task there is nothing to merge. All concepts' weights are kept, so storage grows with the tasks.
+    What is kept is what the first training prompt of a concept gives; other prompts, those of evaluation too, follow.
     Differs from the paper: a ridge on the captions' Gram matrix (`ridge`). Captions hardly use some directions, and
     without it the merged weights grow along those by far more than any concept's own.
     """
@@ -121,4 +124,4 @@ class CustomDiffusionMerge(SiteWeights):
         """What it starts from, what it keeps, and what is not the paper's."""
         own = "each concept is learnt on the pretrained weights; keeps the weights of all concepts"
         ridge = f"a ridge of {self.config.ridge:g} on the captions, where the paper has none"
-        return [own, *([ridge] if self.config.ridge else []), *super().caveats()]
+        return [own, *([ridge] if self.config.ridge else []), FIRST_UNMERGED, *super().caveats()]

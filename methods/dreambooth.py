@@ -38,7 +38,8 @@ class DreamBooth(Method):
     """Trains all weights of the network with the prior-preservation loss.
 
     Differs from the paper: the text encoder stays frozen; the concept's word is not a rare one but the domain's new
-    token rows, which are learnt.
+    token rows, which are learnt. Prompts leave the class noun out unless `concept.class_noun`, as C-LoRA's do for all
+    methods; in the paper prior images hold what the concept's own prompt says of its class by that noun.
     """
 
     Config = DreamBoothConfig

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,10 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualcl.methods.base import check, register_method, unless
-from dualcl.methods.ewc_dc import EWCDC, EWCDCConfig, entropy
-
-#: losses are scaled by it, for small gradients vanish in float16; a power of two changes nothing else
-SCALE = 2.0**6
+from dualcl.methods.ewc_dc import EWCDC, SCALE, EWCDCConfig, entropy
 
 
 @dataclass(frozen=True)
@@ -58,13 +56,11 @@ class DSCConfig(EWCDCConfig):
 
     def idle(self) -> dict[str, str]:
         """Adds its own."""
-        return super().idle() | unless(
-            self.consolidation_steps,
-            "method.consolidation_steps above 0",
-            "consolidation_lr",
-            "score_weight",
-            "distill_weight",
-        )
+        found, read = super().idle(), ("temperature", "pretrained_prompt")
+        if self.consolidation_steps and self.score_weight:  # by the cross entropies, whatever lambda is
+            found = {option: mend for option, mend in found.items() if option not in read}
+        of_steps = ("consolidation_lr", "score_weight", "distill_weight")
+        return found | unless(self.consolidation_steps, "method.consolidation_steps above 0", *of_steps)
 
 
 @register_method(
@@ -132,6 +128,8 @@ class DSC(EWCDC):
             entropies.append(entropy(self.logits(student.detach(), batch)).mean())
         adam.zero_grad(set_to_none=True)
         moved = float((self.flat().detach() - first).double().norm())
+        steps = f"the {len(losses)} steps of consolidation after task {task + 1} end in factors that are not finite"
+        check(math.isfinite(moved), f"{steps}; lower method.consolidation_lr, or set precision=bf16 or fp32")
         mean, unsure = (float(torch.stack(each).mean()) for each in (losses, entropies))
         facts = {"consolidations": len(losses), "consolidation_loss": mean, "moved": moved}
         return {**facts, "score_entropy_consolidating": unsure}

@@ -70,6 +70,7 @@ class Encoder(Method):
         if self.reads_images:
             self.offered.read_images(branch, float(config.image_scale))
             self.register_buffer("embeddings", torch.zeros(n_tasks, branch.embedding))
+        self.finished = 0
         self.facts: dict[str, Any] = {}
 
     def takes_steps(self, task: int) -> bool:
@@ -86,16 +87,19 @@ class Encoder(Method):
         self.facts = {"row_spread": float(spread.square().sum((1, 2)).mean().sqrt())}
         if self.reads_images:
             self.get_buffer("embeddings")[task] = mean[0]
-            self.restored(task + 1)
+        self.restored(task + 1)
 
     def restored(self, finished: int) -> None:
         """The network reads the image tokens of these tasks."""
+        self.finished = finished
         for task in range(finished if self.reads_images else 0):
             self.offered.set_image_embedding(task, self.get_buffer("embeddings")[task])
 
     def stored_parameters(self) -> int:
-        """The encoder's numbers, unless it is shared."""
-        return 0 if self.config.shared_encoder else super().stored_parameters() - self.unread()
+        """The encoder's numbers, unless it is shared, and of each concept what the image branch reads."""
+        table = self.get_buffer("embeddings") if self.reads_images else torch.zeros(0, 0)
+        encoder = super().stored_parameters() - self.unread() - table.numel()
+        return self.finished * table.shape[1] + (0 if self.config.shared_encoder else encoder)
 
     def unread(self) -> int:
         """Numbers of an image branch that the encoder has and this run does not use."""

@@ -12,8 +12,8 @@ The candidates are the task's own concept, one of the pretrained model, and earl
 
 (`fisher: likelihood`: of -ln p_own). Later tasks pay lambda / 2 sum F (theta - theta*)^2.
 
-Differs from the paper: lambda, gamma, T and sizes were not found; K and V alone are adapted, with the domain's token
-rows, which the penalty does not hold.
+A concept stands under the first of its training prompts. Differs from the paper: lambda, gamma, T and sizes were not
+found; K and V alone are adapted, with the domain's token rows, which the penalty does not hold.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ from torch import Tensor, nn
 from dualcl.benchmark.core.domain import Domain, ErrorsDomain
 from dualcl.methods.base import check, register_method, unless
 from dualcl.methods.lora import LoRA, LoRAConfig
+
+#: losses are scaled by it, for small gradients vanish in float16; a power of two changes nothing else
+SCALE = 2.0**6
 
 
 @dataclass(frozen=True)
@@ -61,9 +64,8 @@ class EWCDCConfig(LoRAConfig):
 
     def idle(self) -> dict[str, str]:
         """Adds its own."""
-        return super().idle() | unless(
-            self.lambda_, "method.lambda_ above 0", "decay", "fisher", "fisher_batches", "candidates"
-        )
+        of_fisher = ("decay", "fisher", "fisher_batches", "candidates", "temperature", "pretrained_prompt")
+        return super().idle() | unless(self.lambda_, "method.lambda_ above 0", *of_fisher)
 
 
 def summed_errors(predictions: Tensor, batch: Any, weights: Tensor) -> Tensor:
@@ -103,6 +105,7 @@ class EWCDC(LoRA):
 
     def __init__(self, config: EWCDCConfig, domain: Domain, n_tasks: int, seed: int) -> None:
         super().__init__(config, domain, n_tasks, seed)
+        self.scored.check_prompt(config.pretrained_prompt)
         self.factors: list[nn.Parameter] = [p for u in self.updates.values() for p in (u.A, u.B)]
         flat = self.flat().detach()
         for name in ("fisher", "anchor"):
@@ -146,8 +149,8 @@ class EWCDC(LoRA):
             for sample in self.domain.own_samples(batch):
                 with torch.enable_grad():
                     logits = self.logits(self.scored.predictions(sample, prompts), sample)
-                    grads = torch.autograd.grad(evidence(logits, config.fisher), self.factors)
-                total += torch.cat([g.reshape(-1) for g in grads]).square()
+                    grads = torch.autograd.grad(evidence(logits, config.fisher) * SCALE, self.factors)
+                total += (torch.cat([g.reshape(-1) for g in grads]) / SCALE).square()
                 count, unsure = count + 1, unsure + float(entropy(logits.detach()).sum())
         sums = share.total(torch.tensor([count, unsure], dtype=torch.float64, device=total.device)).tolist()
         fisher = share.total(total) / sums[0]

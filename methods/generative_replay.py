@@ -31,7 +31,9 @@ class GenerativeReplay(WholeWeights):
     """Trains the domain's full parameters on the task's data and on replayed images of all earlier tasks.
 
     The images are made once per task by the model as the last task left it, and dropped afterwards; no real image is
-    kept. Differs from arXiv 1705.08690: the model that is taught is its own generator.
+    kept. A picture of an earlier task counts as one of the task's own, so that the task's share of the steps falls:
+    with eight of each, to an eighth at the eighth task. Differs from arXiv 1705.08690: the model that is taught is its
+    own generator, and the losses on new and replayed data are not weighed.
     """
 
     Config = GenerativeReplayConfig
@@ -45,4 +47,5 @@ class GenerativeReplay(WholeWeights):
     def caveats(self) -> list[str]:
         """What is done beside the steps."""
         own = "makes images of every earlier concept before each task: its cost grows with them"
-        return [own, *super().caveats()]
+        share = "replayed pictures share the task's steps: ever fewer are the new concept's"
+        return [own, share, *super().caveats()]

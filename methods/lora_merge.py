@@ -154,14 +154,13 @@ class LoRAMerge(SeparateLoRA):
         return None
 
     def stored_parameters(self) -> int:
-        """Factors of all tasks where needed or fewer, else one delta per site; what later starts must avoid."""
+        """Factors of all tasks, or one delta per site where that does, with the B that later starts must avoid."""
         n, total = max(self.finished, 1), 0
         need_all = self.config.rule == "ties" or "factor_sum" in self.config.reference_quirks
+        avoided = (1 if "unit_columns" in self.config.reference_quirks else n) if self.config.orthogonal_init else 0
         for u in self.updates.values():
             pairs, delta = n * u.rank * (u.site.d_out + u.site.d_in), u.site.d_out * u.site.d_in
-            delta += n * u.rank * u.site.d_in if self.config.orthogonal_init else 0
-            factors_do = self.config.rule != "magnitude" or n == 1
-            total += pairs if need_all else min(pairs, delta) if factors_do else delta
+            total += pairs if need_all else min(pairs, delta + avoided * u.rank * u.site.d_in)
         return total
 
     def caveats(self) -> list[str]:

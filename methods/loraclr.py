@@ -14,7 +14,9 @@ merge_steps at most, 0.005 with the paper's. The record has the share of margins
 
 Differs from the paper: features are of the concept's first training prompt; the code takes two prompts of its own. K
 and V alone are adapted, with the domain's token rows: no layer-wise tokens, no update of the text encoder or of other
-layers. The merge is in float32, the code's under autocast.
+layers. The code's noise offset and attention regularisation (0.01 each) and its stop at a token norm of 0.55 are left
+out. The merge is in float32, the code's under autocast. Prompts of other words than the first training prompt's, those
+of evaluation too, are not fitted.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from dualcl.benchmark.core.domain import ConceptInputsDomain, Domain, TokenRowsDomain
 from dualcl.methods.base import check, check_quirks, register_method
-from dualcl.methods.lora import LoRAConfig, SeparateLoRA, refuse_options
+from dualcl.methods.lora import FIRST_UNMERGED, LoRAConfig, SeparateLoRA, refuse_options
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class LoRACLRConfig(LoRAConfig):
             check(getattr(self, name) >= 0, f"method.{name} must not be negative, got {getattr(self, name)}")
         check(self.merge_steps >= 1, f"method.merge_steps must be at least 1, got {self.merge_steps}")
         check_quirks(self.reference_quirks, self.QUIRKS)
+        pairs = "code_pairs" in self.reference_quirks
+        check(self.margin > 0 or not pairs, "the quirk code_pairs is for a method.margin above 0")
 
 
 def contrast(said: Tensor, wanted: Tensor, margin: float, code_pairs: bool = False) -> tuple[Tensor, Tensor]:
@@ -150,11 +154,11 @@ class LoRACLR(SeparateLoRA):
         return best if "best_seen" in config.reference_quirks else offset.detach()
 
     def stored_parameters(self) -> int:
-        """A delta per site, or the factors of the only concept; how every concept moves its words."""
+        """A delta per site and how every concept moves its words, or all factors, which give both; the fewer."""
         delta = sum(u.site.d_out * u.site.d_in for u in self.updates.values())
         factors = sum(u.rank * (u.site.d_out + u.site.d_in) for u in self.updates.values())
         moved = (self.get_buffer(f"moved_{j}_{i}") for j in range(self.finished) for i in range(len(self.updates)))
-        return (delta if self.finished > 1 else min(delta, factors)) + sum(t.numel() for t in moved)
+        return min(delta + sum(t.numel() for t in moved), max(self.finished, 1) * factors)
 
     def diagnostics(self) -> dict[str, Any]:
         """LoRA's; the share of margins at work after the merge, and of the words' squared movement that it misses."""
@@ -166,5 +170,6 @@ class LoRACLR(SeparateLoRA):
         return [
             "each concept is learnt on the pretrained weights; K and V alone, the paper adapts the text encoder too",
             f"merged by {config.merge_steps} steps of {config.merge_lr:g}, from a copy of the text and the code",
+            FIRST_UNMERGED,
             *super().caveats(),
         ]

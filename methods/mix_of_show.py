@@ -13,7 +13,9 @@ Differs from the paper: it is solved in closed form; the code takes L-BFGS steps
 the inputs and so tend to the same W. Directions whose singular value is below 1e-4 of the largest are left as they
 were, which few such steps do not reach either. Words are those of the concept's first training prompt, from the
 placeholder to the end token; the code takes concept tokens and end token of two prompts. K and V alone are adapted,
-with the domain's token rows: no layer-wise tokens, no update of the text encoder or of other layers.
+with the domain's token rows: no layer-wise tokens, no update of the text encoder or of other layers. The code's noise
+offset and attention regularisation (0.01 each) and its stop at a token norm of 0.55 are left out. Prompts of other
+words, those of evaluation too, are not fitted.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from dualcl.benchmark.core.domain import ConceptInputsDomain, Domain
 from dualcl.methods.base import check, register_method
-from dualcl.methods.lora import LoRAConfig, SeparateLoRA, refuse_options
+from dualcl.methods.lora import FIRST_UNMERGED, LoRAConfig, SeparateLoRA, refuse_options
 
 #: eigenvalues of the sum of G below this share of the largest one count as zero: singular values below 1e-4
 FLOOR = 1e-8
@@ -100,10 +102,10 @@ class MixOfShow(SeparateLoRA):
         return None if self.finished == 0 else (moved @ self.inverse).to(self.updates[name].summed)
 
     def stored_parameters(self) -> int:
-        """The two sums; of the first concept also its factors, which the model is made of."""
+        """The two sums, or the factors of all concepts, which sums and merge are made of; whichever is smaller."""
         sums = sum(u.site.d_out * u.site.d_in for u in self.updates.values()) + self.get_buffer("gram").numel()
         factors = sum(u.rank * (u.site.d_out + u.site.d_in) for u in self.updates.values())
-        return sums + (factors if self.finished <= 1 else 0)
+        return min(sums, max(self.finished, 1) * factors)
 
     def diagnostics(self) -> dict[str, Any]:
         """LoRA's, the condition of the sum of G where it is not zero, and how many words the last concept fits."""
@@ -114,6 +116,7 @@ class MixOfShow(SeparateLoRA):
         return [
             "each concept is learnt on the pretrained weights; K and V alone, the paper adapts all attention layers "
             "and the text encoder",
-            "the merge fits the words of a prompt up to its end token, not the padding after it",
+            "the merge fits the words of the first training prompt up to its end token, not the padding after it",
+            FIRST_UNMERGED,
             *super().caveats(),
         ]

@@ -11,7 +11,8 @@ On inputs in the row space of B_i the updates of others are 0 where B_j B_i' = 0
 
 Differs from the paper: the rows of B_i are blocks that no two concepts share while there are enough (`rows: random`
 is the text: drawn anew for each, so that two share r^2 / d_in on average); K and V alone are adapted, with the
-domain's token rows, not all linear layers with two layer-wise tokens.
+domain's token rows, not all linear layers with two layer-wise tokens. Rows of O have norm 1, those of a usual LoRA's B
+1/sqrt(3) on average at the start, so that by Adam the same rate moves a weight sqrt(3) times as far here.
 """
 
 from __future__ import annotations

@@ -21,6 +21,10 @@ class TextualInversionConfig(MethodConfig):
     source="arXiv 2208.01618",
 )
 class TextualInversion(Method):
-    """Trains nothing of its own: the domain's token rows of the current concept are all there is."""
+    """Trains nothing of its own: the domain's token rows of the current concept are all there is.
+
+    Differs from the paper: prompts are the preset's, one unless it names more, not templates drawn anew; what a row
+    starts from (`concept.init`), steps and rate are the preset's too.
+    """
 
     Config = TextualInversionConfig

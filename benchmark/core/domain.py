@@ -390,6 +390,9 @@ class ConceptInputsDomain(Protocol):
     Refused, before anything is trained, for models with an adapted site that reads more than the text.
     """
 
+    #: the prompt of guidance's other half, when images are drawn for evaluation
+    unconditional: str
+
     def concept_inputs(self, task: int, own: bool = False) -> Tensor:
         """Inputs (n, d_in) of the sites' Linears for the words of the task's prompt, float32, without gradient.
 
@@ -408,7 +411,7 @@ class ConceptInputsDomain(Protocol):
     def common_inputs(self, n: int, whole: bool = False) -> Tensor:
         """Inputs (m, d_in) of the sites' Linears for `n` ordinary captions, float32, without gradient.
 
-        `whole`: with start token and padding.
+        As many as the vocabulary has words for, if these are fewer. `whole`: with start token and padding.
         """
 
 
@@ -421,6 +424,9 @@ class ErrorsDomain(Protocol):
 
     def prompts(self, task: int) -> tuple[str, ...]:
         """Training prompts of a task, tokens expanded."""
+
+    def check_prompt(self, prompt: str) -> None:
+        """UserError for a prompt that the text encoder would not read whole."""
 
     def predictions(self, batch: Any, prompts: Sequence[str]) -> Tensor:
         """(B, P, C, h, w) float32, with gradient where grad is on. Costs P passes."""

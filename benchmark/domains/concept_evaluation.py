@@ -37,7 +37,11 @@ THUMBNAILS = 8
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Evaluation: which images are made, and how they are compared."""
+    """Evaluation: which images are made, and how they are compared.
+
+    What a method draws to train on (generative replay, ESD) is drawn by `steps`, `scheduler`, `guidance` and
+    `negative_prompt` too.
+    """
 
     n: int = field(default=8, metadata={"help": "images per concept and evaluation"})
     every: int = field(

@@ -168,6 +168,7 @@ class Customization(Domain):
         self._pixels: dict[int, Tensor] = {}
         self._entries: tuple[int | None, Entries] | None = None
         self._replayed: list[tuple[int, Tensor]] = []
+        self._common_words = 0
         self._prior_weight = 0.0
         self._prior: dict[str, Entries] = {}
         self._prior_hashes: dict[str, str] = {}
@@ -577,6 +578,11 @@ class Customization(Domain):
 
     # --- capability: concept inputs ---------------------------------------------------------------------------------
 
+    @property
+    def unconditional(self) -> str:
+        """The prompt of guidance's other half."""
+        return self.resolved.section("eval", EvalConfig).negative_prompt
+
     @torch.no_grad()
     def concept_inputs(self, task: int, own: bool = False) -> Tensor:
         """Text features (n, D) float32 of the concept's first training prompt, from the first word to the end token.
@@ -598,14 +604,16 @@ class Customization(Domain):
 
     @torch.no_grad()
     def common_inputs(self, n: int, whole: bool = False) -> Tensor:
-        """Text features (m, D) float32 of "a photo of a WORD" for the n commonest whole words of the vocabulary.
+        """Text features (m, D) float32 of "a photo of a WORD" for the n commonest words of the vocabulary.
 
-        From the first word to the end token; `whole`: of all positions.
+        Words are its tokens that end one, the commonest first; in a small vocabulary there are fewer than n, and a part
+        are ends of rarer words. From the first word to the end token; `whole`: of all positions.
         """
         tokenizer = self.diffusion.vocabularies[0].tokenizer
         vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         words = [w.removesuffix("</w>") for w, i in vocabulary if w.endswith("</w>") and i < self.tokens.base_size]
         words = [w for w in words if len(w) > 2 and w.isascii() and w.isalpha()][:n]
+        self._common_words = len(words)
         prompts = [f"a photo of a {w}" for w in words]
         read = self.prompt_inputs if whole else self._features
         return torch.cat([read(prompts[i : i + 64]) for i in range(0, len(prompts), 64)])
@@ -620,6 +628,11 @@ class Customization(Domain):
         return self.diffusion.encode_text(prompts).states[kept].float()
 
     # --- capabilities: errors, requests, token rows -----------------------------------------------------------------
+
+    def check_prompt(self, prompt: str) -> None:
+        """UserError for a prompt that is too long for a vocabulary."""
+        for vocabulary in self.diffusion.vocabularies:
+            vocabulary.ids([prompt])
 
     def predictions(self, batch: ConceptBatch, prompts: Sequence[str]) -> Tensor:
         """What the model predicts (B, P, C, h, w), float32, for each sample under each prompt; tokens expanded."""
@@ -854,6 +867,7 @@ class Customization(Domain):
             **({"kept": list(data.kept)} if data.kept else {}),
             **({"notes": list(data.notes)} if data.notes else {}),
             **({"captions": captions} if captions else {}),
+            **({"common_words": self._common_words} if self._common_words else {}),
             **data.facts,
         }
 

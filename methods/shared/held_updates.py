@@ -26,6 +26,9 @@ from dualcl.methods.shared.site_delta import SiteDelta, directions, most_importa
 from dualcl.methods.shared.site_weights import whole_weights
 from dualcl.methods.shared.ties import ties
 
+#: the loss behind a choice is scaled by it, for small gradients vanish in float16; a power of two changes nothing else
+SCALE = 2.0**12
+
 
 @dataclass(frozen=True)
 class HeldConfig(MethodConfig):
@@ -90,6 +93,7 @@ class HeldConfig(MethodConfig):
         return {
             **super().idle(),
             **unless(self.l1 or self.l2, "method.l1 or method.l2 above 0", "reference"),
+            **unless(not self.merge, "method.merge=false", "reference"),
             **unless(self.select < 1, "method.select below 1", "select_batches"),
             **unless(self.project, "method.project above 0", "keep_start"),
             **unless(self.merge, "method.merge=true", "density", "merge_weight"),
@@ -171,8 +175,8 @@ class HeldUpdates(Method):
         for batch in itertools.islice(self.domain.batches(task, 0), self.config.select_batches):
             for sample in self.domain.own_samples(batch):
                 with torch.enable_grad():
-                    grads = torch.autograd.grad(self.loss(sample), params)
-                total += torch.cat([g.reshape(-1) for g in grads])
+                    grads = torch.autograd.grad(self.loss(sample) * SCALE, params)
+                total += torch.cat([g.reshape(-1) for g in grads]) / SCALE
         weights = torch.cat([d.base.weight.detach().float().reshape(-1) for d in self.each()])
         one_more = "one_more" in self.config.reference_quirks
         return most_important(weights, share.total(total), self.config.select, one_more)

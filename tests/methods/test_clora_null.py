@@ -33,6 +33,7 @@ def toy(prompts: Sequence[str], **settings: Any) -> CLoRANull:
     domain: Any = SimpleNamespace(attach=lambda method: None, sites=lambda: {"k": site}, model=model)
     domain.texts = lambda task: tuple(prompts[task].split("|"))
     domain.prompt_inputs = lambda given: torch.cat([torch.tensor(INPUTS[p]) for p in given])
+    domain.unconditional = ""
     domain.common_inputs = lambda n, whole: torch.randn(n, 4, generator=torch.Generator().manual_seed(1))
     return CLoRANull(CLoRANullConfig(rank=2, **settings), domain, len(prompts), 0)
 
@@ -95,13 +96,27 @@ def test_b_starts_as_large_on_the_own_prompt_as_without_the_projection() -> None
     torch.testing.assert_close(scaled[:, :2], torch.zeros(2, 2), rtol=0, atol=1e-6)
 
 
+def test_a_negative_prompt_is_held_beside_the_empty_one() -> None:
+    method = toy(("a",))
+    method.domain.unconditional = "b"  # type: ignore[attr-defined]
+    update = start(method, 0)
+    assert method.diagnostics()["held_directions"] == 2
+    before = update.site.weight.clone()
+    step(method)
+    method.end_task(0)
+    moved = update.site.weight - before
+    for prompt in ("", "b"):
+        torch.testing.assert_close(torch.tensor(INPUTS[prompt]) @ moved.T, torch.zeros(2, 3), rtol=0, atol=1e-6)
+    assert float(moved.norm()) > 0.1
+
+
 def refused(*texts: str) -> None:
     """The second task is, as the first one's texts use all that its own do."""
     method = toy(texts)
     start(method, 0)
     method.end_task(0)
     method.begin_task(1)
-    with pytest.raises(UserError, match="task 1: earlier prompts use all"):
+    with pytest.raises(UserError, match="task 2: earlier prompts use all"):
         method.prepare(1)
 
 
@@ -167,7 +182,7 @@ def test_nothing_held_is_lora_bit_for_bit(
     assert all(torch.equal(a, b) for a, b in zip(*done, strict=True))
 
 
-def test_a_finished_concept_keeps_its_pictures_while_another_is_learnt(
+def test_a_finished_concept_keeps_what_its_prompts_feed_to_keys_and_values(
     concepts: Callable[..., Any], tmp_path: Path
 ) -> None:
     drift = {}

@@ -201,6 +201,39 @@ def test_consolidation_brings_the_model_nearer_to_its_teachers_which_stay(
     assert all(p.grad is None for p in [*method.factors, *domain.tokens.rows])
 
 
+def test_what_would_go_wrong_after_the_first_task_is_refused_before_it(
+    concepts: Callable[..., Any], tmp_path: Path
+) -> None:
+    for name in ("ewc_dc", "dsc"):
+        with pytest.raises(UserError, match="the model takes 24; shorten it"):
+            concepts(name, tmp_path / name, f"method.pretrained_prompt={'a photo ' * 60}")
+
+
+def test_consolidation_that_ends_in_no_numbers_is_refused(concepts: Callable[..., Any], tmp_path: Path) -> None:
+    work = concepts("dsc", tmp_path, "method.consolidation_steps=3", "method.consolidation_lr=1e30")
+    drawn(work, 0)
+    work.method.end_task(0)
+    drawn(work, 1)
+    with pytest.raises(UserError, match=r"after task 2 end in factors that are not finite; lower method.consolidation"):
+        work.method.end_task(1)
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "read"),
+    [
+        (EWCDCConfig, {}, True),
+        (EWCDCConfig, {"lambda_": 0.0}, False),
+        (DSCConfig, {}, True),
+        (DSCConfig, {"score_weight": 0.0}, False),
+        (DSCConfig, {"consolidation_steps": 0}, False),
+        (DSCConfig, {"consolidation_steps": 0, "lambda_": 1.0}, True),
+    ],
+)
+def test_temperature_and_prompt_are_idle_where_no_score_is_read(config: Any, given: Any, read: bool) -> None:
+    idle = config(**given).idle()
+    assert ("temperature" not in idle, "pretrained_prompt" not in idle) == (read, read)
+
+
 def test_the_teachers_of_a_run_are_what_each_task_ended_with(
     concepts: Callable[..., Any], empty_record: Any, tmp_path: Path
 ) -> None:

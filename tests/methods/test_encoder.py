@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,12 @@ def test_a_prompt_brings_the_tokens_of_the_concepts_that_it_names(
     branch, model = method.encoder.branch, domain.diffusion
     h = [method.encoder.embed(domain.concept_images(j)).mean(0) for j in range(2)]
     torch.testing.assert_close(method.embeddings, torch.stack(h))
+    encoder = sum(t.numel() for t in method.encoder.state_dict().values())
+    assert method.stored_parameters() == encoder + 2 * branch.embedding
+    method.restored(1)
+    assert method.stored_parameters() == encoder + branch.embedding
+    method.config = replace(method.config, shared_encoder=True)
+    assert method.stored_parameters() == branch.embedding > 0
     first, second = (domain.placeholder(j) for j in range(2))
     text: Text = model.encode_text(["", "a photo of sun", f"a photo of {first}", f"{second} beside {first}"])
     none, own = branch.none(), branch.tokens(torch.stack(h))

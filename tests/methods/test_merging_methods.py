@@ -257,13 +257,21 @@ def test_a_new_start_is_orthogonal_to_all_earlier_ones_or_to_columns_of_the_last
 
 def test_what_a_merge_stores(toy: Callable[..., Any]) -> None:
     """Factors are 2 * (3 + 8) = 22 numbers a task, a delta 24."""
-    wanted = {"sum": [22, 24, 24], "magnitude": [22, 24, 24], "mean": [22, 24, 24], "ties": [22, 44, 66]}
-    for rule, sizes in wanted.items():
-        method, found = toy(LoRAMerge, LoRAMergeConfig(rank=2, rule=rule), torch.zeros(3, 8), 3), []
+    wanted: list[tuple[dict[str, Any], list[int]]] = [
+        ({"rule": "sum"}, [22, 24, 24]),
+        ({"rule": "magnitude"}, [22, 24, 24]),
+        ({"rule": "mean"}, [22, 24, 24]),
+        ({"rule": "ties"}, [22, 44, 66]),
+        ({"rule": "sum", "reference_quirks": ("factor_sum",)}, [22, 44, 66]),
+        ({"rule": "sum", "orthogonal_init": True}, [22, 44, 66]),  # a delta and all B: 24 + 16 n
+        ({"rule": "sum", "orthogonal_init": True, "reference_quirks": ("unit_columns",)}, [22, 40, 40]),
+    ]
+    for settings, sizes in wanted:
+        method, found = toy(LoRAMerge, LoRAMergeConfig(rank=2, **settings), torch.zeros(3, 8), 3), []
         for task in range(3):
             taught(method, task, torch.ones(3, 2))
             found.append(method.stored_parameters())
-        assert found == sizes
+        assert found == sizes, settings
         assert orthogonal_rows(torch.eye(8)[:2], 2, torch.Generator().manual_seed(0))[:, :2].abs().max() < 1e-12
 
 
@@ -312,10 +320,12 @@ def test_after_the_first_concept_the_model_is_its_own(concepts: Callable[..., An
     for name, now in weights(work).items():
         assert torch.equal(now, start[name] + product[name])
     sizes = [(u.site.d_out, u.site.d_in) for u in work.method.updates.values()]
-    pairs = sum(2 * (o + i) for o, i in sizes)
-    assert work.method.stored_parameters() == sum(o * i for o, i in sizes) + 128**2 + pairs
-    drawn(work, [1])
-    assert work.method.stored_parameters() == sum(o * i for o, i in sizes) + 128**2
+    pairs, sums = sum(2 * (o + i) for o, i in sizes), sum(o * i for o, i in sizes) + 128**2
+    assert work.method.stored_parameters() == pairs < sums
+    work.method.finished = sums // pairs
+    assert work.method.stored_parameters() == sums // pairs * pairs
+    work.method.finished += 1
+    assert work.method.stored_parameters() == sums
 
 
 def test_without_own_inputs_the_words_that_all_prompts_share_are_fitted_too(
@@ -414,7 +424,15 @@ def test_a_merge_reads_tokens_and_end_token_and_keeps_what_moves_them(
         assert len(own) > 5
         assert torch.equal(work.method.inputs(j), own[[0, 1, -1]])
     sizes = [(u.site.d_out, u.site.d_in) for u in work.method.updates.values()]
-    assert work.method.stored_parameters() == sum(o * i + 2 * 3 * o for o, i in sizes)
+    numbers = zip(*((2 * (o + i), o * i, 3 * o) for o, i in sizes), strict=True)
+    pairs, delta, targets = (sum(each) for each in numbers)
+    assert work.method.stored_parameters() == 2 * pairs < delta  # factors give the rest
+    for finished in range(3, 30):
+        for i, (out, _) in enumerate(sizes):
+            work.method.register_buffer(f"moved_{finished - 1}_{i}", torch.zeros(3, out))
+        work.method.finished = finished
+        assert work.method.stored_parameters() == min(finished * pairs, delta + finished * targets)
+    assert finished * pairs > delta + finished * targets
     assert 0 < work.method.facts["error_left"] < 1
 
 

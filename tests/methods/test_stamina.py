@@ -20,14 +20,17 @@ from dualcl.methods.stamina import Mask, Stamina, StaminaConfig
 X = torch.randn(5, 3, generator=torch.Generator().manual_seed(3))
 
 
+WEIGHT = torch.tensor([[1.0, 2, 3], [4, 5, 6]])
+
+
 @pytest.fixture
 def toy() -> Callable[..., Any]:
     """toy(n_tasks, **settings) -> the method on one Linear of 3 inputs and 2 outputs; its loss is the mean square."""
 
-    def make(n_tasks: int = 2, **settings: Any) -> Any:
-        model = nn.Sequential(OrderedDict(k=nn.Linear(3, 2, bias=False))).requires_grad_(False)
-        model.k.weight.copy_(torch.tensor([[1.0, 2, 3], [4, 5, 6]]))
-        site = Site("k", "k", model.k, 0, 2)
+    def make(n_tasks: int = 2, weight: Tensor = WEIGHT, **settings: Any) -> Any:
+        model = nn.Sequential(OrderedDict(k=nn.Linear(*reversed(weight.shape), bias=False))).requires_grad_(False)
+        model.k.weight.copy_(weight)
+        site = Site("k", "k", model.k, 0, len(weight))
         domain: Any = SimpleNamespace(attach=lambda method: None, sites=lambda: {"k": site}, model=model)
         domain.loss = lambda batch: model(batch).square().mean()
         return Stamina(StaminaConfig(rank=1, mask_rank=2, **settings), domain, n_tasks, 0)
@@ -182,6 +185,11 @@ def test_what_it_stores(toy: Callable[..., Any]) -> None:
     method.begin_task(0)
     method.end_task(0)
     assert method.stored_parameters() == 6
+    wide = toy(weight=torch.zeros(40, 30))
+    for task in range(2):
+        wide.begin_task(task)
+        wide.end_task(task)
+        assert wide.stored_parameters() == (task + 1) * 3 * (40 + 30)
 
 
 @pytest.mark.parametrize(

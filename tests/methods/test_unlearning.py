@@ -265,6 +265,39 @@ def test_penalties_by_hand(concepts: Callable[..., Any], tmp_path: Path) -> None
     assert concepts("esd", tmp_path / "plain").method.penalty() is None
 
 
+def test_quirks_reach_what_they_change(concepts: Callable[..., Any], tmp_path: Path) -> None:
+    found = {}
+    for quirk, *sets in (
+        ("one_more", "method.select=0.1"),
+        ("project_gradients", "method.project=2"),
+        ("hold_start_token",),
+        ("ties_zero", "method.merge=true", "method.density=1"),
+    ):
+        for quirks in ("", quirk):
+            given = (*sets, f"method.reference_quirks=[{quirks}]")
+            work = concepts("concept_ablation", tmp_path / (quirk + quirks), *given)
+            method = begun(work)
+            held = None if method.each()[0].held is None else method.each()[0].held.clone()
+            torch.manual_seed(0)
+            steps(work, 0)
+            updates = [d.update().detach().clone() for d in method.each()]
+            found[quirks or f"not {quirk}"] = (method, updates, held)
+            assert any(quirks in c for c in method.caveats()) or not quirks
+    assert found["one_more"][0].facts["selected"] == found["not one_more"][0].facts["selected"] + 1
+    for name, least, most in (("project_gradients", 1e-3, 1), ("not project_gradients", 0, 1e-6)):
+        _, updates, held = found[name]
+        assert least <= max(float((u @ held).abs().max()) for u in updates) <= most
+    pairs = zip(found["hold_start_token"][1], found["not hold_start_token"][1], strict=True)
+    assert all(not torch.equal(a, b) for a, b in pairs)
+    for name in ("ties_zero", "not ties_zero"):
+        method = found[name][0]
+        method.end_task(0)
+        # a second request that took the first one's update back
+        method.register_buffer("learnt_1", -method.get_buffer("learnt_0"))
+        merged = torch.cat([m.reshape(-1) for m in method.merged(2)])
+        assert bool(merged.any()) == (name == "ties_zero")
+
+
 def test_one_merged_request_is_that_request_and_two_are_their_ties(
     concepts: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -337,6 +370,7 @@ def test_whole_weights_are_exported(
         (("method.reference_quirks=[one_more]",), "the quirk one_more is for a method.select below 1"),
         (("method.reference_quirks=[ties_zero]",), "the quirk ties_zero is for method.merge=true"),
         (("method.reference_quirks=[project_gradients]",), "is for a method.project above 0"),
+        (("method.merge=true", "method.l1=1", "method.reference=pretrained"), "nothing without method.merge=false"),
     ],
 )
 def test_wrong_settings_are_named(stream_of: Callable[[str], str], sets: tuple[str, ...], message: str) -> None:
