@@ -12,12 +12,11 @@ It is zero at A_g = 0 alone: it shrinks, and keeps no subspaces apart, as `subsp
 
 Differs from the paper: R_2 is left out (how its H_i and W_* start is not said; in the code, where nothing calls them,
 they start at zero and would stay there), and R_1 is off by default (its own ablation gains most by the weights). A
-negative M_i counts as 0, not by its square. K and V alone are adapted, with the domain's tokens, not layer-wise; the
-code's noise offset and attention regularisation (0.01 each) and its stop at a token norm of 0.55 are left out. The
-empty prompt of guidance is weighed by itself; the code gives it the weights of the other half.
+negative M_i counts as 0, not by its square. K and V alone are adapted, by the domain's tokens; no layer-wise tokens,
+noise offset, attention penalty or early stop, as in the code. The empty prompt is weighed by itself.
 
-Text features of a model may all point nearly one way; then every prompt weighs all concepts alike, unless a `threshold`
-tells them apart. The record's own_weight and all_weights say so.
+Text features may all point nearly one way; then, as own_weight and all_weights in the record say, every prompt weighs
+all concepts alike, unless a `threshold` tells them apart.
 """
 
 from __future__ import annotations
