@@ -50,6 +50,9 @@ _FREE_CONFIG = {
     "data.prior_captions",
 }
 
+#: configuration keys that say where a file lies -> what of the identity says which file it is
+_PLACES = {"backbone.weights": "weights_sha256", "eval.features": "features_sha256"}
+
 
 @dataclass(frozen=True)
 class Stat:
@@ -305,15 +308,21 @@ def _written(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _settings(config: Mapping[str, Any], known: dict[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
-    """What of a configuration makes a variant of a method, by dotted key; one and the same dict for shared sections."""
-    key = tuple(
+def _settings(record: Record, known: dict[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
+    """What of a configuration makes a variant of a method, by dotted key; one and the same dict for shared sections.
+
+    A file is told by its hash where the identity has it: the same weights are the same wherever they lie.
+    """
+    config, identity = record.data["config"], record.data["identity"]
+    hashes = {place: identity[key] for place, key in _PLACES.items() if isinstance(identity.get(key), str)}
+    key = tuple(hashes.values()) + tuple(
         (name, id(part) if isinstance(part, dict) else repr(part))
         for name, part in config.items()
         if name not in _FREE_CONFIG
     )
     if key not in known:
-        known[key] = {k: _set(v) for k, v in _flat(config) if k not in _FREE_CONFIG}
+        flat = {k: _set(v) for k, v in _flat(config) if k not in _FREE_CONFIG}
+        known[key] = {k: hashes.get(k, v) if isinstance(v, str) else v for k, v in flat.items()}
     return known[key]
 
 
@@ -332,7 +341,7 @@ def tell_apart(records: Sequence[Record]) -> list[Record]:
     groups: dict[str, list[tuple[Record, dict[str, Any]]]] = {}
     known: dict[tuple[Any, ...], dict[str, Any]] = {}
     for record in records:
-        groups.setdefault(record.label, []).append((record, _settings(record.data["config"], known)))
+        groups.setdefault(record.label, []).append((record, _settings(record, known)))
     out = []
     for label, group in groups.items():
         different = {id(flat): flat for _, flat in group}.values()
@@ -341,8 +350,18 @@ def tell_apart(records: Sequence[Record]) -> list[Record]:
             group = [(record, _without_defaults(record, flat, new)) for record, flat in group]
             different = {id(flat): flat for _, flat in group}.values()
         varied = [k for k in keys if any(flat.get(k) != group[0][1].get(k) for flat in different)]
+        # a file is named by the place where the first of its runs found it
+        places: dict[str, str] = {}
+        for record, flat in group if not _PLACES.keys().isdisjoint(varied) else ():
+            for key, value in _flat(record.data["config"]):
+                if key in _PLACES and key in flat:
+                    places.setdefault(flat[key], _written(value))
         for record, flat in group:
-            names = [f"{k.removeprefix('method.')}={_written(flat[k])}" for k in varied if flat.get(k) is not None]
+            told = {k: _written(flat[k]) for k in varied if flat.get(k) is not None}
+            names = [
+                f"{k.removeprefix('method.')}={places.get(value, value) if k in _PLACES else value}"
+                for k, value in told.items()
+            ]
             run = {**record.data["run"], "label": f"{label} ({', '.join(names)})" if names else label}
             out.append(Record(record.path, {**record.data, "run": run}))
     return out

@@ -157,6 +157,26 @@ def test_a_sweep_gets_a_row_per_setting(write_run: WriteRun, tmp_path: Path) -> 
     assert [(row.label, row.seeds) for row in rows] == [("clora (rank=4)", (0, 1)), ("clora (rank=8)", (0, 1))]
 
 
+def test_a_file_of_weights_is_the_same_wherever_it_lies(write_run: WriteRun, tmp_path: Path) -> None:
+    def run(seed: int, place: str, sha: str) -> None:
+        def edit(d: dict[str, Any]) -> None:
+            d["identity"]["weights_sha256"] = sha
+            d["config"]["backbone"] = {"weights": place}
+
+        write_run(seed=seed, name=f"{seed}-{place.strip('/')}", edit=edit)
+
+    run(0, "a/vit.safetensors", "1")
+    run(1, "/b/vit.safetensors", "1")
+    assert [(row.label, row.seeds) for row in summarise([tmp_path]).tables[0].rows] == [("clora", (0, 1))]
+    run(2, "c/vit.safetensors", "2")
+    with pytest.raises(UserError, match="weights_sha256 is '1'"):
+        summarise([tmp_path])
+    mixed = summarise([tmp_path], allow_mixed=True).tables[0].rows
+    assert [row.seeds for row in mixed] == [(0, 1), (2,)]
+    labels = [f"clora (backbone.weights={place}/vit.safetensors)" for place in ("a", "c")]
+    assert [row.label for row in mixed] == labels
+
+
 def test_the_same_run_twice_counts_once_and_a_contradiction_is_an_error(write_run: WriteRun, tmp_path: Path) -> None:
     write_run()
     write_run(name="copy", seconds=99.0)
