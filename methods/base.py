@@ -77,6 +77,9 @@ class Routed:
     rule: dict[str, Any]
 
 
+#: caveat of methods that merge from the second task on
+FIRST_UNMERGED = "the first concept is judged before any merge: its forgetting holds what the first merge takes"
+
 #: what the contract was called before, and what it is called now
 _RENAMED = {
     "set_prefix_provider": "features(self, images, network)",

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from dualcl.benchmark.core.domain import ConceptInputsDomain, Domain
-from dualcl.methods.base import check, register_method
+from dualcl.methods.base import FIRST_UNMERGED, check, register_method
 from dualcl.methods.custom_diffusion import CustomDiffusionConfig, set_up
-from dualcl.methods.lora import FIRST_UNMERGED
 from dualcl.methods.shared.site_weights import SiteWeights
 
 #: least eigenvalue of the common inputs' Gram matrix, relative to its largest one

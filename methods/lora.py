@@ -15,9 +15,6 @@ from dualcl.methods.base import Method, ParamGroup, check, register_method, unle
 from dualcl.methods.shared.alignment import AlignConfig, Aligner, caveat
 from dualcl.methods.shared.low_rank import inject
 
-#: of methods that merge from the second task on
-FIRST_UNMERGED = "the first concept is judged before any merge: its forgetting holds what the first merge takes"
-
 
 @dataclass(frozen=True)
 class LoRAConfig(AlignConfig):

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from dualcl.benchmark.core.domain import ConceptInputsDomain, Domain, TokenRowsDomain
-from dualcl.methods.base import check, check_quirks, register_method
-from dualcl.methods.lora import FIRST_UNMERGED, LoRAConfig, SeparateLoRA, refuse_options
+from dualcl.methods.base import FIRST_UNMERGED, check, check_quirks, register_method
+from dualcl.methods.lora import LoRAConfig, SeparateLoRA, refuse_options
 
 
 @dataclass(frozen=True)

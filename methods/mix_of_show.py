@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from dualcl.benchmark.core.domain import ConceptInputsDomain, Domain
-from dualcl.methods.base import check, register_method
-from dualcl.methods.lora import FIRST_UNMERGED, LoRAConfig, SeparateLoRA, refuse_options
+from dualcl.methods.base import FIRST_UNMERGED, check, register_method
+from dualcl.methods.lora import LoRAConfig, SeparateLoRA, refuse_options
 
 #: eigenvalues of the sum of G below this share of the largest one count as zero: singular values below 1e-4
 FLOOR = 1e-8
