@@ -51,7 +51,11 @@ _FREE_CONFIG = {
 }
 
 #: configuration keys that say where a file lies -> what of the identity says which file it is
-_PLACES = {"backbone.weights": "weights_sha256", "eval.features": "features_sha256"}
+_PLACES = {
+    "backbone.weights": "weights_sha256",
+    "base.model": "weights_sha256",
+    "eval.features": "features_sha256",
+}
 
 
 @dataclass(frozen=True)

@@ -157,11 +157,13 @@ def test_a_sweep_gets_a_row_per_setting(write_run: WriteRun, tmp_path: Path) -> 
     assert [(row.label, row.seeds) for row in rows] == [("clora (rank=4)", (0, 1)), ("clora (rank=8)", (0, 1))]
 
 
-def test_a_file_of_weights_is_the_same_wherever_it_lies(write_run: WriteRun, tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["backbone.weights", "base.model"])
+def test_a_file_of_weights_is_the_same_wherever_it_lies(write_run: WriteRun, tmp_path: Path, key: str) -> None:
     def run(seed: int, place: str, sha: str) -> None:
         def edit(d: dict[str, Any]) -> None:
+            section, _, name = key.partition(".")
             d["identity"]["weights_sha256"] = sha
-            d["config"]["backbone"] = {"weights": place}
+            d["config"][section] = {name: place}
 
         write_run(seed=seed, name=f"{seed}-{place.strip('/')}", edit=edit)
 
@@ -173,7 +175,7 @@ def test_a_file_of_weights_is_the_same_wherever_it_lies(write_run: WriteRun, tmp
         summarise([tmp_path])
     mixed = summarise([tmp_path], allow_mixed=True).tables[0].rows
     assert [row.seeds for row in mixed] == [(0, 1), (2,)]
-    labels = [f"clora (backbone.weights={place}/vit.safetensors)" for place in ("a", "c")]
+    labels = [f"clora ({key}={place}/vit.safetensors)" for place in ("a", "c")]
     assert [row.label for row in mixed] == labels
 
 
