@@ -28,7 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dualcl.methods.base import check, register_method, unless
-from dualcl.methods.ewc_dc import EWCDC, SCALE, EWCDCConfig, entropy
+from dualcl.methods.ewc_dc import EWCDC, EWCDCConfig, entropy
+
+#: losses are scaled by it, for small gradients vanish in float16; a power of two changes nothing else
+SCALE = 2.0**6
 
 
 @dataclass(frozen=True)

@@ -29,9 +29,6 @@ from dualcl.benchmark.core.domain import Domain, ErrorsDomain
 from dualcl.methods.base import check, register_method, unless
 from dualcl.methods.lora import LoRA, LoRAConfig
 
-#: losses are scaled by it, for small gradients vanish in float16; a power of two changes nothing else
-SCALE = 2.0**6
-
 
 @dataclass(frozen=True)
 class EWCDCConfig(LoRAConfig):
@@ -149,8 +146,8 @@ class EWCDC(LoRA):
             for sample in self.domain.own_samples(batch):
                 with torch.enable_grad():
                     logits = self.logits(self.scored.predictions(sample, prompts), sample)
-                    grads = torch.autograd.grad(evidence(logits, config.fisher) * SCALE, self.factors)
-                total += (torch.cat([g.reshape(-1) for g in grads]) / SCALE).square()
+                    grads = torch.autograd.grad(evidence(logits, config.fisher), self.factors)
+                total += torch.cat([g.reshape(-1) for g in grads]).square()
                 count, unsure = count + 1, unsure + float(entropy(logits.detach()).sum())
         sums = share.total(torch.tensor([count, unsure], dtype=torch.float64, device=total.device)).tolist()
         fisher = share.total(total) / sums[0]

@@ -105,7 +105,7 @@ class MixOfShow(SeparateLoRA):
         """The two sums, or the factors of all concepts, which sums and merge are made of; whichever is smaller."""
         sums = sum(u.site.d_out * u.site.d_in for u in self.updates.values()) + self.get_buffer("gram").numel()
         factors = sum(u.rank * (u.site.d_out + u.site.d_in) for u in self.updates.values())
-        return min(sums, max(self.finished, 1) * factors)
+        return factors if self.finished <= 1 else min(sums, self.finished * factors)
 
     def diagnostics(self) -> dict[str, Any]:
         """LoRA's, the condition of the sum of G where it is not zero, and how many words the last concept fits."""

@@ -51,11 +51,7 @@ _FREE_CONFIG = {
 }
 
 #: configuration keys that say where a file lies -> what of the identity says which file it is
-_PLACES = {
-    "backbone.weights": "weights_sha256",
-    "base.model": "weights_sha256",
-    "eval.features": "features_sha256",
-}
+_PLACES = {"backbone.weights": "weights_sha256", "eval.features": "features_sha256"}
 
 
 @dataclass(frozen=True)
@@ -360,6 +356,9 @@ def tell_apart(records: Sequence[Record]) -> list[Record]:
             for key, value in _flat(record.data["config"]):
                 if key in _PLACES and key in flat:
                     places.setdefault(flat[key], _written(value))
+        # another file at the same place is another file
+        shared = [place for place in places.values() if [*places.values()].count(place) > 1]
+        places = {sha: f"{place} {sha[:8]}" if place in shared else place for sha, place in places.items()}
         for record, flat in group:
             told = {k: _written(flat[k]) for k in varied if flat.get(k) is not None}
             names = [
@@ -371,6 +370,17 @@ def tell_apart(records: Sequence[Record]) -> list[Record]:
     return out
 
 
+def _result(record: Record) -> dict[str, Any]:
+    """What two copies of a run share: all that is determined, but for the places of files that the identity names."""
+    data, identity = comparable(record), record.data["identity"]
+    data.pop("config_hash", None)
+    for place in (place for place, key in _PLACES.items() if isinstance(identity.get(key), str)):
+        section, _, name = place.partition(".")
+        if isinstance(data["config"].get(section), dict):
+            data["config"][section].pop(name, None)
+    return data
+
+
 def _without_copies(records: Sequence[Record]) -> tuple[list[Record], list[str]]:
     """One record per (label, seed); UserError when two differ, a warning when they are copies."""
     kept: dict[tuple[str, int], Record] = {}
@@ -379,7 +389,7 @@ def _without_copies(records: Sequence[Record]) -> tuple[list[Record], list[str]]
         earlier = kept.setdefault((record.label, record.seed), record)
         if earlier is record:
             continue
-        if comparable(earlier) != comparable(record):
+        if _result(earlier) != _result(record):
             raise UserError(
                 f"{_name(record)} on {record.table} is there twice with different results: "
                 f"{earlier.directory} and {record.directory}; report only one of the two directories"

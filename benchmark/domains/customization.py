@@ -168,7 +168,6 @@ class Customization(Domain):
         self._pixels: dict[int, Tensor] = {}
         self._entries: tuple[int | None, Entries] | None = None
         self._replayed: list[tuple[int, Tensor]] = []
-        self._common_words = 0
         self._prior_weight = 0.0
         self._prior: dict[str, Entries] = {}
         self._prior_hashes: dict[str, str] = {}
@@ -613,7 +612,6 @@ class Customization(Domain):
         vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
         words = [w.removesuffix("</w>") for w, i in vocabulary if w.endswith("</w>") and i < self.tokens.base_size]
         words = [w for w in words if len(w) > 2 and w.isascii() and w.isalpha()][:n]
-        self._common_words = len(words)
         prompts = [f"a photo of a {w}" for w in words]
         read = self.prompt_inputs if whole else self._features
         return torch.cat([read(prompts[i : i + 64]) for i in range(0, len(prompts), 64)])
@@ -867,7 +865,6 @@ class Customization(Domain):
             **({"kept": list(data.kept)} if data.kept else {}),
             **({"notes": list(data.notes)} if data.notes else {}),
             **({"captions": captions} if captions else {}),
-            **({"common_words": self._common_words} if self._common_words else {}),
             **data.facts,
         }
 

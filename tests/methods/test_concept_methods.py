@@ -127,7 +127,6 @@ def test_each_concept_keeps_what_its_own_weights_make_of_it(merged):
 def test_ordinary_words_are_changed_less_than_by_any_concept_alone(merged):
     work, _ = merged
     common = work.domain.common_inputs(60)
-    assert 0 < work.domain.facts()["common_words"] <= 60
     sizes = [w.numel() for w in work.method.weights]
 
     def change(weights):
